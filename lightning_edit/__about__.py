@@ -1,0 +1,5 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The version, readable without importing the package's dependencies."""
+
+__version__ = "0.1.0"

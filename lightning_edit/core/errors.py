@@ -1,0 +1,44 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""One family of errors. Every message says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "EditError",
+    "LocatorError",
+    "MissingDependencyError",
+    "ModelError",
+    "RequestError",
+]
+
+
+class EditError(Exception):
+    """Base of every error that lightning_edit raises on purpose."""
+
+
+class RequestError(EditError, ValueError):
+    """An edit request, or a set of them, cannot be carried out as written."""
+
+
+class LocatorError(EditError, ValueError):
+    """A layer, module or parameter that an editor needs is not in the model."""
+
+
+class ModelError(EditError, ValueError):
+    """A model cannot be found or loaded, or its architecture does not suit the method."""
+
+
+class ArtifactError(EditError, ValueError):
+    """A saved edit is damaged, or belongs to another base model."""
+
+
+class MissingDependencyError(EditError, ImportError):
+    """An optional package is needed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package `{package}`, which is not installed. "
+            f"Install it with `pip install 'lightning-edit[{extra}]'`."
+        )
