@@ -97,8 +97,8 @@ class EditRequest:
                 f"{self._name()}: the subject {self.subject!r} does not occur in the prompt "
                 f"{self.prompt!r}. Spell it as in the prompt, or write {{}} where it belongs."
             )
-        if isinstance(self.rephrases, str):
-            raise RequestError(f"{self._name()}: `rephrases` is a list of texts, not one text.")
+        if not all(isinstance(text, str) and text.strip() for text in self.rephrases):
+            raise RequestError(f"{self._name()}: `rephrases` is expected to be a list of texts.")
         object.__setattr__(self, "rephrases", tuple(self.rephrases))
         for name, kinds in (("locality", LOCALITY_KINDS), ("portability", PORTABILITY_KINDS)):
             probes = tuple(getattr(self, name))
@@ -145,6 +145,8 @@ class EditRequest:
             RequestError: If a field is missing, unknown or of the wrong type.
         """
         data = _known_fields(cls, record, where)
+        if isinstance(data.get("rephrases"), str):
+            raise RequestError(f"{where}: `rephrases` is a list of texts, not one text.")
         for name, kind in (("locality", "neighborhood"), ("portability", "one_hop")):
             probes = data.get(name) or ()
             if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):

@@ -1,0 +1,365 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of weights: low-rank or dense, with algebra, exact undo and a file format."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.edit import Edit, Provenance
+from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.hashing import tensor_hash, weight_hash
+
+__all__ = ["Change", "LowRank", "WeightDelta"]
+
+# Below this share of the wanted change the rounding of the weights' dtype is worth a warning.
+SURVIVAL_WARNING = 0.9
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change ``u vᵀ`` of one parameter, in the parameter's own storage layout.
+
+    Args:
+        u: Shape [rows, rank], float32.
+        v: Shape [columns, rank], float32.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the parameter that this changes."""
+        return torch.Size((self.u.shape[0], self.v.shape[0]))
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms kept."""
+        return self.u.shape[1]
+
+    def dense(self) -> Tensor:
+        """The change as one matrix, [rows, columns] float32."""
+        return self.u @ self.v.T
+
+
+Change = LowRank | Tensor
+
+
+class WeightDelta(Edit):
+    """Named changes of a model's parameters: ``W' = W + Δ``.
+
+    Weights are always written as the sum of the untouched original and the whole change, in
+    float32 and rounded once to the weight's dtype, so that many small edits do not pile up
+    rounding errors. The originals are kept, since ``W + Δ − Δ`` is not ``W`` in floating point.
+
+    Args:
+        changes: Parameter name to :class:`LowRank` factors or a dense float32 tensor of the
+            parameter's shape.
+        provenance: Where the edit comes from.
+        originals: Parameter name to the tensor that stood there before, needed to undo an edit
+            that was applied elsewhere.
+        hashes: Parameter name to the hashes of the original and the edited tensor.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 2, bias=False)
+        >>> before = layer.weight.clone()
+        >>> delta = WeightDelta({"weight": LowRank(torch.ones(2, 1), torch.ones(3, 1))})
+        >>> with delta.applied(layer):
+        ...     bool((layer.weight - before).allclose(torch.ones(2, 3)))
+        True
+        >>> torch.equal(layer.weight, before)
+        True
+        >>> round((2 * delta).norm() / delta.norm(), 6)
+        2.0
+    """
+
+    def __init__(
+        self,
+        changes: Mapping[str, Change],
+        provenance: Provenance | None = None,
+        originals: Mapping[str, Tensor] | None = None,
+        hashes: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
+        self.changes: dict[str, Change] = dict(changes)
+        self.provenance = provenance or Provenance()
+        self.originals: dict[str, Tensor] = dict(originals or {})
+        self.hashes: dict[str, tuple[str, str]] = dict(hashes or {})
+
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{name}: rank {change.rank}" if isinstance(change, LowRank) else f"{name}: dense"
+            for name, change in self.changes.items()
+        )
+        return f"WeightDelta({parts})"
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+    # -- algebra ---------------------------------------------------------------------------
+
+    @classmethod
+    def between(
+        cls,
+        base: Mapping[str, Tensor],
+        tuned: Mapping[str, Tensor],
+        provenance: Provenance | None = None,
+    ) -> Self:
+        """The task vector ``tuned − base`` over all floating tensors that differ.
+
+        Args:
+            base: Name to tensor before.
+            tuned: Name to tensor after; names that ``base`` lacks are an error.
+            provenance: Where the edit comes from.
+
+        Raises:
+            ArtifactError: If ``base`` lacks a tensor or shapes differ.
+
+        References:
+            Editing Models with Task Arithmetic, arXiv 2212.04089, section 2.
+        """
+        changes: dict[str, Change] = {}
+        originals: dict[str, Tensor] = {}
+        for name, after in tuned.items():
+            before = base.get(name)
+            if before is None or before.shape != after.shape:
+                raise ArtifactError(
+                    f"The tensor `{name}` of the tuned model has no counterpart of the shape "
+                    f"{list(after.shape)} in the base. Compare two models of one architecture."
+                )
+            if after.is_floating_point() and not torch.equal(before, after):
+                changes[name] = after.detach().float() - before.detach().float()
+                originals[name] = before.detach().clone()
+        return cls(changes, provenance, originals)
+
+    def __add__(self, other: Self) -> Self:
+        changes = dict(self.changes)
+        for name, change in other.changes.items():
+            changes[name] = _add(changes[name], change) if name in changes else change
+        ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
+        provenance = replace(self.provenance, request_ids=tuple(ids))
+        return type(self)(changes, provenance, {**other.originals, **self.originals})
+
+    def __mul__(self, factor: float) -> Self:
+        changes: dict[str, Change] = {
+            name: LowRank(change.u * factor, change.v)
+            if isinstance(change, LowRank)
+            else change * factor
+            for name, change in self.changes.items()
+        }
+        return type(self)(changes, self.provenance, self.originals)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Self:
+        return self * -1.0
+
+    def __sub__(self, other: Self) -> Self:
+        return self + -other
+
+    def dense(self, name: str) -> Tensor:
+        """The change of one parameter as a dense float32 tensor of its shape."""
+        change = self.changes[name]
+        return change.dense() if isinstance(change, LowRank) else change
+
+    def norm(self) -> float:
+        """Frobenius norm over all changed parameters."""
+        return math.hypot(*self.norms().values())
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of the change of each parameter."""
+        return {name: float(torch.linalg.vector_norm(self.dense(name))) for name in self.changes}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors and dense tensors, without the originals."""
+        return sum(t.nbytes for change in self.changes.values() for t in _tensors(change))
+
+    # -- on a model ------------------------------------------------------------------------
+
+    def apply_(self, model: nn.Module, *, check: bool = True) -> None:
+        """Adds the change to the model's weights, in place, keeping the originals.
+
+        Args:
+            model: Model whose parameters are named as in :attr:`changes`.
+            check: Compare the model's weights with the recorded base. Turn off only to add an
+                edit to a model that differs from its base on purpose.
+
+        Raises:
+            ArtifactError: If a parameter is missing or has another shape, or the model is not
+                the recorded base. Nothing has been written then.
+        """
+        parameters = self._parameters(model)
+        if check and self.provenance.base.sha256:
+            found = weight_hash(model)
+            if found != self.provenance.base.sha256:
+                raise ArtifactError(self._other_base(model, found))
+        originals = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            self.write_(model, originals)
+        except BaseException:
+            _restore(parameters, originals)
+            raise
+        self.originals = originals
+
+    def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Sets each changed parameter to original + change, without checks or copies.
+
+        Args:
+            model: Model to write into.
+            originals: Parameter name to the untouched tensor.
+        """
+        parameters = self._parameters(model)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                change = self.dense(name).to(parameter.device)
+                value = _full(originals[name]).to(parameter.device).float() + change
+                rounded = value.to(parameter.dtype)
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    _warn_of_rounding(name, originals[name].to(parameter.device), rounded, change)
+                _copy_(parameter, rounded)
+
+    def revert_(self, model: nn.Module) -> None:
+        """Puts the originals back, bit for bit.
+
+        Raises:
+            ArtifactError: If the originals are not known, or the weights in the model are not
+                those that this edit wrote. Nothing has been written then.
+        """
+        missing = [name for name in self.changes if name not in self.originals]
+        if missing:
+            raise ArtifactError(
+                f"The originals of {', '.join(missing)} were not kept, so the edit cannot be "
+                "undone exactly. Load the base model again instead, or save edits with their "
+                "originals (`save(folder, originals=True)`)."
+            )
+        parameters = self._parameters(model)
+        for name, (_, edited) in self.hashes.items():
+            if tensor_hash(parameters[name]) != edited:
+                raise ArtifactError(
+                    f"`{name}` in this model is not the tensor that this edit wrote: the edit is "
+                    "not applied here, or another change came after it. Undo later edits first."
+                )
+        _restore(parameters, self.originals)
+
+    def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
+        """Records the originals and the hashes of an edit that stands in the model.
+
+        Args:
+            model: The edited model.
+            originals: Parameter name to the tensor that stood there before.
+        """
+        parameters = self._parameters(model)
+        kept = {name: originals[name].detach().cpu().clone() for name in self.changes}
+        hashes = {n: (tensor_hash(kept[n]), tensor_hash(p)) for n, p in parameters.items()}
+        return type(self)(self.changes, self.provenance, kept, hashes)
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        named = dict(model.named_parameters())
+        for name, change in self.changes.items():
+            if name not in named:
+                raise ArtifactError(
+                    f"The model has no parameter `{name}`, which this edit changes. It was made "
+                    f"for {self.provenance.base.id or 'another model'}."
+                )
+            if named[name].shape != change.shape:
+                raise ArtifactError(
+                    f"`{name}` has the shape {list(named[name].shape)} in this model, but the edit "
+                    f"is for {list(change.shape)}. It was made for "
+                    f"{self.provenance.base.id or 'another model'}."
+                )
+        return {name: named[name] for name in self.changes}
+
+    def _other_base(self, model: nn.Module, found: str) -> str:
+        base = self.provenance.base
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        hint = (
+            f" The base was loaded as {base.dtype} and this model as {dtype}: load it alike."
+            if base.dtype and dtype != base.dtype
+            else " Load that model, or pass `check=False` to add the change to this one anyway."
+        )
+        return (
+            f"The edit belongs to {base.id or 'another model'} with the weight hash "
+            f"{base.sha256[:12]}…, but this model has {found[:12]}…: it is another model, or it "
+            f"has been edited already.{hint}"
+        )
+
+    # -- files -----------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, originals: bool = True) -> Path:
+        """Writes ``delta_config.json``, ``delta.safetensors`` and ``README.md``.
+
+        Args:
+            folder: Created if need be; files of an earlier edit in it are replaced.
+            originals: Keep the original tensors with the edit, so that it can be undone exactly
+                in a model that was saved after editing.
+
+        Returns:
+            The folder.
+        """
+        from lightning_edit.core.storage import save_delta
+
+        return save_delta(self, Path(folder), originals=originals)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads an edit that :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: If a file is missing, damaged or of a newer format.
+        """
+        from lightning_edit.core.storage import load_delta
+
+        return cls(**load_delta(Path(folder)))
+
+
+def _tensors(change: Change) -> tuple[Tensor, ...]:
+    return (change.u, change.v) if isinstance(change, LowRank) else (change,)
+
+
+def _add(a: Change, b: Change) -> Change:
+    # Concatenated factors stay exact; past half the smaller side a dense matrix is smaller.
+    if isinstance(a, LowRank) and isinstance(b, LowRank) and 2 * (a.rank + b.rank) <= min(a.shape):
+        return LowRank(torch.cat([a.u, b.u], 1), torch.cat([a.v, b.v], 1))
+    return sum((c.dense() if isinstance(c, LowRank) else c for c in (a, b)), torch.tensor(0.0))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return full_tensor() if full_tensor else tensor
+
+
+def _copy_(parameter: Tensor, value: Tensor) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):  # takes its own shard of the whole
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def _restore(parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(originals[name])
+
+
+def _warn_of_rounding(name: str, original: Tensor, rounded: Tensor, change: Tensor) -> None:
+    wanted = torch.linalg.vector_norm(change)
+    written = torch.sum((rounded.float() - original.float()) * change) / wanted.clamp_min(1e-30)
+    survived = float(written / wanted.clamp_min(1e-30))
+    if wanted > 0 and survived < SURVIVAL_WARNING:
+        warnings.warn(
+            f"Only {survived:.0%} of the change of `{name}` survives rounding to "
+            f"{str(rounded.dtype).removeprefix('torch.')}. Load the model with dtype float32.",
+            UserWarning,
+            stacklevel=3,
+        )
