@@ -1,0 +1,500 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Where to edit: transformer blocks and their projections, found in the module tree.
+
+Nothing here knows a model by name. A model is read as what it is built of: a list of alike blocks,
+in each block an attention and a multilayer perceptron (MLP), in these the linear maps.
+"""
+
+# Shapes: O outputs of a linear map, I its inputs.
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.errors import LocatorError
+
+__all__ = ["Locator", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
+
+ModuleKind = Literal["mlp_out", "mlp_in", "attention_out", "attention_in"]
+StackKind = Literal["decoder", "encoder"]
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_EMBEDDING = re.compile(r"emb", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One weight matrix of a model: its name, its place and its orientation.
+
+    Args:
+        name: Name of the parameter, as in ``model.named_parameters()``.
+        module_name: Name of the module that holds it.
+        layer: Index of the block it belongs to.
+        transposed: Whether the parameter is stored as [I, O] (GPT-2's ``Conv1D``) rather than as
+            [O, I] (``nn.Linear``).
+        out_features: O.
+        in_features: I.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model
+        >>> model = tiny_model("gpt2")
+        >>> [site] = Locator(layers=[1]).sites(model)
+        >>> site.name, tuple(site.parameter(model).shape), tuple(site.read(model).shape)
+        ('transformer.h.1.mlp.c_proj.weight', (128, 32), (32, 128))
+    """
+
+    name: str
+    module_name: str
+    layer: int
+    transposed: bool
+    out_features: int
+    in_features: int
+
+    def parameter(self, model: nn.Module) -> nn.Parameter:
+        """The parameter itself, in its own storage layout.
+
+        Raises:
+            LocatorError: If the model has no such parameter.
+        """
+        try:
+            return model.get_parameter(self.name)
+        except AttributeError:
+            raise LocatorError(
+                f"{type(model).__name__} has no parameter `{self.name}`. Locate again on this "
+                "model: a site belongs to the model, wrappers included, that it was found in."
+            ) from None
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The linear module that holds the parameter.
+
+        Raises:
+            LocatorError: If the model has no such module.
+        """
+        self.parameter(model)
+        return model.get_submodule(self.module_name)
+
+    def read(self, model: nn.Module) -> Tensor:
+        """The weight as [O, I], without gradient.
+
+        A view of the parameter, or a gathered copy where it is a sharded ``DTensor`` (then every
+        rank must call).
+        """
+        return self.orient(_gathered(self.parameter(model).detach()))
+
+    def orient(self, matrix_OI: Tensor) -> Tensor:
+        """Turns an [O, I] matrix into the parameter's own layout, and back (an involution)."""
+        return matrix_OI.mT if self.transposed else matrix_OI
+
+
+@dataclass(frozen=True)
+class Locator:
+    """Where to edit, in words: which layers, which projection of each.
+
+    Args:
+        layers: Indices of blocks; negative ones count from the end. All blocks when None.
+        module: ``mlp_out`` is the projection back to the hidden state, which stores facts by the
+            reading of ROME (arXiv 2202.05262, section 3.1); ``mlp_in`` the projections that read
+            it (gate and up projection in gated MLPs); ``attention_out`` and ``attention_in`` the
+            same of self-attention.
+        stack: Which stack of an encoder-decoder model.
+
+    Raises:
+        LocatorError: If an argument is not one of these.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model
+        >>> [site.name for site in Locator(layers=[0, -1]).sites(tiny_model())]
+        ['model.layers.0.mlp.down_proj.weight', 'model.layers.3.mlp.down_proj.weight']
+    """
+
+    layers: Sequence[int] | None = None
+    module: ModuleKind = "mlp_out"
+    stack: StackKind = "decoder"
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        if layers is not None:
+            if isinstance(layers, (str, int)) or not all(type(layer) is int for layer in layers):
+                raise LocatorError(
+                    f"`layers` is expected to be a list of whole numbers, such as [5], or None "
+                    f"for all layers, but got {layers!r}."
+                )
+            object.__setattr__(self, "layers", tuple(layers))
+        for name, kinds in (("module", ModuleKind), ("stack", StackKind)):
+            if getattr(self, name) not in get_args(kinds):
+                raise LocatorError(
+                    f"`{name}` is expected to be one of {', '.join(get_args(kinds))}, but got "
+                    f"{getattr(self, name)!r}."
+                )
+
+    def sites(self, model: nn.Module) -> list[WeightSite]:
+        """The weights this locator means in a model, in the order of the forward pass.
+
+        Raises:
+            LocatorError: If a layer does not exist, or holds no such projection.
+        """
+        tree = ModelTree.of(model, self.stack)
+        wanted = range(len(tree.blocks)) if self.layers is None else self.layers
+        layers = sorted({tree.index(layer) for layer in wanted})
+        find = getattr(tree, self.module)
+        sites: list[WeightSite] = []
+        for layer in layers:
+            found = find(layer)
+            sites.extend([found] if isinstance(found, WeightSite) else found)
+        return sites
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTree:
+    """One stack of transformer blocks of a model, and what stands before and after it.
+
+    Built by [`ModelTree.of`][]. Layers may be negative in every method.
+
+    Args:
+        model: The model it was read from.
+        blocks: The transformer blocks, in the order of the forward pass.
+        block_names: Their names in the model.
+        hidden_size: Width of the hidden state between the blocks.
+        is_encoder_decoder: Whether the model has an encoder beside its decoder.
+        input_embeddings: The token embedding that feeds this stack.
+        final_norm: The normalization after the last block, or None where there is none.
+        lm_head: The projection to the vocabulary, or None.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model
+        >>> tree = ModelTree.of(tiny_model())
+        >>> len(tree.blocks), tree.hidden_size, tree.block_names[-1]
+        (4, 32, 'model.layers.3')
+        >>> type(tree.mlp(-1)).__name__, type(tree.final_norm).__name__
+        ('LlamaMLP', 'LlamaRMSNorm')
+    """
+
+    model: nn.Module
+    blocks: list[nn.Module]
+    block_names: list[str]
+    hidden_size: int
+    is_encoder_decoder: bool
+    input_embeddings: nn.Module | None
+    final_norm: nn.Module | None
+    lm_head: nn.Module | None
+
+    @classmethod
+    def of(cls, model: nn.Module, stack: StackKind = "decoder") -> Self:
+        """Reads a model's module tree.
+
+        Args:
+            model: A decoder-only or encoder-decoder language model.
+            stack: Which stack of an encoder-decoder model.
+
+        Raises:
+            LocatorError: If there is no stack of transformer blocks, or no encoder.
+        """
+        stacks = _stacks(model)
+        if not stacks:
+            raise LocatorError(
+                f"{type(model).__name__} has no stack of transformer blocks: expected an "
+                "nn.ModuleList of modules that hold linear layers, but found only "
+                f"{', '.join(name for name, _ in model.named_children()) or 'a leaf module'}. "
+                "Give a language model, without wrappers that hide its layers."
+            )
+        sides = {
+            side: [name for name in stacks if side in name.lower().split(".")]
+            for side in ("encoder", "decoder")
+        }
+        declared = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+        is_encoder_decoder = all(sides.values()) if declared is None else bool(declared)
+        embeddings_name, embeddings = _input_embeddings(model)
+        if is_encoder_decoder and sides[stack]:
+            candidates = sides[stack]
+        elif stack == "encoder":
+            raise LocatorError(
+                f"`stack='encoder'`, but {type(model).__name__} has no encoder beside its decoder. "
+                "Set `stack='decoder'`."
+            )
+        else:
+            candidates = list(stacks)
+        # A vision tower or a prediction head is a stack, too: the language model's own is the one
+        # with attention that stands nearest to the token embedding.
+        name = max(
+            candidates,
+            key=lambda name: (
+                any(_ATTENTION.search(n) for n, _ in stacks[name].named_modules()),
+                _shared_prefix(name, embeddings_name),
+                len(stacks[name]),
+            ),
+        )
+        blocks = list(stacks[name])
+        parent = model.get_submodule(name.rpartition(".")[0])
+        own = [m for m in parent.children() if isinstance(m, nn.Embedding)]
+        # Tied encoders and decoders may each call an embedding of their own.
+        vocabulary = getattr(embeddings, "num_embeddings", None)
+        embeddings = next((m for m in own if m.num_embeddings == vocabulary), embeddings)
+        hidden_size = _hidden_size(blocks[0]) or int(getattr(embeddings, "embedding_dim", 0))
+        norms = [
+            child
+            for child_name, child in parent.named_children()
+            if _norm_size(child) == hidden_size and not _EMBEDDING.search(child_name)
+        ]
+        return cls(
+            model=model,
+            blocks=blocks,
+            block_names=[f"{name}.{i}" for i in range(len(blocks))],
+            hidden_size=hidden_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_embeddings=embeddings,
+            final_norm=norms[-1] if norms else None,
+            lm_head=_lm_head(model),
+        )
+
+    def index(self, layer: int) -> int:
+        """The layer counted from the start.
+
+        Raises:
+            LocatorError: If there is no such layer.
+        """
+        count = len(self.blocks)
+        if not -count <= layer < count:
+            raise LocatorError(
+                f"Layer {layer} does not exist: {type(self.model).__name__} has {count} layers. "
+                f"Choose from 0 to {count - 1}, or from -{count} to -1 counted from the end."
+            )
+        return layer % count
+
+    def mlp_out(self, layer: int) -> WeightSite:
+        """The MLP's last projection, back to the hidden state.
+
+        Raises:
+            LocatorError: If the block has no MLP of this kind, or fused experts in its place.
+        """
+        layer = self.index(layer)
+        self._refuse_experts(layer)
+        return self._last(layer, in_attention=False)
+
+    def mlp_in(self, layer: int) -> list[WeightSite]:
+        """The MLP's projections that read the hidden state; two where it is gated."""
+        return self._readers(self.mlp_out(layer))
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The module that returns the MLP's output.
+
+        The last projection itself where the MLP's projections stand in the block (OPT, BART).
+        """
+        return self._container(self.mlp_out(layer))
+
+    def attention_out(self, layer: int) -> WeightSite:
+        """The output projection of self-attention.
+
+        Raises:
+            LocatorError: If the block has no attention.
+        """
+        return self._last(self.index(layer), in_attention=True)
+
+    def attention_in(self, layer: int) -> list[WeightSite]:
+        """The projections of self-attention that read the hidden state, fused or not."""
+        return self._readers(self.attention_out(layer))
+
+    def attention(self, layer: int) -> nn.Module:
+        """The self-attention module."""
+        return self._container(self.attention_out(layer))
+
+    def _last(self, layer: int, *, in_attention: bool) -> WeightSite:
+        block = self.blocks[layer]
+        found = [
+            name
+            for name, linear in _linears(block)
+            if _in_attention(block, name) == in_attention and _sizes(linear)[0] == self.hidden_size
+        ]
+        if not found:
+            what = "attention" if in_attention else "MLP"
+            children = ", ".join(f"`{n}` ({type(m).__name__})" for n, m in block.named_children())
+            raise LocatorError(
+                f"Layer {layer} (`{self.block_names[layer]}`) of {type(self.model).__name__} has "
+                f"no {what} with a linear projection to the hidden size {self.hidden_size}; it "
+                f"consists of {children}. Choose another layer or module."
+            )
+        if in_attention:
+            # Self-attention comes first; a decoder's cross-attention has a module of its own.
+            found = [name for name in found if _holder(name) == _holder(found[0])]
+        return self._site(layer, found[-1])
+
+    def _readers(self, out: WeightSite) -> list[WeightSite]:
+        block = self.blocks[out.layer]
+        own = out.module_name.removeprefix(f"{self.block_names[out.layer]}.")
+        return [
+            self._site(out.layer, name)
+            for name, linear in _linears(block)
+            if name != own
+            and _holder(name) == _holder(own)
+            and _sizes(linear)[1] == self.hidden_size
+        ]
+
+    def _container(self, out: WeightSite) -> nn.Module:
+        holder = _holder(out.module_name)
+        name = out.module_name if holder == self.block_names[out.layer] else holder
+        return self.model.get_submodule(name)
+
+    def _site(self, layer: int, name: str) -> WeightSite:
+        linear = self.blocks[layer].get_submodule(name)
+        module_name = f"{self.block_names[layer]}.{name}"
+        weight = cast(Tensor, linear.weight)
+        if weight.ndim != 2 or not torch.is_floating_point(weight):
+            raise LocatorError(
+                f"`{module_name}.weight` is {weight.dtype} of shape {list(weight.shape)}: the "
+                "model is quantized. Load it unquantized, in float32 or bfloat16."
+            )
+        out_features, in_features = _sizes(linear)
+        return WeightSite(
+            name=f"{module_name}.weight",
+            module_name=module_name,
+            layer=layer,
+            transposed=not isinstance(linear, nn.Linear),
+            out_features=out_features,
+            in_features=in_features,
+        )
+
+    def _refuse_experts(self, layer: int) -> None:
+        block = self.blocks[layer]
+        what = ""
+        for name, parameter in block.named_parameters():
+            owner = name.rpartition(".")[0]
+            is_kernel = isinstance(block.get_submodule(owner), nn.Conv1d)
+            if parameter.ndim == 3 and not is_kernel and not _in_attention(block, owner):
+                what = f"`{self.block_names[layer]}.{name}` of shape {list(parameter.shape)}"
+        for name, module in block.named_modules():
+            if isinstance(module, nn.ModuleList) and not _in_attention(block, name):
+                kinds = [type(m) for m in module if any(True for _ in _linears(m))]
+                if len(kinds) > 1 and len(set(kinds)) == 1:
+                    what = f"{len(kinds)} modules in `{self.block_names[layer]}.{name}`"
+        if what:
+            raise LocatorError(
+                f"The MLP of layer {layer} is a mixture of experts: {what}. One matrix cannot be "
+                "named for all of them. Choose a layer with a plain MLP, or `attention_out`."
+            )
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else cast(Tensor, gather())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """An nn.Linear, or transformers' Conv1D, a linear map stored as [I, O]."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.ndim == 2
+        and isinstance(getattr(module, "nf", None), int)
+    )
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    """(O, I) of a linear module."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    weight = cast(Tensor, linear.weight)
+    return int(weight.shape[1]), int(weight.shape[0])
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Linear maps by name, in order; of an adapter's wrapper only the wrapped layer."""
+    if _is_linear(module):
+        yield prefix, module
+        return
+    base = getattr(module, "base_layer", None)
+    children = (
+        [("base_layer", base)] if isinstance(base, nn.Module) else list(module.named_children())
+    )
+    for name, child in children:
+        yield from _linears(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _holder(name: str) -> str:
+    """Name of the module that holds a linear map, an adapter's wrapper left aside."""
+    return name.removesuffix(".base_layer").rpartition(".")[0]
+
+
+def _in_attention(block: nn.Module, name: str) -> bool:
+    """Whether a module of the block lies in an attention, by the names on its path."""
+    module = block
+    for part in name.split("."):
+        if not part:
+            return False
+        module = module.get_submodule(part)
+        if _ATTENTION.search(part) or _ATTENTION.search(type(module).__name__):
+            return True
+    return False
+
+
+def _stacks(model: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
+    """Outermost lists of modules that hold linear maps, by name."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in model.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if (
+            isinstance(child, nn.ModuleList)
+            and len(child)
+            and all(not _is_linear(m) and any(True for _ in _linears(m)) for m in child)
+        ):
+            found[path] = child
+        else:
+            found |= _stacks(child, path)
+    return found
+
+
+def _norm_size(module: nn.Module) -> int | None:
+    """Width of a normalization layer; None for anything else."""
+    parameters = dict(module.named_parameters())
+    weight = parameters.pop("weight", None)
+    if weight is None or weight.ndim != 1 or set(parameters) - {"bias"}:
+        return None
+    return int(weight.shape[0])
+
+
+def _hidden_size(block: nn.Module) -> int | None:
+    """Width of the hidden state: that of the block's outermost normalization.
+
+    Norms inside attention or MLP may have another width.
+    """
+    norms = [
+        (name.count("."), size)
+        for name, module in block.named_modules()
+        if (size := _norm_size(module)) is not None and not _in_attention(block, _holder(name))
+    ]
+    return min(norms, key=lambda item: item[0])[1] if norms else None
+
+
+def _shared_prefix(one: str, other: str) -> int:
+    count = 0
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _input_embeddings(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Name and module of the token embedding."""
+    get: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    if get is not None:
+        wanted = get()
+        return next(((n, m) for n, m in model.named_modules() if m is wanted), ("", wanted))
+    return max(embeddings, key=lambda item: item[1].num_embeddings, default=("", None))
+
+
+def _lm_head(model: nn.Module) -> nn.Module | None:
+    """The projection to the vocabulary."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    if get is not None:
+        return cast("nn.Module | None", get())
+    children = [m for m in model.children() if isinstance(m, nn.Linear)]
+    return children[-1] if children else None
