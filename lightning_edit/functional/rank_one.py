@@ -1,0 +1,71 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The closed form of ROME: the smallest change of a linear memory that stores one pair."""
+
+# Shapes: M inputs, D outputs of the edited matrix W [D, M].
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["rank_one_update", "whiten"]
+
+
+def whiten(key: Tensor, second_moment: Tensor) -> Tensor:
+    """C⁻¹ k, scaled to length one: the direction in which a key can be told from the others.
+
+    Args:
+        key: k, [M].
+        second_moment: C = E[k kᵀ] over many keys, [M, M], positive definite.
+
+    Returns:
+        Direction of C⁻¹ k, [M], float32.
+
+    Raises:
+        ValueError: If C is not positive definite in float64.
+
+    Example:
+        >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2)).tolist()
+        [1.0, 0.0]
+    """
+    factor, failed = torch.linalg.cholesky_ex(second_moment.double())
+    if int(failed):
+        raise ValueError(
+            "`second_moment` is expected to be positive definite, but it is singular: it was made "
+            f"from too few tokens for its {second_moment.shape[0]} dimensions. Use more tokens, or "
+            "add a ridge."
+        )
+    solved = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
+    return (solved / torch.linalg.vector_norm(solved)).float()
+
+
+def rank_one_update(
+    residual: Tensor, direction: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of ΔW = r uᵀ / (u · k), for which (W + ΔW) k = W k + r.
+
+    Args:
+        residual: r = v* − W k, [D].
+        direction: u = C⁻¹ k, [M].
+        key: k, [M].
+
+    Returns:
+        Left factor [D, 1], right factor [M, 1], and the divisor u · k as a scalar tensor.
+
+    Raises:
+        ValueError: If u is orthogonal to k.
+
+    Example:
+        >>> r, k = torch.tensor([2.0]), torch.tensor([1.0, 1.0])
+        >>> u, v, _ = rank_one_update(r, k, k)
+        >>> (u @ v.T @ k).tolist()
+        [2.0]
+
+    References:
+        arXiv 2202.05262, equation 2.
+    """
+    divisor = direction @ key
+    if float(divisor.abs()) < 1e-12 * float(torch.linalg.vector_norm(key)):
+        raise ValueError("`direction` is orthogonal to `key`: no rank-one change can store the pair.")
+    return (residual / divisor)[:, None], direction[:, None], divisor

@@ -1,0 +1,342 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Only the part of a forward pass that an edit of one position can change.
+
+In a causal model a change at the subject's last token leaves every layer below and every
+position before as it was. Rows are therefore split at the subject: what stands before lies in
+a cache of keys and values, computed once; what follows runs again from the edited layer only.
+"""
+
+# Shapes: N rows, P positions before the subject's last token, Q positions from it on, D hidden,
+# M inputs of the edited projection, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.batch import pad_rows
+from lightning_edit.core.errors import ModelError
+from lightning_edit.core.locator import ModelTree
+
+__all__ = ["Tail", "frozen", "split_rows"]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switches gradients of all parameters off inside a ``with`` block."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class _Prefix:
+    """Keys and values of the prefixes, to be read by attention and never added to."""
+
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
+        self.is_compileable = False
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """The prefix's keys and values with the new ones behind them."""
+        if layer_idx not in self.layers:
+            return key, value
+        keys, values = self.layers[layer_idx]
+        return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions in the prefix."""
+        return self.layers[layer_idx][0].shape[-2] if layer_idx in self.layers else 0
+
+    def select(self, rows: Tensor) -> _Prefix:
+        """The prefixes of some of the rows."""
+        return _Prefix({i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()})
+
+
+def split_rows(
+    rows: Sequence[Sequence[int]], splits: Sequence[int], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Aligns rows at a position of each: what stands before it left-padded, the rest right-padded.
+
+    Args:
+        rows: Token ids of N rows.
+        splits: Index of the position of each row that becomes column 0 of the second part.
+        pad_id: Fills the gaps.
+
+    Returns:
+        Ids before [N, P], their mask, ids from the position on [N, Q], their mask; all int64.
+
+    Example:
+        >>> before, _, after, mask = split_rows([[5, 6, 7], [8, 9]], [2, 0], 0)
+        >>> before.tolist(), after.tolist(), mask.tolist()
+        ([[5, 6], [0, 0]], [[7, 0], [8, 9]], [[1, 0], [1, 1]])
+    """
+    before = [list(row[:s]) for row, s in zip(rows, splits, strict=True)]
+    after = [list(row[s:]) for row, s in zip(rows, splits, strict=True)]
+    return (*pad_rows(before, pad_id, side="left"), *pad_rows(after, pad_id))
+
+
+@dataclass
+class Tail:
+    """A batch of rows, ready to be run again from one layer on.
+
+    Built by :meth:`capture`; :meth:`hidden` then runs the rest for a change at column 0.
+
+    Args:
+        tree: Where the model's parts are.
+        layer: The edited layer.
+        keys: Input of the edited projection at column 0, [N, M].
+        values: Output of the edited projection at column 0, [N, D].
+        state: Residual stream that enters the first block of :attr:`calls`, [N, Q, D].
+        calls: Blocks to run, each with the arguments that it got in the captured pass.
+        prefix: Cached keys and values of the positions before.
+        inside: The change goes through the edited block, since something stands between its MLP
+            and the residual stream (a norm after the MLP, as in Gemma 2).
+    """
+
+    tree: ModelTree
+    layer: int
+    keys: Tensor
+    values: Tensor
+    state: Tensor
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+    prefix: _Prefix
+    inside: bool
+
+    @classmethod
+    def capture(
+        cls,
+        tree: ModelTree,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        splits: Sequence[int],
+        pad_id: int,
+    ) -> Tail:
+        """Runs the rows once through the whole model and keeps what later runs need.
+
+        Args:
+            tree: A decoder-only model.
+            layer: The layer whose MLP output changes.
+            rows: Token ids of N rows.
+            splits: Index of the subject's last token in each row.
+            pad_id: Fills the gaps.
+
+        Raises:
+            ModelError: If the model's blocks cannot be run on their own.
+        """
+        from transformers import DynamicCache
+
+        layer = tree.index(layer)
+        model: Any = tree.model
+        device = next(tree.blocks[0].parameters()).device
+        parts = (part.to(device) for part in split_rows(rows, splits, pad_id))
+        before_NP, mask_NP, after_NQ, mask_NQ = parts
+        mask = torch.cat([mask_NP, mask_NQ], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        width = before_NP.shape[1]
+        cache = DynamicCache()
+        with torch.no_grad(), frozen(model):
+            if width:
+                model.base_model(
+                    input_ids=before_NP,
+                    attention_mask=mask_NP,
+                    position_ids=positions[:, :width],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            prefix = _Prefix(_masked(cache, mask_NP))
+            for i, (keys, values) in prefix.layers.items():
+                cache.layers[i].keys, cache.layers[i].values = keys, values
+            seen = _Recorder(tree, layer)
+            with seen:
+                model.base_model(
+                    input_ids=after_NQ,
+                    attention_mask=mask,
+                    position_ids=positions[:, width:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            tail = cls(
+                tree, layer, seen.key, seen.value, seen.entry[layer], [], prefix, inside=True
+            )
+            blocks = [*enumerate(tree.blocks)][layer:]
+            tail.calls = [(b, *_replace_cache(seen.arguments[i], prefix)) for i, b in blocks]
+            if tail._adds_up(seen.entry.get(layer + 1, seen.last)):
+                tail.inside = False
+                tail.state = seen.entry.get(layer + 1, seen.last)
+                tail.calls = tail.calls[1:]
+        return tail
+
+    def hidden(self, change: Tensor) -> Tensor:
+        """Final hidden states, before the last norm, with a change of the MLP's output.
+
+        Args:
+            change: Added to the edited layer's MLP output at column 0, [N, D].
+
+        Returns:
+            Residual stream after the last block, [N, Q, D].
+        """
+        state, calls = self.state, self.calls
+        if self.inside:
+            block, args, kwargs = calls[0]
+            with _added(self.tree.mlp(self.layer), change):
+                state = _tensor(block(state, *args, **kwargs))
+            calls = calls[1:]
+        else:
+            state = torch.cat([state[:, :1] + change[:, None].to(state.dtype), state[:, 1:]], 1)
+        for block, args, kwargs in calls:
+            state = _tensor(block(state, *args, **kwargs))
+        return state
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Next-token logits of hidden states [..., D], as float32 [..., V]."""
+        if self.tree.final_norm is not None:
+            state = self.tree.final_norm(state)
+        if self.tree.lm_head is None:
+            raise ModelError(
+                f"{type(self.tree.model).__name__} has no projection to the vocabulary. "
+                "Load it with AutoModelForCausalLM."
+            )
+        logits: Tensor = self.tree.lm_head(state).float()
+        cap = getattr(getattr(self.tree.model, "config", None), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def select(self, rows: Tensor) -> Tail:
+        """The tail of some of the rows, [n] int64."""
+        count = self.state.shape[0]
+        prefix = self.prefix.select(rows)
+
+        def pick(value: Any) -> Any:
+            if value is self.prefix:
+                return prefix
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == count:
+                return value[rows]
+            if isinstance(value, tuple):
+                return tuple(pick(v) for v in value)
+            return value
+
+        calls = [
+            (block, pick(args), {name: pick(v) for name, v in kwargs.items()})
+            for block, args, kwargs in self.calls
+        ]
+        return Tail(
+            self.tree,
+            self.layer,
+            self.keys[rows],
+            self.values[rows],
+            self.state[rows],
+            calls,
+            prefix,
+            self.inside,
+        )
+
+    def _adds_up(self, after: Tensor) -> bool:
+        """Whether the MLP's output goes straight into the residual stream."""
+        nudge = torch.ones_like(self.values) * self.values.abs().mean()
+        block, args, kwargs = self.calls[0]
+        with _added(self.tree.mlp(self.layer), nudge):
+            moved = _tensor(block(self.state, *args, **kwargs))
+        wanted = after[:, 0] + nudge
+        return bool(torch.allclose(moved[:, 0], wanted, rtol=1e-3, atol=1e-3 * float(nudge.max())))
+
+
+class _Recorder:
+    """Records what enters each block and what goes through the edited projection."""
+
+    def __init__(self, tree: ModelTree, layer: int) -> None:
+        self.entry: dict[int, Tensor] = {}
+        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.key = self.value = self.last = torch.empty(0)
+        self._hooks: list[Any] = []
+        self._tree, self._layer = tree, layer
+
+    def __enter__(self) -> None:
+        tree, layer = self._tree, self._layer
+        projection = tree.mlp_out(layer).module(tree.model)
+        for i in range(layer, len(tree.blocks)):
+            hook = tree.blocks[i].register_forward_pre_hook(self._enter(i), with_kwargs=True)
+            self._hooks.append(hook)
+        self._hooks.append(tree.blocks[-1].register_forward_hook(self._leave))
+        self._hooks.append(projection.register_forward_hook(self._project))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, i: int) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            state = args[0] if args else kwargs.pop("hidden_states")
+            if i in (self._layer, self._layer + 1):
+                self.entry[i] = state
+            self.arguments[i] = (tuple(args[1:]), kwargs)
+
+        return record
+
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.last = _tensor(output)
+
+    def _project(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Some models flatten batch and positions before the MLP.
+        rows = self.entry[self._layer].shape[0]
+        self.key = args[0].reshape(rows, -1, args[0].shape[-1])[:, 0]
+        self.value = output.reshape(rows, -1, output.shape[-1])[:, 0]
+
+
+@contextmanager
+def _added(mlp: nn.Module, change: Tensor) -> Iterator[None]:
+    """Adds a change to a module's output at column 0 inside a ``with`` block."""
+
+    def add(_: nn.Module, __: Any, output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        rows = whole.reshape(change.shape[0], -1, whole.shape[-1])
+        moved = torch.cat([rows[:, :1] + change[:, None].to(rows.dtype), rows[:, 1:]], 1)
+        moved = moved.reshape(whole.shape)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    hook = mlp.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    """A block's hidden states: some blocks return a tuple around them."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _masked(cache: Any, mask_NP: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values by layer, zero on padding: a row of nothing but padding makes them NaN."""
+    kept = mask_NP.bool()[:, None, :, None]
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, layer in enumerate(cache.layers):
+        if layer.keys is not None and layer.keys.ndim == 4:
+            layers[i] = (
+                torch.where(kept, layer.keys, 0.0),
+                torch.where(kept, layer.values, 0.0),
+            )
+    return layers
+
+
+def _replace_cache(
+    arguments: tuple[tuple[Any, ...], dict[str, Any]], prefix: _Prefix
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from transformers import Cache
+
+    def swap(value: Any) -> Any:
+        return prefix if isinstance(value, Cache) else value
+
+    args, kwargs = arguments
+    return tuple(swap(a) for a in args), {name: swap(v) for name, v in kwargs.items()}
