@@ -1,3 +1,57 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
 """Pure tensor mathematics."""
+
+from lightning_edit.functional.fluency import ngram_entropy
+from lightning_edit.functional.intervals import wilson_interval
+from lightning_edit.functional.matching import (
+    answer_matches,
+    autoregressive_hit,
+    completion_matches,
+    contains_answer,
+    normalize_answer,
+    token_f1,
+)
+from lightning_edit.functional.metrics import (
+    edit_score,
+    efficacy_magnitude,
+    efficacy_success,
+    kl_divergence,
+    locality_agreement,
+    mirage_gap,
+    neighborhood_magnitude,
+    neighborhood_success,
+    token_accuracy,
+)
+from lightning_edit.functional.retention import (
+    average_retention,
+    early_retention,
+    edits_held,
+    forgetting,
+    retention_area,
+)
+
+__all__ = [
+    "answer_matches",
+    "autoregressive_hit",
+    "average_retention",
+    "completion_matches",
+    "contains_answer",
+    "early_retention",
+    "edit_score",
+    "edits_held",
+    "efficacy_magnitude",
+    "efficacy_success",
+    "forgetting",
+    "kl_divergence",
+    "locality_agreement",
+    "mirage_gap",
+    "neighborhood_magnitude",
+    "neighborhood_success",
+    "ngram_entropy",
+    "normalize_answer",
+    "retention_area",
+    "token_accuracy",
+    "token_f1",
+    "wilson_interval",
+]

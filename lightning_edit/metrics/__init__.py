@@ -1,3 +1,33 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of knowledge editing."""
+"""Metrics of edits as torchmetrics objects, to be logged and reduced over processes."""
+
+from lightning_edit.metrics.base import CountingMetric, EditMetric
+from lightning_edit.metrics.collection import edit_metrics
+from lightning_edit.metrics.counterfact import (
+    EditScore,
+    EfficacySuccess,
+    NeighborhoodSuccess,
+    ParaphraseSuccess,
+)
+from lightning_edit.metrics.generality import Generality
+from lightning_edit.metrics.locality import Locality
+from lightning_edit.metrics.portability import Portability
+from lightning_edit.metrics.reading import Reading, ReadingMetric
+from lightning_edit.metrics.reliability import Reliability
+
+__all__ = [
+    "CountingMetric",
+    "EditMetric",
+    "EditScore",
+    "EfficacySuccess",
+    "Generality",
+    "Locality",
+    "NeighborhoodSuccess",
+    "ParaphraseSuccess",
+    "Portability",
+    "Reading",
+    "ReadingMetric",
+    "Reliability",
+    "edit_metrics",
+]

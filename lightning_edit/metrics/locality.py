@@ -1,0 +1,58 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Locality: does everything else stay as it was?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_edit.metrics.reading import ReadingMetric
+
+__all__ = ["Locality"]
+
+
+class Locality(ReadingMetric):
+    """Mean agreement with the unedited model on prompts outside the edit's scope.
+
+    The targets are what the unedited model said, taken before the first edit: token ids in the
+    teacher-forced reading, and in the autoregressive one a text for each prompt, which must be
+    equal but for space around it. Whether it was right does not matter.
+
+    Args:
+        reading: ``teacher_forced``: fraction of positions predicted as before. ``autoregressive``:
+            whether the freely generated text is the same.
+        strict: In the teacher-forced reading, count a row only if all its tokens agree.
+        kind: Kind of the probes, where they are told apart; becomes part of the name.
+        kwargs: Arguments of every torchmetrics metric.
+
+    Raises:
+        ValueError: If the reading is unknown, ``strict`` is set for generated text, or the kind is
+            not a plain word.
+
+    Example:
+        >>> metric = Locality(reading="autoregressive")
+        >>> metric.update([" Madrid.", " Berlin."], target=[" Madrid.", " Bonn."])
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+
+    References:
+        arXiv 2305.13172, section 2; autoregressive: arXiv 2502.11177.
+    """
+
+    name = "locality"
+
+    def text_scores(
+        self,
+        preds: Sequence[str],
+        target: Sequence[Sequence[str]],
+        question: Sequence[bool] | None,
+    ) -> list[float]:
+        """Whether each text equals that of the unedited model; ``question`` does not matter."""
+        texts = [text for text in target if isinstance(text, str)]
+        if len(texts) != len(target):
+            raise TypeError(
+                f"{self.key}: `target` is expected to hold the texts of the unedited model, one "
+                f"for each prompt, but got {list(target)!r}."
+            )
+        rows = zip(preds, texts, strict=True)
+        return [float(now.strip() == before.strip()) for now, before in rows]

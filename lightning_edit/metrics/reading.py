@@ -1,0 +1,124 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The two readings of an edited model: fed with the right prefix, or left to write by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_edit.functional.matching import autoregressive_hit
+from lightning_edit.functional.metrics import token_accuracy
+from lightning_edit.metrics.base import EditMetric
+
+__all__ = ["Reading", "ReadingMetric"]
+
+Reading = Literal["teacher_forced", "autoregressive"]
+
+
+class ReadingMetric(EditMetric):
+    """Base of the four metrics that exist in two readings.
+
+    Subclasses set :attr:`name`; they may replace :meth:`text_scores`.
+
+    Args:
+        reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.
+            ``autoregressive``: whether freely generated text gives the answer.
+        strict: In the teacher-forced reading, count a row only if all its tokens are right.
+        kind: Kind of the probes, where only those of one kind are given; becomes part of the name.
+        kwargs: Arguments of every torchmetrics metric.
+
+    Raises:
+        ValueError: If the reading is unknown, ``strict`` is set for generated text, or the kind is
+            not a plain word.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        reading: Reading = "teacher_forced",
+        strict: bool = False,
+        kind: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if reading not in ("teacher_forced", "autoregressive"):
+            raise ValueError(
+                "`reading` is expected to be 'teacher_forced' or 'autoregressive', but got "
+                f"{reading!r}."
+            )
+        if strict and reading == "autoregressive":
+            raise ValueError(
+                "`strict` concerns the tokens of the teacher-forced reading; generated text is "
+                "right or wrong as a whole. Leave it out."
+            )
+        if kind is not None and not kind.isidentifier():
+            raise ValueError(
+                f"`kind` is expected to be a word such as 'one_hop', but got {kind!r}."
+            )
+        parts = (self.name, kind, f"{reading}_strict" if strict else reading)
+        super().__init__(key="/".join(part for part in parts if part), **kwargs)
+        self.reading = reading
+        self.strict = strict
+        self.kind = kind
+
+    def update(
+        self,
+        preds: Tensor | Sequence[str],
+        target: Tensor | Sequence[Sequence[str]],
+        question: Sequence[bool] | None = None,
+    ) -> None:
+        """Adds rows.
+
+        Args:
+            preds: Teacher-forced: predicted token ids [B, T] or logits [B, T, V], aligned with the
+                target. Autoregressive: B generated texts.
+            target: Teacher-forced: target token ids [B, T], -100 where nothing is to be predicted.
+                Autoregressive: for each text the answer and its other spellings.
+            question: Autoregressive: for each text whether its prompt is a question.
+
+        Raises:
+            TypeError: If tensors are given to the autoregressive reading or texts to the other.
+            ValueError: If lengths or shapes disagree.
+        """
+        if self.reading == "teacher_forced":
+            if not isinstance(preds, Tensor) or not isinstance(target, Tensor):
+                raise TypeError(
+                    f"{self.key}: `preds` and `target` are expected to be tensors of token ids, "
+                    f"but got {type(preds).__name__} and {type(target).__name__}. For generated "
+                    "texts use `reading='autoregressive'`."
+                )
+            scores = token_accuracy(preds, target, strict=self.strict)
+        else:
+            if isinstance(preds, (Tensor, str)) or isinstance(target, (Tensor, str)):
+                raise TypeError(
+                    f"{self.key}: `preds` and `target` are expected to be sequences of texts, but "
+                    f"got {type(preds).__name__} and {type(target).__name__}. For token ids use "
+                    "`reading='teacher_forced'`."
+                )
+            lengths = [len(rows) for rows in (preds, target, question) if rows is not None]
+            if len(set(lengths)) > 1:
+                raise ValueError(
+                    f"{self.key}: `preds`, `target` and `question` are expected to be of one "
+                    f"length, but got {lengths}."
+                )
+            scores = torch.tensor(self.text_scores(preds, target, question), dtype=torch.float32)
+        self.count_scores(self.state, scores)
+
+    def text_scores(
+        self,
+        preds: Sequence[str],
+        target: Sequence[Sequence[str]],
+        question: Sequence[bool] | None,
+    ) -> list[float]:
+        """Scores of generated texts, one in [0, 1] for each (arguments as those of ``update``)."""
+        if question is None:
+            raise ValueError(
+                f"{self.key}: `question` is needed to judge generated text. Say for each text "
+                "whether its prompt is a question."
+            )
+        rows = zip(question, preds, target, strict=True)
+        return [float(autoregressive_hit(*row)) for row in rows]
