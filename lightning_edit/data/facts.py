@@ -1,0 +1,77 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The facts that come with the package: true, checkable, and known to the default model."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import as_file, files
+from typing import Any
+
+from lightning_edit.core.errors import RequestError
+from lightning_edit.core.request import EditRequest
+from lightning_edit.data.base import EditDataModule
+from lightning_edit.data.json import read_records
+from lightning_edit.data.records import Record
+
+__all__ = ["Facts"]
+
+
+class Facts(EditDataModule):
+    """The package's own facts, each with a false target, rephrases and probes of every kind.
+
+    An edit shows only where the model knew the fact before: by default only those facts are kept
+    that the default model answers rightly.
+
+    Args:
+        known_to: Keep the facts that this model knows; all facts when null.
+        demo: Keep only the ten facts of the demonstration, whatever ``known_to`` says.
+        kwargs: Arguments of :class:`EditDataModule`; a ``path`` replaces the packaged file.
+
+    Raises:
+        RequestError: From ``setup``, if it is not recorded what ``known_to`` knows.
+
+    Example:
+        >>> data = Facts(demo=True)
+        >>> len(data.requests)
+        10
+        >>> all(request.target_old for request in data.requests)
+        True
+    """
+
+    def __init__(self, known_to: str | None = "smollm2", demo: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.known_to = known_to
+        self.demo = demo
+
+    @property
+    def source(self) -> str:
+        """Where the requests come from, in words."""
+        return self.path or self.hub or "the packaged facts"
+
+    def read_records(self) -> list[tuple[str, Record]]:
+        """Reads the packaged facts, or those of ``path`` or ``hub``."""
+        if self.path is not None or self.hub is not None:
+            return super().read_records()
+        with as_file(files("lightning_edit.data") / "facts.jsonl") as path:
+            return read_records(path)
+
+    def to_requests(self, record: Record, where: str) -> list[EditRequest]:
+        """Turns one record into its request, or into none if it is not among those to keep."""
+        requests = super().to_requests(record, where)
+        if (name := "demo" if self.demo else self.known_to) is None:
+            return requests
+        known = _known()
+        if name not in known:
+            raise RequestError(
+                f"`known_to` is expected to be one of {', '.join(sorted(set(known) - {'demo'}))} "
+                f"or null, but got {name!r}."
+            )
+        return [request for request in requests if request.id in known[name]]
+
+
+@cache
+def _known() -> dict[str, frozenset[str]]:
+    content = (files("lightning_edit.data") / "facts_known.json").read_text(encoding="utf-8")
+    return {name: frozenset(ids) for name, ids in json.loads(content).items()}

@@ -1,0 +1,131 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of requests for the Trainer: the same on every rank, shared out, or resumed midway.
+
+Requests are short texts, so ``torch.utils.data.DataLoader`` has nothing to add (no workers, no
+collation, no pinning) and much to get wrong here: Lightning would give every rank other requests to
+edit, repeat requests in evaluation until the ranks are even, and after a crash begin the epoch
+again at its first request. It leaves an iterable of another type alone, and keeps the state of one
+that has ``state_dict``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lightning_edit.core.errors import RequestError
+from lightning_edit.core.request import EditRequest
+
+__all__ = ["RequestLoader", "ResumableRequestLoader", "requests_sha256"]
+
+
+class RequestLoader:
+    """Yields lists of requests; with several replicas, each gets every n-th request.
+
+    All replicas run the same number of batches. Requests are never repeated to get there: a replica
+    that has run out gets empty lists, so that five requests on two replicas count as five, and a
+    replica without any request still takes part in collective calls.
+
+    Args:
+        requests: The requests, in order.
+        batch_size: Requests in a batch; the last one may hold fewer.
+        num_replicas: Number of processes that share the requests.
+        rank: Which of them this is, from 0.
+
+    Example:
+        >>> from lightning_edit.core.request import EditRequest
+        >>> requests = [EditRequest(f"{name} lives in", name, "Rome", id=name) for name in "ABC"]
+        >>> for rank in range(2):
+        ...     loader = RequestLoader(requests, batch_size=1, num_replicas=2, rank=rank)
+        ...     [[request.id for request in batch] for batch in loader]
+        [['A'], ['C']]
+        [['B'], []]
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.batch_size = batch_size
+        self.requests = requests[rank::num_replicas]
+        self._most = len(requests[::num_replicas])
+
+    def __len__(self) -> int:
+        return -(-self._most // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[EditRequest]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> list[EditRequest]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Batch {index} of {len(self)}.")
+        return list(self.requests[index * self.batch_size : (index + 1) * self.batch_size])
+
+
+class ResumableRequestLoader(RequestLoader):
+    """Yields every request on every rank, and resumes an interrupted epoch where it stopped.
+
+    Lightning stores the state of this loader with its fit loop. The state counts the batches that
+    were *carried out*, not those handed out: a run that dies within an edit repeats that edit.
+
+    Args:
+        requests: The requests, in order.
+        batch_size: Requests in a batch.
+        progress: Says how many batches of the current epoch are done.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        batch_size: int,
+        progress: Callable[[], int] = lambda: 0,
+    ) -> None:
+        super().__init__(requests, batch_size)
+        self._progress = progress
+        self._start = 0
+
+    def __iter__(self) -> Iterator[list[EditRequest]]:
+        start, self._start = self._start, 0
+        return (self[i] for i in range(start, len(self)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch, and a mark of the requests it refers to."""
+        return {
+            "batches": self._progress(),
+            "batch_size": self.batch_size,
+            "requests_sha256": requests_sha256(self.requests),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next pass begin at the stored position.
+
+        Raises:
+            RequestError: If the position is within an epoch over other requests or batches.
+        """
+        start = state_dict["batches"]
+        if start:
+            now = {**self.state_dict(), "batches": start}
+            for name, what in (("batch_size", "`batch_size`"), ("requests_sha256", "requests")):
+                if now[name] != state_dict[name]:
+                    raise RequestError(
+                        f"The checkpoint stopped after {start} batches of an epoch whose {what} "
+                        f"differ from those given now ({state_dict[name]} then, {now[name]} now). "
+                        "Resume with the same requests, order and `batch_size`; to go on with "
+                        "others, start from the edited model instead of the checkpoint."
+                    )
+        self._start = start
+
+
+def requests_sha256(requests: Sequence[EditRequest]) -> str:
+    """SHA-256 over the edits of a sequence of requests, in order, in hexadecimal.
+
+    Example:
+        >>> requests_sha256([])[:8]
+        'e3b0c442'
+    """
+    return hashlib.sha256("".join(request.sha256() for request in requests).encode()).hexdigest()
