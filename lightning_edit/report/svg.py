@@ -1,0 +1,219 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of the report as inline SVG: no script, no file beside it, named for readers aloud.
+
+Colors and dash patterns are classes of ``page.css``, so that light and dark follow the reader.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from lightning_edit.report.glossary import metric_name
+from lightning_edit.report.results import MetricRow, RunReport
+from lightning_edit.report.summary import Gap
+from lightning_edit.report.text import number, percent, visible
+
+__all__ = [
+    "gap_chart",
+    "layer_chart",
+    "metric_bar",
+    "sequence_chart",
+    "sequence_legend",
+    "sequence_series",
+]
+
+QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MAX_MARKERS = 60  # on a line; more would hide it
+MAX_SERIES = 6  # as many as page.css tells apart by color, dash and marker
+
+
+def _open(width: float, height: float, label: str, css: str = "chart") -> str:
+    return (
+        f'<svg class="{css}" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_escape(label)}">'
+    )
+
+
+def _escape(text: str) -> str:
+    return html.escape(visible(text), quote=True)
+
+
+def metric_bar(row: MetricRow) -> str:
+    """A rate before (tick) and after (bar) on a scale from 0 to 1, with its 95 % interval."""
+    width, height, left = 200.0, 22.0, 5.0
+    scale = width - 2 * left
+
+    def x(share: float) -> float:
+        return round(left + scale * min(max(share, 0.0), 1.0), 2)
+
+    label = f"before {percent(row.before)}, after {percent(row.after)}"
+    if row.ci:
+        label += f", 95 % interval {percent(row.ci[0])} to {percent(row.ci[1])}"
+    parts = [_open(width, height, label, "bar")]
+    parts.append(f'<rect class="track" x="{left:g}" y="3" width="{scale:g}" height="10" rx="2"/>')
+    if row.after is not None:
+        parts.append(
+            f'<rect class="after" x="{left:g}" y="3" width="{x(row.after) - left:.2f}" '
+            'height="10" rx="2"/>'
+        )
+    parts.append(f'<line class="grid" x1="{x(0.5):g}" x2="{x(0.5):g}" y1="3" y2="13"/>')
+    if row.ci:  # under the bar: upon it, one of the two would be hard to see
+        low, high = x(row.ci[0]), x(row.ci[1])
+        whisker = f"M{low:g} 18.5H{high:g}M{low:g} 16V21M{high:g} 16V21"
+        parts.append(f'<path class="whisker" d="{whisker}"/>')
+    if row.before is not None:
+        tick = f"M{x(row.before):g} 0V16"
+        parts.append(f'<path class="halo" d="{tick}"/><path class="before" d="{tick}"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def gap_chart(gaps: Sequence[Gap]) -> str:
+    """Two dots a metric, teacher-forced and autoregressive, joined by their gap."""
+    left = 24.0 + 7.5 * max(len(gap.label) for gap in gaps)
+    width, step = 760.0, 32.0
+    scale = width - left - 90
+    height = step * len(gaps) + 30
+
+    def x(share: float) -> float:
+        return round(left + scale * min(max(share, 0.0), 1.0), 2)
+
+    label = "; ".join(
+        f"{gap.label}: teacher-forced {percent(gap.teacher_forced)}, "
+        f"autoregressive {percent(gap.autoregressive)}"
+        for gap in gaps
+    )
+    parts = [_open(width, height, label)]
+    parts += [
+        f'<line class="grid" x1="{x(share):g}" x2="{x(share):g}" y1="6" y2="{height - 22:g}"/>'
+        f'<text class="axis" x="{x(share):g}" y="{height - 6:g}" text-anchor="middle">'
+        f"{percent(share)}</text>"
+        for share in QUARTERS
+    ]
+    for i, gap in enumerate(gaps):
+        y = 6 + step * (i + 0.5)
+        forced, free = x(gap.teacher_forced), x(gap.autoregressive)
+        points = round(100 * gap.value, 1)
+        sign = "−" if points < 0 else "+" if points > 0 else "±"
+        parts.append(
+            f'<text x="{left - 16:g}" y="{y + 4:g}" text-anchor="end">{_escape(gap.label)}</text>'
+            f'<line class="span" x1="{forced:g}" x2="{free:g}" y1="{y:g}" y2="{y:g}"/>'
+            f'<circle class="forced" cx="{forced:g}" cy="{y:g}" r="6.5"/>'
+            f'<circle class="free" cx="{free:g}" cy="{y:g}" r="6.5"/>'
+            f'<text class="value" x="{width:g}" y="{y + 4:g}" text-anchor="end">'
+            f"{sign}{abs(points):g} points</text>"
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def layer_chart(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
+    """One bar a parameter: its length is ‖Δ‖.
+
+    Args:
+        rows: Parameter, ‖Δ‖ and ‖Δ‖ / ‖W‖.
+    """
+    names = [name if len(name) <= 56 else f"…{name[-55:]}" for name, _, _ in rows]
+    left = 20.0 + 7.3 * max(len(name) for name in names)
+    width, step = 980.0, 26.0
+    scale = width - left - 190
+    height = step * len(rows) + 8
+    longest = max((norm for _, norm, _ in rows if norm is not None), default=0.0) or 1.0
+    label = "Size of the change: " + "; ".join(f"{name} {number(norm)}" for name, norm, _ in rows)
+    parts = [_open(width, height, label)]
+    for i, (shown, (name, norm, relative)) in enumerate(zip(names, rows, strict=True)):
+        y = 4 + step * i
+        length = scale * (norm or 0.0) / longest
+        value = number(norm) + (f"  ({percent(relative)} of ‖W‖)" if relative is not None else "")
+        parts.append(
+            f'<text class="mono" x="{left - 12:g}" y="{y + 17:g}" text-anchor="end">'
+            f"<title>{_escape(name)}</title>{_escape(shown)}</text>"
+            f'<rect class="after" x="{left:g}" y="{y + 5:g}" width="{max(length, 1):.2f}" '
+            f'height="{step - 10:g}" rx="2"/>'
+            f'<text class="value" x="{left + max(length, 1) + 8:.2f}" y="{y + 17:g}">'
+            f"{_escape(value)}</text>"
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def sequence_series(report: RunReport) -> dict[str, list[tuple[float, float]]]:
+    """The curves of a sequence: name -> points (edits made, value), rates first, at most six."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for i, point in enumerate(report.sequence):
+        at = point.get("edits") or i + 1
+        for name, value in point.items():
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name != "edits" and real and metric_name(name).is_rate:
+                series.setdefault(name, []).append((float(at), float(value)))
+    return dict(list(series.items())[:MAX_SERIES])
+
+
+def sequence_chart(series: dict[str, list[tuple[float, float]]]) -> str:
+    """Rates against the number of edits made; every line has its own color, dash and marker."""
+    width, height, left, right, top, bottom = 980.0, 300.0, 56.0, 16.0, 12.0, 44.0
+    places = sorted({at for points in series.values() for at, _ in points})
+    first, last = places[0], places[-1]
+    span = (last - first) or 1.0
+
+    def x(at: float) -> float:
+        return round(left + (width - left - right) * (at - first) / span, 2)
+
+    def y(share: float) -> float:
+        return round(top + (height - top - bottom) * (1 - min(max(share, 0.0), 1.0)), 2)
+
+    label = "; ".join(
+        f"{_series_label(name)}: {percent(points[0][1])} after {points[0][0]:.12g} edits, "
+        f"{percent(points[-1][1])} after {points[-1][0]:.12g}"
+        for name, points in series.items()
+    )
+    parts = [_open(width, height, label)]
+    parts += [
+        f'<line class="grid" x1="{left:g}" x2="{width - right:g}" y1="{y(share):g}" '
+        f'y2="{y(share):g}"/><text class="axis" x="{left - 8:g}" y="{y(share) + 4:g}" '
+        f'text-anchor="end">{percent(share)}</text>'
+        for share in QUARTERS
+    ]
+    taken = -width
+    for at in places:
+        if x(at) - taken >= 48:  # room for five digits
+            taken = x(at)
+            parts.append(
+                f'<text class="axis" x="{taken:g}" y="{height - 24:g}" text-anchor="middle">'
+                f"{at:.12g}</text>"
+            )
+    parts.append(
+        f'<text class="axis" x="{(left + width - right) / 2:g}" y="{height - 5:g}" '
+        'text-anchor="middle">edits made</text>'
+    )
+    for i, points in enumerate(series.values()):
+        path = "M" + "L".join(f"{x(at):g} {y(value):g}" for at, value in points)
+        parts.append(f'<path class="line series{i}" d="{path}"/>')
+        if len(points) <= MAX_MARKERS:
+            parts.extend(_marker(i, x(at), y(value)) for at, value in points)
+    return "".join([*parts, "</svg>"])
+
+
+def sequence_legend(series: dict[str, list[tuple[float, float]]]) -> str:
+    """The key to :func:`sequence_chart`, in its colors, dashes and markers."""
+    items = (
+        f'<li><svg class="key" viewBox="0 0 44 14" aria-hidden="true">'
+        f'<path class="line series{i}" d="M2 7H42"/>{_marker(i, 22, 7)}</svg>'
+        f"{_escape(_series_label(name))}</li>"
+        for i, name in enumerate(series)
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _series_label(name: str) -> str:
+    parts = metric_name(name)
+    return ", ".join(filter(None, (parts.label, parts.reading_label)))
+
+
+def _marker(i: int, x: float, y: float) -> str:
+    shapes = (
+        f"M{x - 4:g} {y:g}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
+        f"M{x - 4:g} {y - 4:g}h8v8h-8Z",
+        f"M{x:g} {y - 5:g}l5 9h-10Z",
+        f"M{x:g} {y - 5:g}l5 5l-5 5l-5 -5Z",
+    )
+    return f'<path class="marker series{i}" d="{shapes[i % len(shapes)]}"/>'
