@@ -2,6 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pure tensor mathematics."""
 
+from lightning_edit.functional.counterfact import (
+    edit_score,
+    efficacy_magnitude,
+    efficacy_success,
+    neighborhood_magnitude,
+    neighborhood_success,
+)
 from lightning_edit.functional.fluency import ngram_entropy
 from lightning_edit.functional.intervals import wilson_interval
 from lightning_edit.functional.matching import (
@@ -13,14 +20,9 @@ from lightning_edit.functional.matching import (
     token_f1,
 )
 from lightning_edit.functional.metrics import (
-    edit_score,
-    efficacy_magnitude,
-    efficacy_success,
     kl_divergence,
     locality_agreement,
     mirage_gap,
-    neighborhood_magnitude,
-    neighborhood_success,
     token_accuracy,
 )
 from lightning_edit.functional.retention import (

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of single rows: token accuracy, divergence from the unedited model, CounterFact's rates.
+"""Scores of single rows: token accuracy and divergence from the unedited model.
 
 Shapes: B rows, T tokens, V vocabulary. A row is one probe of one request. Every score is returned
 per row and left unreduced, for rates are to be weighted by rows and never by batches.
@@ -8,20 +8,13 @@ per row and left unreduced, for rates are to be weighted by rows and never by ba
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 __all__ = [
-    "edit_score",
-    "efficacy_magnitude",
-    "efficacy_success",
     "kl_divergence",
     "locality_agreement",
     "mirage_gap",
-    "neighborhood_magnitude",
-    "neighborhood_success",
     "token_accuracy",
 ]
 
@@ -146,123 +139,6 @@ def kl_divergence(log_p_reference: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(dim=-1).clamp_min(0)
 
 
-def efficacy_success(nll_new: Tensor, nll_old: Tensor) -> Tensor:
-    """Whether the new answer has become likelier than the old one. A tie is a failure.
-
-    CounterFact's ES on the edit prompt and PS on its paraphrases.
-
-    Args:
-        nll_new: Mean negative log-likelihood per token of the new answer, in nats, shape [B].
-        nll_old: That of the old answer after the same prompts, shape [B].
-
-    Returns:
-        Float32 tensor of shape [B] of zeros and ones.
-
-    Raises:
-        ValueError: If the shapes disagree or a value is nan.
-
-    Example:
-        >>> efficacy_success(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([3.0, 1.0, 1.0]))
-        tensor([1., 0., 0.])
-
-    References:
-        arXiv 2202.05262, section 3.3.
-    """
-    _check_nll(nll_new, nll_old)
-    return (nll_new < nll_old).float()
-
-
-def neighborhood_success(nll_new: Tensor, nll_old: Tensor) -> Tensor:
-    """Whether a neighboring subject keeps its answer: the old one likelier. A tie is a failure.
-
-    Args:
-        nll_new: Mean negative log-likelihood per token of the edit's new answer after the
-            neighborhood prompts, in nats, shape [B].
-        nll_old: That of the old answer, which is right there, shape [B].
-
-    Returns:
-        Float32 tensor of shape [B] of zeros and ones.
-
-    Raises:
-        ValueError: If the shapes disagree or a value is nan.
-
-    Example:
-        >>> neighborhood_success(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([3.0, 1.0, 1.0]))
-        tensor([0., 1., 0.])
-
-    References:
-        arXiv 2202.05262, section 3.3.
-    """
-    return efficacy_success(nll_old, nll_new)
-
-
-def efficacy_magnitude(nll_new: Tensor, nll_old: Tensor) -> Tensor:
-    """By how much the new answer is likelier than the old one, in probability per token.
-
-    Args:
-        nll_new: Mean negative log-likelihood per token of the new answer, in nats, shape [B].
-        nll_old: That of the old answer, shape [B].
-
-    Returns:
-        Tensor of shape [B], each in [-1, 1].
-
-    Raises:
-        ValueError: If the shapes disagree or a value is nan.
-
-    Example:
-        >>> efficacy_magnitude(torch.tensor([0.0]), torch.tensor([0.5]).log().neg())
-        tensor([0.5000])
-    """
-    _check_nll(nll_new, nll_old)
-    return (-nll_new).exp() - (-nll_old).exp()
-
-
-def neighborhood_magnitude(nll_new: Tensor, nll_old: Tensor) -> Tensor:
-    """By how much a neighboring subject's old answer is likelier, in probability per token.
-
-    Args:
-        nll_new: Mean negative log-likelihood per token of the edit's new answer, shape [B].
-        nll_old: That of the old answer, which is right there, shape [B].
-
-    Returns:
-        Tensor of shape [B], each in [-1, 1].
-
-    Raises:
-        ValueError: If the shapes disagree or a value is nan.
-
-    Example:
-        >>> neighborhood_magnitude(torch.tensor([0.0]), torch.tensor([0.5]).log().neg())
-        tensor([-0.5000])
-    """
-    return efficacy_magnitude(nll_old, nll_new)
-
-
-def edit_score(efficacy: float, paraphrase: float, neighborhood: float) -> float:
-    """CounterFact's S: the harmonic mean of ES, PS and NS.
-
-    Args:
-        efficacy: Rate over the edit prompts, in [0, 1].
-        paraphrase: Rate over the paraphrases, in [0, 1].
-        neighborhood: Rate over the neighborhood prompts, in [0, 1].
-
-    Returns:
-        A number in [0, 1]: 0 if one of the rates is 0, nan if one is nan.
-
-    Example:
-        >>> round(edit_score(1.0, 0.5, 0.5), 4)
-        0.6
-
-    References:
-        arXiv 2202.05262, section 3.3.
-    """
-    rates = (efficacy, paraphrase, neighborhood)
-    if any(math.isnan(rate) for rate in rates):
-        return math.nan
-    if min(rates) == 0:
-        return 0.0
-    return 3 / sum(1 / rate for rate in rates)
-
-
 def mirage_gap(teacher_forced: float, autoregressive: float) -> float:
     """By how much teacher forcing flatters the edit: its rate less that of free generation.
 
@@ -303,17 +179,4 @@ def _check_ids(name: str, ids: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(
             f"`{name}` and `{other_name}` are expected to be of one shape [B, T], but got "
             f"{tuple(ids.shape)} and {tuple(other.shape)}."
-        )
-
-
-def _check_nll(nll_new: Tensor, nll_old: Tensor) -> None:
-    if nll_new.shape != nll_old.shape:
-        raise ValueError(
-            "`nll_new` and `nll_old` are expected to have the same shape, but got "
-            f"{tuple(nll_new.shape)} and {tuple(nll_old.shape)}."
-        )
-    if nll_new.isnan().any() or nll_old.isnan().any():
-        raise ValueError(
-            "`nll_new` and `nll_old` are expected to be numbers, but some are nan. "
-            "A nan here usually comes from a model whose weights have overflowed."
         )

@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_edit.functional.metrics import edit_score, efficacy_success, neighborhood_success
+from lightning_edit.functional.counterfact import (
+    edit_score,
+    efficacy_success,
+    neighborhood_success,
+)
 from lightning_edit.metrics.base import CountingMetric, EditMetric
 
 __all__ = ["EditScore", "EfficacySuccess", "NeighborhoodSuccess", "ParaphraseSuccess"]
