@@ -55,9 +55,9 @@ def metric(request: pytest.FixtureRequest) -> Any:
 
 
 def test_mean_count_and_interval(metric: EditMetric) -> None:
-    assert not metric.update_called
+    assert metric.update_count == 0
     metric.update_scores(torch.tensor([1.0, 0.0, 0.25]))
-    assert metric.update_called
+    assert metric.update_count == 1
     assert metric.compute().item() == pytest.approx(1.25 / 3)
     metric.update_scores(torch.tensor([True]))
     assert metric.compute().item() == 2.25 / 4
