@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ class WeightDelta(Edit):
         self.provenance = provenance or Provenance()
         self.originals: dict[str, Tensor] = dict(originals or {})
         self.hashes: dict[str, tuple[str, str]] = dict(hashes or {})
+        #: Figures of the computation, such as target values and losses; not saved.
+        self.details: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         parts = ", ".join(

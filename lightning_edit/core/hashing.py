@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -33,7 +34,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def weight_hash(model: nn.Module) -> str:
+def weight_hash(model: nn.Module, originals: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over the names and hashes of all parameters, in hexadecimal.
 
     Tied parameters count once. Buffers do not count: those of language models (masks, rotary
@@ -41,6 +42,8 @@ def weight_hash(model: nn.Module) -> str:
 
     Args:
         model: Any module.
+        originals: Parameter name to the tensor that counts in its place: the hash of an edited
+            model's base.
 
     Example:
         >>> import torch
@@ -50,7 +53,7 @@ def weight_hash(model: nn.Module) -> str:
         >>> weight_hash(layer) == before
         False
     """
-    named = list(model.named_parameters())
+    named = list({**dict(model.named_parameters()), **(originals or {})}.items())
     # hashlib releases the interpreter lock on large inputs, so threads help.
     with ThreadPoolExecutor(max_workers=4) as pool:
         hashes = list(pool.map(lambda item: tensor_hash(item[1]), named))

@@ -67,5 +67,7 @@ def rank_one_update(
     """
     divisor = direction @ key
     if float(divisor.abs()) < 1e-12 * float(torch.linalg.vector_norm(key)):
-        raise ValueError("`direction` is orthogonal to `key`: no rank-one change can store the pair.")
+        raise ValueError(
+            "`direction` is orthogonal to `key`: no rank-one change can store the pair."
+        )
     return (residual / divisor)[:, None], direction[:, None], divisor

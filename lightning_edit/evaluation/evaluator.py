@@ -1,0 +1,310 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a model against edit requests: all probes of all requests in a few batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.request import EditRequest, is_question
+from lightning_edit.evaluation.scoring import Score, continuations, score_targets
+from lightning_edit.functional.counterfact import efficacy_success, neighborhood_success
+from lightning_edit.functional.matching import autoregressive_hit
+from lightning_edit.functional.metrics import kl_divergence
+from lightning_edit.metrics.reading import Reading
+
+__all__ = ["Baseline", "Evaluation", "Evaluator", "ScoredProbe"]
+
+
+@dataclass(frozen=True)
+class ScoredProbe:
+    """One prompt, what the model made of it, and its scores.
+
+    Args:
+        request_id: The edit request that it belongs to.
+        metric: ``reliability``, ``generality``, ``locality`` or ``portability``.
+        kind: Kind of the probe; empty for reliability and generality.
+        prompt: What was asked.
+        answers: Right answers; for locality the unedited model's own text is what counts.
+        text: The greedy continuation.
+        teacher_forced: Share of the answer's tokens predicted right, in [0, 1].
+        exact: Whether all of them were.
+        autoregressive: Whether the continuation gives the answer.
+        nll_new: Mean negative log-likelihood of the new answer's tokens, in nats.
+        nll_old: The same of the old answer.
+        kl: KL(unedited ‖ now) of the next token, in nats (locality).
+    """
+
+    request_id: str
+    metric: str
+    kind: str
+    prompt: str
+    answers: tuple[str, ...]
+    text: str = ""
+    teacher_forced: float | None = None
+    exact: bool | None = None
+    autoregressive: bool | None = None
+    nll_new: float | None = None
+    nll_old: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Frozen outputs of the unedited model on locality prompts.
+
+    Args:
+        texts: Prompt to greedy continuation.
+        first: Prompt to log-probabilities of the next token, [V] float32.
+    """
+
+    texts: Mapping[str, str]
+    first: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """Scores of all probes of some requests.
+
+    Args:
+        probes: In the order of the requests.
+    """
+
+    probes: list[ScoredProbe]
+
+    def update(self, metrics: MetricCollection) -> None:
+        """Adds the scores to metrics with the keys of ``edit_metrics``."""
+        members: Iterable[tuple[str, Any]] = metrics.items(keep_base=True)
+        for name, metric in members:
+            scores = [probe_score(probe, name) for probe in self.probes]
+            known = [score for score in scores if score is not None]
+            if known:
+                metric.update_scores(torch.tensor(known, dtype=torch.float64))
+
+    def of(self, request_id: str) -> Iterator[ScoredProbe]:
+        """The probes of one request."""
+        return (probe for probe in self.probes if probe.request_id == request_id)
+
+    def mean(self, key: str) -> tuple[float, int]:
+        """Mean of a score that is not a rate, such as ``locality/kl``, and its number of rows."""
+        metric, _, name = key.partition("/")
+        values = [getattr(p, name) for p in self.probes if p.metric == metric]
+        known = [v for v in values if v is not None]
+        return (math.fsum(known) / len(known) if known else math.nan), len(known)
+
+
+def probe_score(probe: ScoredProbe, key: str) -> float | None:
+    """A probe's score under a metric's key, or None where the metric does not take the probe.
+
+    Args:
+        probe: A scored probe.
+        key: ``<metric>/<reading>``, ``portability/<kind>/<reading>``, or one of CounterFact's
+            ``efficacy_success``, ``paraphrase_success`` and ``neighborhood_success``.
+    """
+    counterfact = {
+        "efficacy_success": "reliability",
+        "paraphrase_success": "generality",
+        "neighborhood_success": "locality",
+    }
+    if key in counterfact:
+        if probe.metric != counterfact[key] or probe.nll_new is None or probe.nll_old is None:
+            return None
+        if probe.metric == "locality" and probe.kind != "neighborhood":
+            return None
+        new, old = torch.tensor([probe.nll_new]), torch.tensor([probe.nll_old])
+        success = neighborhood_success if probe.metric == "locality" else efficacy_success
+        return float(success(new, old)[0])
+    metric, *kind, reading = key.split("/")
+    if probe.metric != metric or (kind and probe.kind != kind[0]):
+        return None
+    score = getattr(probe, reading)
+    return None if score is None else float(score)
+
+
+class Evaluator:
+    """Asks a model everything that edit requests are judged by.
+
+    Args:
+        model: A Hugging Face language model, edited or not; it is only run.
+        tokens: Its tokenizer.
+        readings: Readings to take.
+        max_new_tokens: Longest continuation that is read, in tokens.
+        max_tokens: Tokens run at once.
+
+    Example:
+        >>> from lightning_edit.core.batch import PromptTokenizer
+        >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
+        >>> model, tokenizer = trained_tiny_model()
+        >>> evaluator = Evaluator(model, PromptTokenizer(tokenizer))
+        >>> requests = tiny_requests(2)
+        >>> baseline = evaluator.baseline(requests)
+        >>> evaluation = evaluator.evaluate(requests, baseline)
+        >>> {p.autoregressive for p in evaluation.probes if p.metric == "locality"}
+        {True}
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: PromptTokenizer,
+        *,
+        readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
+        max_new_tokens: int = 24,
+        max_tokens: int = 8192,
+    ) -> None:
+        self.model = model
+        self.tokens = tokens
+        self.readings = tuple(readings)
+        self.max_new_tokens = max_new_tokens
+        self.max_tokens = max_tokens
+
+    def continuations(self, prompts: Sequence[str]) -> list[str]:
+        """Greedy continuations up to a natural stop; see ``scoring.continuations``."""
+        return continuations(self.model, self.tokens, prompts, max_new_tokens=self.max_new_tokens)
+
+    def baseline(self, requests: Sequence[EditRequest]) -> Baseline:
+        """Freezes what the unedited model says to the locality prompts.
+
+        Args:
+            requests: Requests whose locality will be measured.
+        """
+        prompts = [probe.prompt for request in requests for probe in request.locality]
+        unique = list(dict.fromkeys(prompts))
+        if not unique:
+            return Baseline({})
+        texts = self.continuations(unique)
+        ids = [self.tokens.prompt(prompt) for prompt in unique]
+        targets = [
+            self.tokens.target(p, t) if t.strip() else [self.tokens.pad_id]
+            for p, t in zip(unique, texts, strict=True)
+        ]
+        scores = self._score(
+            [(p, t[:1]) for p, t in zip(ids, targets, strict=True)], [True] * len(unique)
+        )
+        first = {p: s.first for p, s in zip(unique, scores, strict=True) if s.first is not None}
+        return Baseline(dict(zip(unique, texts, strict=True)), first)
+
+    def evaluate(self, requests: Sequence[EditRequest], baseline: Baseline) -> Evaluation:
+        """Scores every probe of every request.
+
+        Locality is agreement with the unedited model: under teacher forcing, on the first tokens
+        of its own continuation, as many as the probe's answer has; autoregressively, on the whole
+        continuation.
+
+        Args:
+            requests: Requests to be judged by; their edits may be in the model or not.
+            baseline: What the unedited model said to their locality prompts.
+        """
+        probes = [probe for request in requests for probe in _expand(request)]
+        if not probes:
+            return Evaluation([])
+        by_id = {request.id: request for request in requests}
+        texts: list[str] = [""] * len(probes)
+        if "autoregressive" in self.readings:
+            texts = continuations(
+                self.model,
+                self.tokens,
+                [probe.prompt for probe in probes],
+                max_new_tokens=self.max_new_tokens,
+                min_new_tokens=[self._longest(probe) for probe in probes],
+            )
+        scored: list[dict[str, Any]] = [{"text": text} for text in texts]
+        if "autoregressive" in self.readings:
+            for probe, fields in zip(probes, scored, strict=True):
+                fields["autoregressive"] = _hit(probe, fields["text"], baseline)
+        if "teacher_forced" in self.readings:
+            self._add_teacher_forced(probes, scored, by_id, baseline)
+        return Evaluation(
+            [
+                ScoredProbe(p.request_id, p.metric, p.kind, p.prompt, p.answers, **fields)
+                for p, fields in zip(probes, scored, strict=True)
+            ]
+        )
+
+    def _add_teacher_forced(
+        self,
+        probes: Sequence[ScoredProbe],
+        scored: Sequence[dict[str, Any]],
+        by_id: Mapping[str, EditRequest],
+        baseline: Baseline,
+    ) -> None:
+        """Adds accuracies, likelihoods and divergences; one pass over all of them."""
+        pairs: list[tuple[list[int], list[int]]] = []
+        owner: list[tuple[int, str]] = []
+        for i, probe in enumerate(probes):
+            prompt = self.tokens.prompt(probe.prompt)
+            request = by_id[probe.request_id]
+            for use, target in self._targets(probe, request, baseline).items():
+                pairs.append((prompt, target))
+                owner.append((i, use))
+        with_first = [use == "answer" and probes[i].metric == "locality" for i, use in owner]
+        for (i, use), score in zip(owner, self._score(pairs, with_first), strict=True):
+            fields = scored[i]
+            if use != "answer":
+                fields[use] = score.nll
+                continue
+            hits = [a == b for a, b in zip(score.argmax, score.target, strict=True)]
+            fields["teacher_forced"] = sum(hits) / len(hits)
+            fields["exact"] = all(hits)
+            reference = baseline.first.get(probes[i].prompt)
+            if score.first is not None and reference is not None:
+                fields["kl"] = float(kl_divergence(reference[None], score.first[None])[0])
+
+    def _targets(
+        self, probe: ScoredProbe, request: EditRequest, baseline: Baseline
+    ) -> dict[str, list[int]]:
+        """Answers whose tokens are scored after the probe's prompt, by what they are for."""
+        target = self.tokens.target
+        found: dict[str, list[int]] = {}
+        if probe.metric == "locality":
+            said = baseline.texts.get(probe.prompt, "").strip()
+            if said:
+                wanted = len(target(probe.prompt, probe.answers[0])) if probe.answers[0] else 1
+                found["answer"] = target(probe.prompt, said)[:wanted]
+            if probe.kind == "neighborhood" and probe.answers[0]:
+                found["nll_old"] = target(probe.prompt, probe.answers[0])
+                found["nll_new"] = target(probe.prompt, request.target_new)
+            return found
+        found["answer"] = target(probe.prompt, probe.answers[0])
+        if probe.metric in ("reliability", "generality"):
+            found["nll_new"] = found["answer"]
+            if request.target_old:
+                found["nll_old"] = target(probe.prompt, request.target_old)
+        return found
+
+    def _longest(self, probe: ScoredProbe) -> int:
+        answers = [a for a in probe.answers if a.strip()]
+        return max((len(self.tokens.target(probe.prompt, a)) for a in answers), default=1)
+
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], with_first: Sequence[bool]
+    ) -> list[Score]:
+        return score_targets(
+            self.model, self.tokens, pairs, with_first=with_first, max_tokens=self.max_tokens
+        )
+
+
+def _expand(request: EditRequest) -> Iterator[ScoredProbe]:
+    """A request as the prompts it is judged by, unscored."""
+    new = (request.target_new,)
+    yield ScoredProbe(request.id, "reliability", "", request.prompt, new)
+    for prompt in request.rephrases:
+        yield ScoredProbe(request.id, "generality", "", prompt, new)
+    for metric in ("locality", "portability"):
+        for probe in getattr(request, metric):
+            yield ScoredProbe(request.id, metric, probe.kind, probe.prompt, probe.answers)
+
+
+def _hit(probe: ScoredProbe, text: str, baseline: Baseline) -> bool | None:
+    if probe.metric == "locality":
+        said = baseline.texts.get(probe.prompt)
+        return None if said is None else text.strip() == said.strip()
+    return autoregressive_hit(is_question(probe.prompt), text, probe.answers)

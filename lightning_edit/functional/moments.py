@@ -1,0 +1,57 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of keys: C = E[k kᵀ], what a linear memory holds already."""
+
+# Shapes: N keys, M their dimensions.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["regularize", "second_moment_update"]
+
+
+def second_moment_update(total_MM: Tensor, keys_NM: Tensor) -> Tensor:
+    """Adds Σ k kᵀ of some keys to a running sum, in float64.
+
+    Sums of parts equal the sum of the whole, so parts may come from several processes.
+
+    Args:
+        total_MM: Running sum, [M, M] float64; changed in place.
+        keys_NM: Keys, [N, M], any floating dtype.
+
+    Returns:
+        The running sum.
+
+    Example:
+        >>> second_moment_update(torch.zeros(2, 2, dtype=torch.float64), torch.eye(2)).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    keys = keys_NM.float()
+    return total_MM.add_((keys.mT @ keys).double())
+
+
+def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:
+    """The mean C of a sum of N outer products, with a ridge where the keys cannot span the space.
+
+    Args:
+        moment_MM: Σ k kᵀ, [M, M].
+        count: N, the number of keys in the sum.
+        ridge: Share of the mean eigenvalue added to the diagonal.
+
+    Returns:
+        C + ridge · tr(C)/M · I, [M, M] float32.
+
+    Raises:
+        ValueError: If there are no keys.
+
+    Example:
+        >>> regularize(torch.eye(2) * 4, 4, 0.5).tolist()
+        [[1.5, 0.0], [0.0, 1.5]]
+    """
+    if count < 1:
+        raise ValueError("`count` is expected to be at least 1, but there are no keys.")
+    mean = moment_MM.double() / count
+    scale = ridge * mean.diagonal().mean()
+    return (mean + scale * torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)).float()

@@ -1,0 +1,393 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What all editors have in common: everything Lightning, so that a method is only its method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_edit.core.batch import EditBatch, PromptTokenizer
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import BaseModelInfo, Provenance
+from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.locator import Locator, ModelTree
+from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.evaluation.evaluator import Evaluator
+from lightning_edit.metrics import edit_metrics
+from lightning_edit.optim import EditOptimizer
+
+__all__ = ["DType", "EditModule", "Protocol"]
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Protocol = Literal["independent", "batch", "sequential"]
+
+
+class EditModule(LightningModule, ABC):
+    """Base of all editors: a language model, and how to change what it knows.
+
+    A subclass writes one method, :meth:`compute_edit`, and where it edits, :meth:`edited_names`.
+    It must not override :meth:`edit`, ``training_step``, ``configure_model`` or the checkpoint
+    hooks; what a method carries from edit to edit goes into :meth:`edit_state`.
+
+    The verbs of the Trainer have editing meanings. ``fit`` commits edits, one optimizer step a
+    batch of requests; ``validate`` measures the model as it stands; ``test`` makes edits, measures
+    and takes them out again; ``predict`` writes texts before and after.
+
+    Args:
+        model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
+        layers: Layers to edit; negative ones count from the end. The method's default when None.
+        dtype: Precision of the weights. Edits are computed and added in float32.
+        revision: Revision of a hub model.
+        chat_template: Ask as a user of a chat model would.
+        cache_dir: Folder for converted models and statistics; ``~/.cache/lightning_edit`` if None.
+        test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
+            requests at once (``batch``), or all after one another (``sequential``).
+        max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+    """
+
+    #: Address of the paper that describes the method.
+    paper: ClassVar[str] = ""
+    #: Whether the method needs a model without an encoder.
+    decoder_only: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        layers: list[int] | None = None,
+        dtype: DType = "float32",
+        revision: str | None = None,
+        chat_template: bool = False,
+        cache_dir: str | None = None,
+        test_protocol: Protocol = "independent",
+        max_new_tokens: int = 24,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model_id = model
+        self.layers = layers
+        self.dtype_name = dtype
+        self.revision = revision
+        self.chat_template = chat_template
+        self.cache_dir = cache_dir
+        self.test_protocol = test_protocol
+        self.max_new_tokens = max_new_tokens
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold only what changed
+        self.model: Any = None
+        self.val_metrics = edit_metrics("val/")
+        self.test_metrics = edit_metrics("test/")
+        self.rows: list[Any] = []
+        self._tokens: PromptTokenizer | None = None
+        self._optimizer: EditOptimizer | None = None
+        self._tuned: dict[str, nn.Parameter] = {}
+        self._base: BaseModelInfo | None = None
+
+    # -- the method --------------------------------------------------------------------------
+
+    @abstractmethod
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        """Computes the edit that answers a batch of requests.
+
+        Called with gradients enabled. Weights may be changed on the way: the base class puts
+        them back.
+        """
+
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        """Names of the parameters that edits may change; the MLP outputs of the layers."""
+        layers = self.layers if self.layers is not None else self.default_layers(tree)
+        return [site.name for site in Locator(layers=layers).sites(tree.model)]
+
+    def default_layers(self, tree: ModelTree) -> list[int]:
+        """Layers to edit where the user names none."""
+        return list(range(len(tree.blocks)))
+
+    def edit_state(self) -> dict[str, Any]:
+        """What the method carries from edit to edit, as tensors and primitives."""
+        return {}
+
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`edit_state` returned in an earlier run."""
+
+    # -- a model -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any, **settings: Any) -> Self:
+        """An editor of a model that is in memory already.
+
+        Args:
+            model: A Hugging Face language model. It is edited in place, not copied.
+            tokenizer: Its fast tokenizer.
+            settings: Further arguments of the editor.
+
+        Example:
+            >>> from lightning_edit import ROME
+            >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+            >>> model = tiny_model()
+            >>> editor = ROME.from_model(model, tiny_tokenizer(), layers=[1], steps=3)
+            >>> edit = editor.edit(tiny_requests(1))
+            >>> edit.apply_(model)
+            >>> edit.revert_(model)
+        """
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        module = cls(model=name or type(model).__name__, **settings)
+        module._adopt(model, tokenizer)
+        return module
+
+    @override
+    def configure_model(self) -> None:
+        """Loads the model once; Lightning calls this before every verb."""
+        if self.model is not None:
+            return
+        from lightning_edit.models import load_model, load_tokenizer
+
+        model = load_model(
+            self.model_id, revision=self.revision, dtype=self.dtype_name, cache_dir=self.cache_dir
+        )
+        self._adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
+
+    def _adopt(self, model: Any, tokenizer: Any) -> None:
+        tree = ModelTree.of(model)
+        if tree.is_encoder_decoder and self.decoder_only:
+            raise ModelError(
+                f"{type(self).__name__} needs a decoder-only model, but {self.model_id} "
+                f"({type(model).__name__}) has an encoder. Choose another method or model."
+            )
+        names = self.edited_names(tree)  # fails before the model is touched
+        self._tokens = PromptTokenizer(
+            tokenizer,
+            chat_template=self.chat_template,
+            is_encoder_decoder=tree.is_encoder_decoder,
+        )
+        self.model = model
+        named = dict(model.named_parameters())
+        model.requires_grad_(False)
+        for name in names:
+            named[name].requires_grad_(True)
+        originals = {name: named[name].detach().clone() for name in names}
+        self._optimizer = EditOptimizer(model, originals)
+
+    @property
+    def tokens(self) -> PromptTokenizer:
+        """The tokenizer, as every method and metric uses it."""
+        if self._tokens is None:
+            raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
+        return self._tokens
+
+    @property
+    def tree(self) -> ModelTree:
+        """Where the model's parts are."""
+        return ModelTree.of(self.model)
+
+    @property
+    def edit_optimizer(self) -> EditOptimizer:
+        """The optimizer that commits edits and knows all that were committed."""
+        if self._optimizer is None:
+            raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
+        return self._optimizer
+
+    @property
+    def delta(self) -> WeightDelta:
+        """All that was committed so far."""
+        return self.edit_optimizer.delta
+
+    @property
+    def base(self) -> BaseModelInfo:
+        """The unedited model, with the hash of its weights."""
+        if self._base is None:
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            self._base = BaseModelInfo(
+                id=self.model_id,
+                revision=self.revision,
+                dtype=dtype,
+                sha256=weight_hash(self.model, self.edit_optimizer.originals),
+                parameters=sum(p.numel() for p in self.model.parameters()),
+            )
+        return self._base
+
+    @property
+    def provenance(self) -> Provenance:
+        """The editor's part of an edit's provenance."""
+        settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        return Provenance(type(self).__name__, self.paper, settings, self.base)
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Has the unedited model inside a ``with`` block."""
+        with self._kept_weights():
+            with torch.no_grad():
+                for name, parameter in self._edited_parameters().items():
+                    parameter.copy_(self.edit_optimizer.originals[name])
+            yield
+
+    @contextmanager
+    def _kept_weights(self) -> Iterator[None]:
+        """Puts the weights back after a ``with`` block, bit for bit, whatever happens in it."""
+        parameters = self._edited_parameters()
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        flags = {name: p.requires_grad for name, p in parameters.items()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(kept[name])
+                    parameter.requires_grad_(flags[name])
+                    parameter.grad = None
+
+    def _edited_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: self.model.get_parameter(name) for name in self.edit_optimizer.originals}
+
+    # -- edits -------------------------------------------------------------------------------
+
+    def edit(self, requests: EditBatch | EditRequest | Sequence[EditRequest]) -> WeightDelta:
+        """Computes an edit and leaves the model as it is.
+
+        Args:
+            requests: What to change: one request, several, or a batch made of them.
+
+        Returns:
+            The edit; ``apply_`` writes it, ``revert_`` takes it out.
+
+        Raises:
+            RequestError: If the requests contradict each other.
+        """
+        if isinstance(requests, EditRequest):
+            requests = [requests]
+        if not isinstance(requests, EditBatch):
+            check_requests(requests)
+            requests = EditBatch.from_requests(requests, self.tokens)
+        batch = requests.to(next(self.model.parameters()).device)
+        with torch.inference_mode(False), torch.enable_grad(), self._kept_weights():
+            edit = self.compute_edit(batch)
+        ids = tuple(request.id for request in batch.requests)
+        edit.provenance = replace(self.provenance, request_ids=ids)
+        if self.delta.changes:
+            # It continues from an edited model, which is not the recorded base.
+            edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
+        return edit
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return self.edit_optimizer
+
+    @override
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        edit = self.edit(batch)
+        optimizer = cast(Any, self.optimizers())
+        # The wrapper would keep the attribute to itself.
+        optimizer.optimizer.stage(edit)
+        optimizer.step()
+        self.log("edits", float(len(self.delta.provenance.request_ids)), prog_bar=True)
+        self.log("‖Δ‖/‖W‖", self.relative_norm(), prog_bar=True, batch_size=len(batch))
+
+    def relative_norm(self) -> float:
+        """‖Δ‖ / ‖W‖ over the parameters that edits may change."""
+        size = sum(float(t.float().square().sum()) for t in self.edit_optimizer.originals.values())
+        return self.delta.norm() / size**0.5 if size else 0.0
+
+    def committed(self) -> WeightDelta:
+        """All committed edits as one artefact, with originals and hashes for an exact undo."""
+        ids = self.delta.provenance.request_ids
+        total = WeightDelta(self.delta.changes, replace(self.provenance, request_ids=ids))
+        return total.seal(self.model, self.edit_optimizer.originals)
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Measures this model."""
+        return Evaluator(self.model, self.tokens, max_new_tokens=self.max_new_tokens)
+
+    @override
+    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        with self.base_weights():
+            baseline = self.evaluator.baseline(batch)
+        self.evaluator.evaluate(batch, baseline).update(self.val_metrics)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(_finite(self.val_metrics.compute()))
+        self.val_metrics.reset()
+
+    @override
+    def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        evaluator = self.evaluator
+        if self.test_protocol == "sequential":
+            self.rows.append((batch, evaluator.baseline(batch)))
+            with torch.inference_mode(False):
+                self.edit_optimizer.stage(self.edit(batch))
+                self.edit_optimizer.step()
+            return
+        groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
+        for group in groups:
+            baseline = evaluator.baseline(group)
+            with self.edit(group).applied(self.model):
+                evaluator.evaluate(group, baseline).update(self.test_metrics)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        for batch, baseline in self.rows:
+            self.evaluator.evaluate(batch, baseline).update(self.test_metrics)
+        self.rows.clear()
+        self.log_dict(_finite(self.test_metrics.compute()))
+        self.test_metrics.reset()
+
+    @override
+    def predict_step(self, batch: list[EditRequest], batch_idx: int) -> list[dict[str, str]]:
+        prompts = [request.prompt for request in batch]
+        with self.base_weights():
+            before = self.evaluator.continuations(prompts)
+        if self.delta.changes:
+            after = self.evaluator.continuations(prompts)
+        else:
+            with self.edit(batch).applied(self.model):
+                after = self.evaluator.continuations(prompts)
+        return [
+            {"id": request.id, "prompt": request.prompt, "before": b, "after": a}
+            for request, b, a in zip(batch, before, after, strict=True)
+        ]
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {f"model.{name}" for name in self.edit_optimizer.originals}
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in kept
+        }
+        checkpoint["lightning_edit"] = {
+            "base_sha256": self.base.sha256,
+            "edit_state": self.edit_state(),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("lightning_edit")
+        if saved is None:
+            raise ArtifactError(
+                "The checkpoint was not written by an editor of lightning_edit: it lacks the key "
+                "`lightning_edit`. Give a checkpoint of an editing run."
+            )
+        self.configure_model()
+        if saved["base_sha256"] != self.base.sha256:
+            raise ArtifactError(
+                f"The checkpoint belongs to the base weights {saved['base_sha256'][:12]}…, but "
+                f"{self.model_id} has {self.base.sha256[:12]}…. Resume with the model it was made "
+                "with."
+            )
+        self.load_edit_state(saved["edit_state"])
+
+
+def _finite(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out metrics that no probe was asked for."""
+    return {name: value for name, value in values.items() if not bool(torch.isnan(value))}

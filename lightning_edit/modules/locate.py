@@ -1,0 +1,282 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What locate-then-edit methods share: context templates, target values, second moments."""
+
+# Shapes: E requests, T templates, D hidden, M inputs of the edited projection.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_edit.core.batch import EditBatch, PromptTokenizer
+from lightning_edit.core.errors import ArtifactError, LocatorError
+from lightning_edit.core.locator import Locator, ModelTree, WeightSite
+from lightning_edit.modules.base import DType, EditModule, Protocol
+from lightning_edit.modules.second_moment import second_moments, seeded
+from lightning_edit.modules.target_values import (
+    TargetValues,
+    TargetValueSettings,
+    optimize_target_values,
+)
+
+__all__ = ["LocateModule", "sample_templates"]
+
+# Words that the sampled contexts begin with.
+OPENINGS = ("The", "Therefore", "Because", "I", "You")
+CONTEXT_LENGTHS = (5, 10)  # tokens, openings included
+
+
+class LocateModule(EditModule):
+    """Base of editors that store key-value pairs in MLPs.
+
+    Args:
+        model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
+        layers: Layers to edit; negative ones count from the end. A fifth of the way up if None.
+        steps: Passes of the optimization of a target value, at most.
+        lr: Learning rate of target values.
+        weight_decay: Factor of ‖δ‖ / ‖v‖² in the loss of target values.
+        clamp_norm_factor: A target value differs from v by at most this factor times ‖v‖.
+        kl_factor: Factor of the divergence on the anchor prompt.
+        kl_prompt: Anchor prompt; ``{}`` stands for the subject.
+        context_templates: Texts that end in ``{}``, where the prompt goes, the first of them
+            ``"{}"``. Sampled from the unedited model when None.
+        second_moment: A safetensors file with C = E[k kᵀ] of each layer under the name of the
+            projection (such as ``model.layers.7.mlp.down_proj``). Estimated when None.
+        second_moment_text: A text file to estimate second moments from; without it the unedited
+            model writes the text itself.
+        tokens_per_dimension: Tokens that second moments are estimated from, as a multiple of the
+            key's dimensions.
+        ridge: Share of the mean eigenvalue added to an estimated second moment's diagonal.
+        seed: Seed of sampled contexts and texts.
+        dtype: Precision of the weights. Edits are computed and added in float32.
+        revision: Revision of a hub model.
+        chat_template: Ask as a user of a chat model would.
+        cache_dir: Folder for converted models and statistics; ``~/.cache/lightning_edit`` if None.
+        test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
+            requests at once (``batch``), or all after one another (``sequential``).
+        max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+    """
+
+    decoder_only: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        layers: list[int] | None = None,
+        steps: int = 20,
+        lr: float = 0.5,
+        weight_decay: float = 0.5,
+        clamp_norm_factor: float = 4.0,
+        kl_factor: float = 0.0625,
+        kl_prompt: str = "{} is a",
+        context_templates: list[str] | None = None,
+        second_moment: str | None = None,
+        second_moment_text: str | None = None,
+        tokens_per_dimension: int = 4,
+        ridge: float = 1e-3,
+        seed: int = 0,
+        dtype: DType = "float32",
+        revision: str | None = None,
+        chat_template: bool = False,
+        cache_dir: str | None = None,
+        test_protocol: Protocol = "independent",
+        max_new_tokens: int = 24,
+    ) -> None:
+        super().__init__(
+            model, layers, dtype, revision, chat_template, cache_dir, test_protocol, max_new_tokens
+        )
+        for template in context_templates or ():
+            if not template.endswith("{}"):
+                raise ValueError(
+                    f"`context_templates`: {template!r} is expected to end in {{}}, where the "
+                    "prompt goes, since the target follows it."
+                )
+        self.settings = TargetValueSettings(
+            steps, lr, weight_decay, clamp_norm_factor, kl_factor, kl_prompt=kl_prompt
+        )
+        self.second_moment_file = second_moment
+        self.second_moment_text = second_moment_text
+        self.tokens_per_dimension = tokens_per_dimension
+        self.ridge = ridge
+        self.seed = seed
+        self._templates = list(context_templates) if context_templates else None
+        self._moments: dict[int, Tensor] = {}
+
+    @override
+    def default_layers(self, tree: ModelTree) -> list[int]:
+        return [round(0.2 * len(tree.blocks))]
+
+    def sites(self, tree: ModelTree) -> list[WeightSite]:
+        """The matrices to edit.
+
+        Raises:
+            LocatorError: If a layer does not exist.
+        """
+        layers = self.layers if self.layers is not None else self.default_layers(tree)
+        return Locator(layers=layers).sites(tree.model)
+
+    @property
+    def templates(self) -> list[str]:
+        """Contexts that a prompt is put into; sampled from the unedited model on first use."""
+        if self._templates is None:
+            with self.base_weights():
+                self._templates = ["{}", *sample_templates(self.model, self.tokens, self.seed)]
+        return self._templates
+
+    def set_second_moment(self, layer: int, moment: Tensor) -> None:
+        """Gives C = E[k kᵀ] of a layer, [M, M], instead of estimating it.
+
+        Raises:
+            LocatorError: If the layer is not edited or the shape does not fit.
+        """
+        sites = {site.layer: site for site in self.sites(self.tree)}
+        layer = self.tree.index(layer)
+        width = sites[layer].in_features if layer in sites else None
+        if tuple(moment.shape) != (width, width):
+            raise LocatorError(
+                f"A second moment of shape {list(moment.shape)} was given for layer {layer}; "
+                f"expected [{width}, {width}] for one of the layers {sorted(sites)}."
+            )
+        self._moments[layer] = moment.float()
+
+    def second_moment(self, layer: int) -> Tensor:
+        """C = E[k kᵀ] of a layer of the unedited model, [M, M] float32."""
+        if layer not in self._moments:
+            sites = self.sites(self.tree)
+            if self.second_moment_file is not None:
+                self._read_second_moments(Path(self.second_moment_file), sites)
+            else:
+                cache = self.cache_dir or Path.home() / ".cache" / "lightning_edit"
+                with self.base_weights():
+                    self._moments |= second_moments(
+                        self.tree,
+                        self.tokens,
+                        [site.layer for site in sites],
+                        model_hash=self.base.sha256,
+                        text=self.second_moment_text,
+                        tokens_per_dimension=self.tokens_per_dimension,
+                        ridge=self.ridge,
+                        seed=self.seed,
+                        cache_dir=cache,
+                    )
+        return self._moments[layer].to(next(self.model.parameters()).device)
+
+    def _read_second_moments(self, file: Path, sites: Sequence[WeightSite]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"`second_moment`: cannot read `{file}` ({error}).") from None
+        for site in sites:
+            if site.module_name not in tensors:
+                raise ArtifactError(
+                    f"`second_moment`: `{file}` has no tensor `{site.module_name}`. It has "
+                    f"{', '.join(sorted(tensors)) or 'none'}."
+                )
+            self.set_second_moment(site.layer, tensors[site.module_name])
+
+    def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
+        """Target values of a batch; under several processes each finds those of its share."""
+        count = len(batch.requests)
+        world = torch.distributed.get_world_size() if _distributed() else 1
+        rank = torch.distributed.get_rank() if _distributed() else 0
+        mine = list(range(rank, count, world))
+        tree, tokens = self.tree, self.tokens
+        templates = self.templates
+        requests = [batch.requests[i] for i in mine]
+        if world == 1:
+            return optimize_target_values(tree, tokens, layer, requests, templates, self.settings)
+        site = tree.mlp_out(layer)
+        device = next(self.model.parameters()).device
+        found = (
+            optimize_target_values(tree, tokens, layer, requests, templates, self.settings)
+            if mine
+            else None
+        )
+
+        def gathered(part: Tensor | None, *shape: int) -> Tensor:
+            whole = torch.zeros(count, *shape, device=device)
+            if part is not None:
+                whole[mine] = part
+            # All other entries are zero, so the sum is exact.
+            torch.distributed.all_reduce(whole)
+            return whole
+
+        width, steps = len(templates), self.settings.steps
+        names = ("total", "nll", "kl", "wd")
+        losses = torch.full((len(mine), steps, 4), -1.0, device=device)
+        if found is not None:
+            for i, passes in enumerate(found.losses):
+                table = [[entry[name] for name in names] for entry in passes]
+                losses[i, : len(table)] = torch.tensor(table)
+        keys = gathered(found.keys if found else None, width, site.in_features)
+        outputs = gathered(found.outputs if found else None, width, site.out_features)
+        deltas = gathered(found.deltas if found else None, site.out_features)
+        passes = gathered(losses, steps, 4).tolist()
+        return TargetValues(
+            keys,
+            outputs,
+            deltas,
+            [[dict(zip(names, row, strict=True)) for row in p if row[0] >= 0] for p in passes],
+            gathered(torch.tensor(found.probabilities) if found else None).tolist(),
+        )
+
+    @override
+    def edit_state(self) -> dict[str, Any]:
+        # A resumed run holds an edited model, from which other contexts would be sampled.
+        return {**super().edit_state(), "context_templates": self.templates}
+
+    @override
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        super().load_edit_state(state)
+        self._templates = [str(template) for template in state["context_templates"]]
+
+
+def sample_templates(
+    model: Any, tokens: PromptTokenizer, seed: int, per_kind: int = 2
+) -> list[str]:
+    """Short contexts for a prompt, written by the model.
+
+    Args:
+        model: A decoder-only model, unedited.
+        tokens: Its tokenizer.
+        seed: Seed of the samples.
+        per_kind: Contexts of each opening and length.
+
+    Returns:
+        Twenty templates such as ``"The first thing. {}"``.
+    """
+    rows = [tokens.tokenizer(word, add_special_tokens=False)["input_ids"] for word in OPENINGS]
+    device = next(model.parameters()).device
+    templates = []
+    with seeded(seed), torch.no_grad():
+        for length in CONTEXT_LENGTHS:
+            for row in rows:
+                start = torch.tensor([row] * per_kind, device=device)
+                written = model.generate(
+                    start,
+                    attention_mask=torch.ones_like(start),
+                    do_sample=True,
+                    top_k=5,
+                    top_p=1.0,
+                    temperature=1.0,
+                    repetition_penalty=1.0,
+                    max_new_tokens=max(1, length - len(row)),
+                    pad_token_id=tokens.pad_id,
+                )
+                texts = tokens.tokenizer.batch_decode(written, skip_special_tokens=True)
+                templates += [text.strip() + ". {}" for text in texts]
+    return templates
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
