@@ -10,7 +10,6 @@ from importlib.resources import as_file, files
 from typing import Any
 
 from lightning_edit.core.errors import RequestError
-from lightning_edit.core.request import EditRequest
 from lightning_edit.data.base import EditDataModule
 from lightning_edit.data.json import read_records
 from lightning_edit.data.records import Record
@@ -27,7 +26,8 @@ class Facts(EditDataModule):
     Args:
         known_to: Keep the facts that this model knows; all facts when null.
         demo: Keep only the ten facts of the demonstration, whatever ``known_to`` says.
-        kwargs: Arguments of :class:`EditDataModule`; a ``path`` replaces the packaged file.
+        kwargs: Arguments of :class:`EditDataModule`; a ``path`` or ``hub`` replaces the packaged
+            facts, and is read whole.
 
     Raises:
         RequestError: From ``setup``, if it is not recorded what ``known_to`` knows.
@@ -51,24 +51,20 @@ class Facts(EditDataModule):
         return self.path or self.hub or "the packaged facts"
 
     def read_records(self) -> list[tuple[str, Record]]:
-        """Reads the packaged facts, or those of ``path`` or ``hub``."""
+        """Reads the packaged facts that are to be kept, or all those of ``path`` or ``hub``."""
         if self.path is not None or self.hub is not None:
             return super().read_records()
         with as_file(files("lightning_edit.data") / "facts.jsonl") as path:
-            return read_records(path)
-
-    def to_requests(self, record: Record, where: str) -> list[EditRequest]:
-        """Turns one record into its request, or into none if it is not among those to keep."""
-        requests = super().to_requests(record, where)
+            records = read_records(path)
         if (name := "demo" if self.demo else self.known_to) is None:
-            return requests
+            return records
         known = _known()
         if name not in known:
+            models = ", ".join(sorted(set(known) - {"demo"}))
             raise RequestError(
-                f"`known_to` is expected to be one of {', '.join(sorted(set(known) - {'demo'}))} "
-                f"or null, but got {name!r}."
+                f"`known_to` is expected to be one of {models} or null, but got {name!r}."
             )
-        return [request for request in requests if request.id in known[name]]
+        return [(where, record) for where, record in records if record["id"] in known[name]]
 
 
 @cache

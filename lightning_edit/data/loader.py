@@ -88,6 +88,7 @@ class ResumableRequestLoader(RequestLoader):
         super().__init__(requests, batch_size)
         self._progress = progress
         self._start = 0
+        self._mark: str | None = None
 
     def __iter__(self) -> Iterator[list[EditRequest]]:
         start, self._start = self._start, 0
@@ -95,10 +96,12 @@ class ResumableRequestLoader(RequestLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, and a mark of the requests it refers to."""
+        # Kept, for a run may save after each of ten thousand edits.
+        self._mark = self._mark or requests_sha256(self.requests)
         return {
             "batches": self._progress(),
             "batch_size": self.batch_size,
-            "requests_sha256": requests_sha256(self.requests),
+            "requests_sha256": self._mark,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
