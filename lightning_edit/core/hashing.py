@@ -54,8 +54,13 @@ def weight_hash(model: nn.Module, originals: Mapping[str, Tensor] | None = None)
         False
     """
     named = list({**dict(model.named_parameters()), **(originals or {})}.items())
-    # hashlib releases the interpreter lock on large inputs, so threads help.
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        hashes = list(pool.map(lambda item: tensor_hash(item[1]), named))
+    tensors = [tensor for _, tensor in named]
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors):
+        # Gathering is collective: every rank must do it in the same order, so not in threads.
+        hashes = [tensor_hash(tensor) for tensor in tensors]
+    else:
+        # hashlib releases the interpreter lock on large inputs, so threads help.
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            hashes = list(pool.map(tensor_hash, tensors))
     lines = sorted(f"{name} {digest}" for (name, _), digest in zip(named, hashes, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
