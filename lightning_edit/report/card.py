@@ -107,7 +107,7 @@ def _about(report: RunReport) -> str:
         if report.model.get(key)
     ]
     if report.requests_sha256:
-        facts.append(f"Hash of the edit requests: {report.requests_sha256}")
+        facts.append(f"Hash of the edit requests: {escape_markdown(report.requests_sha256)}")
     if report.created:
         facts.append(f"Date: {escape_markdown(report.created)}")
     return "\n".join(f"- {fact}" for fact in facts)

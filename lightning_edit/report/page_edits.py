@@ -56,7 +56,7 @@ def _edit(edit: EditRow, *, is_open: bool) -> str:
     old = (
         f'<span class="old" dir="auto">{escape(edit.target_old)}</span>' if edit.target_old else ""
     )
-    words = {True: "changed", False: "not changed", None: "not measured"}[verdict]
+    words = {True: "new answer given", False: "new answer missing", None: "not measured"}[verdict]
     chips = []
     for role, word in ROLES.items():
         outcome = role_outcome(edit.probes, role)

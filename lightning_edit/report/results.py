@@ -9,7 +9,7 @@ equals the one that was written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Self
 
@@ -100,13 +100,13 @@ class EditRow:
     target_old: str | None = None
     before_text: str = ""
     after_text: str = ""
-    before: dict[str, float | None] = field(default_factory=dict)
-    after: dict[str, float | None] = field(default_factory=dict)
+    before: Mapping[str, float | None] = field(default_factory=dict)
+    after: Mapping[str, float | None] = field(default_factory=dict)
     norm: float | None = None
     relative_norm: float | None = None
     seconds: float | None = None
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-    probes: tuple[ProbeRow, ...] = ()
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    probes: Sequence[ProbeRow] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", tuple(self.probes))
@@ -150,17 +150,17 @@ class RunReport:
 
     method: str
     paper: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
     requests_sha256: str = ""
-    metrics: dict[str, MetricRow] = field(default_factory=dict)
-    edits: tuple[EditRow, ...] = ()
-    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float | None] = field(default_factory=dict)
+    metrics: Mapping[str, MetricRow] = field(default_factory=dict)
+    edits: Sequence[EditRow] = ()
+    layers: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
-    sequence: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = ()
+    sequence: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
     created: str = ""
     artifact: str = "delta"
     artifact_class: str = "WeightDelta"
