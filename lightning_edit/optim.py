@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,6 +51,11 @@ class EditOptimizer(Optimizer):
         """Sets the edit that the next step writes."""
         self._staged = edit
 
+    def rewind(self, delta: WeightDelta | None = None) -> None:
+        """Goes back to an earlier sum of edits: to none, or to one that :attr:`delta` was."""
+        self.delta = delta or WeightDelta({})
+        self._rewrite()
+
     @property
     def staged(self) -> WeightDelta | None:
         """The edit that the next step writes: inspect, replace or drop it before the step."""
@@ -70,9 +76,21 @@ class EditOptimizer(Optimizer):
                     f"announce. Announced: {', '.join(self.originals)}."
                 )
             total = self.delta + self._staged
-            total.write_(self.model, {name: self.originals[name] for name in total.changes})
+            try:
+                total.write_(self.model, self.originals)
+            except BaseException:  # an interruption, too, leaves the last committed state
+                self._rewrite()
+                raise
             self.delta, self._staged = total, None
         return result
+
+    def _rewrite(self) -> None:
+        """Sets the weights to what was committed."""
+        named = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, original in self.originals.items():
+                named[name].copy_(original)
+        self.delta.write_(self.model, self.originals)
 
     def state_dict(self) -> dict[str, Any]:
         """The sum of all edits so far, as tensors and names."""

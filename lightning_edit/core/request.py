@@ -154,7 +154,7 @@ class EditRequest:
             data[name] = tuple(
                 probe
                 if isinstance(probe, Probe)
-                else _probe({"kind": kind, **probe}, f"{where}, {name}[{i}]")
+                else _probe(probe, kind, f"{where}, {name}[{i}]")
                 for i, probe in enumerate(probes)
             )
         try:
@@ -223,9 +223,12 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
             )
 
 
-def _probe(record: Mapping[str, Any], where: str) -> Probe:
-    data = _known_fields(Probe, record, where)
-    data["aliases"] = tuple(data.get("aliases") or ())
+def _probe(record: Any, kind: str, where: str) -> Probe:
+    data = {"kind": kind, **_known_fields(Probe, record, where)}
+    aliases = data.get("aliases") or ()
+    if isinstance(aliases, str) or not all(isinstance(alias, str) for alias in aliases):
+        raise RequestError(f"{where}: `aliases` is expected to be a list of texts.")
+    data["aliases"] = tuple(aliases)
     return Probe(**data)
 
 

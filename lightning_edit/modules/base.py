@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,11 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
-from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
-from lightning_edit.evaluation.evaluator import Evaluator
+from lightning_edit.evaluation.evaluator import Baseline, Evaluator
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.optim import EditOptimizer
 
@@ -86,7 +87,11 @@ class EditModule(LightningModule, ABC):
         self.model: Any = None
         self.val_metrics = edit_metrics("val/")
         self.test_metrics = edit_metrics("test/")
-        self.rows: list[Any] = []
+        #: Figures of each committed edit, in order: ``id``, ``seconds`` and the method's own.
+        self.history: list[dict[str, Any]] = []
+        #: Whether all processes hold the same batch, whose work they may share out.
+        self.shares_batches = False
+        self._tested: list[tuple[list[EditRequest], Baseline]] = []
         self._tokens: PromptTokenizer | None = None
         self._optimizer: EditOptimizer | None = None
         self._tuned: dict[str, nn.Parameter] = {}
@@ -113,10 +118,11 @@ class EditModule(LightningModule, ABC):
 
     def edit_state(self) -> dict[str, Any]:
         """What the method carries from edit to edit, as tensors and primitives."""
-        return {}
+        return {"history": self.history}
 
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`edit_state` returned in an earlier run."""
+        self.history = [dict(row) for row in state["history"]]
 
     # -- a model -----------------------------------------------------------------------------
 
@@ -282,13 +288,26 @@ class EditModule(LightningModule, ABC):
 
     @override
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        edit = self.edit(batch)
+        began = time.perf_counter()
+        self.shares_batches = True
+        try:
+            edit = self.edit(batch)
+        finally:
+            self.shares_batches = False
         optimizer = cast(Any, self.optimizers())
         # The wrapper would keep the attribute to itself.
         optimizer.optimizer.stage(edit)
         optimizer.step()
-        self.log("edits", float(len(self.delta.provenance.request_ids)), prog_bar=True)
-        self.log("‖Δ‖/‖W‖", self.relative_norm(), prog_bar=True, batch_size=len(batch))
+        seconds = (time.perf_counter() - began) / len(batch)
+        details = edit.details.get("requests") or [{"id": request.id} for request in batch]
+        self.history += [{**row, "seconds": seconds} for row in details]
+        figures = [row["p_target"] for row in details if "p_target" in row]
+        if figures:
+            self._show("p(target)", sum(figures) / len(figures), len(batch))
+        self._show("‖Δ‖/‖W‖", self.relative_norm(), len(batch))
+
+    def _show(self, name: str, value: float, batch_size: int) -> None:
+        self.log(name, value, prog_bar=True, batch_size=batch_size)
 
     def relative_norm(self) -> float:
         """‖Δ‖ / ‖W‖ over the parameters that edits may change."""
@@ -310,6 +329,8 @@ class EditModule(LightningModule, ABC):
 
     @override
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        if not batch:  # a process whose share ran out
+            return
         with self.base_weights():
             baseline = self.evaluator.baseline(batch)
         self.evaluator.evaluate(batch, baseline).update(self.val_metrics)
@@ -320,30 +341,45 @@ class EditModule(LightningModule, ABC):
         self.val_metrics.reset()
 
     @override
+    def on_test_start(self) -> None:
+        if self.test_protocol != "independent" and self.trainer.world_size > 1:
+            raise EditError(
+                f"`test_protocol={self.test_protocol!r}` edits one model with all requests, but "
+                f"{self.trainer.world_size} processes would each edit their own. Set "
+                "`trainer.devices=1`, or `test_protocol='independent'`."
+            )
+
+    @override
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         evaluator = self.evaluator
         if self.test_protocol == "sequential":
-            self.rows.append((batch, evaluator.baseline(batch)))
+            with self.base_weights():
+                baseline = evaluator.baseline(batch)
+            self._tested.append((batch, baseline))
             with torch.inference_mode(False):
                 self.edit_optimizer.stage(self.edit(batch))
                 self.edit_optimizer.step()
             return
         groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
-        for group in groups:
+        for group in filter(None, groups):
             baseline = evaluator.baseline(group)
             with self.edit(group).applied(self.model):
                 evaluator.evaluate(group, baseline).update(self.test_metrics)
 
     @override
     def on_test_epoch_end(self) -> None:
-        for batch, baseline in self.rows:
+        for batch, baseline in self._tested:
             self.evaluator.evaluate(batch, baseline).update(self.test_metrics)
-        self.rows.clear()
+        if self._tested:
+            self._tested.clear()
+            self.edit_optimizer.rewind()
         self.log_dict(_finite(self.test_metrics.compute()))
         self.test_metrics.reset()
 
     @override
     def predict_step(self, batch: list[EditRequest], batch_idx: int) -> list[dict[str, str]]:
+        if not batch:
+            return []
         prompts = [request.prompt for request in batch]
         with self.base_weights():
             before = self.evaluator.continuations(prompts)

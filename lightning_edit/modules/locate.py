@@ -187,8 +187,9 @@ class LocateModule(EditModule):
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
         """Target values of a batch; under several processes each finds those of its share."""
         count = len(batch.requests)
-        world = torch.distributed.get_world_size() if _distributed() else 1
-        rank = torch.distributed.get_rank() if _distributed() else 0
+        shared = self.shares_batches and torch.distributed.is_initialized()
+        world = torch.distributed.get_world_size() if shared else 1
+        rank = torch.distributed.get_rank() if shared else 0
         mine = list(range(rank, count, world))
         tree, tokens = self.tree, self.tokens
         templates = self.templates
@@ -277,6 +278,3 @@ def sample_templates(
                 templates += [text.strip() + ". {}" for text in texts]
     return templates
 
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
