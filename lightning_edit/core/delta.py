@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from lightning_edit.core.edit import Edit, Provenance
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import tensor_hash, weight_hash
+
+if TYPE_CHECKING:
+    from lightning_edit.core.lora import LoRAFactors
 
 __all__ = ["Change", "LowRank", "WeightDelta"]
 
@@ -294,6 +297,17 @@ class WeightDelta(Edit):
             f"{base.sha256[:12]}…, but this model has {found[:12]}…: it is another model, or it "
             f"has been edited already.{hint}"
         )
+
+    def to_lora(self, model: nn.Module, rank: int | None = None) -> dict[str, LoRAFactors]:
+        """The edit as LoRA factors; see [`lightning_edit.core.lora.to_lora`][].
+
+        Args:
+            model: A model with the modules that the edit changes; its weights are not read.
+            rank: Largest rank of a module; all that is there when None.
+        """
+        from lightning_edit.core.lora import to_lora
+
+        return to_lora(self, model, rank)
 
     # -- files -----------------------------------------------------------------------------
 
