@@ -12,34 +12,68 @@ from typing import TYPE_CHECKING, Any
 from lightning_edit.__about__ import __version__
 
 if TYPE_CHECKING:
+    from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
+    from lightning_edit.callbacks.edit_evaluator import EditEvaluator as EditEvaluator
+    from lightning_edit.callbacks.edit_report import EditReport as EditReport
+    from lightning_edit.callbacks.progress import EditProgressBar as EditProgressBar
     from lightning_edit.core.batch import EditBatch as EditBatch
+    from lightning_edit.core.batch import PromptTokenizer as PromptTokenizer
     from lightning_edit.core.delta import WeightDelta as WeightDelta
     from lightning_edit.core.errors import EditError as EditError
     from lightning_edit.core.locator import Locator as Locator
     from lightning_edit.core.request import EditRequest as EditRequest
     from lightning_edit.core.request import Probe as Probe
+    from lightning_edit.data import CounterFact as CounterFact
+    from lightning_edit.data import EditDataModule as EditDataModule
+    from lightning_edit.data import Facts as Facts
+    from lightning_edit.data import KnowEdit as KnowEdit
+    from lightning_edit.data import Known1000 as Known1000
+    from lightning_edit.data import MQuAKE as MQuAKE
+    from lightning_edit.data import OldNewPairs as OldNewPairs
+    from lightning_edit.data import QAEdit as QAEdit
+    from lightning_edit.data import WikiBigEdit as WikiBigEdit
+    from lightning_edit.data import ZsRE as ZsRE
     from lightning_edit.evaluation.evaluator import Evaluator as Evaluator
     from lightning_edit.metrics import Generality as Generality
     from lightning_edit.metrics import Locality as Locality
     from lightning_edit.metrics import Portability as Portability
     from lightning_edit.metrics import Reliability as Reliability
+    from lightning_edit.models import load_model as load_model
+    from lightning_edit.models import load_tokenizer as load_tokenizer
     from lightning_edit.modules.base import EditModule as EditModule
     from lightning_edit.modules.rome import ROME as ROME
 
 _HOMES = {
+    "CounterFact": "data",
     "EditBatch": "core.batch",
+    "EditCheckpoint": "callbacks.edit_checkpoint",
+    "EditDataModule": "data",
     "EditError": "core.errors",
+    "EditEvaluator": "callbacks.edit_evaluator",
     "EditModule": "modules.base",
+    "EditProgressBar": "callbacks.progress",
+    "EditReport": "callbacks.edit_report",
     "EditRequest": "core.request",
     "Evaluator": "evaluation.evaluator",
+    "Facts": "data",
     "Generality": "metrics",
+    "KnowEdit": "data",
+    "Known1000": "data",
     "Locality": "metrics",
     "Locator": "core.locator",
+    "MQuAKE": "data",
+    "OldNewPairs": "data",
     "Portability": "metrics",
     "Probe": "core.request",
+    "PromptTokenizer": "core.batch",
+    "QAEdit": "data",
     "ROME": "modules.rome",
     "Reliability": "metrics",
     "WeightDelta": "core.delta",
+    "WikiBigEdit": "data",
+    "ZsRE": "data",
+    "load_model": "models",
+    "load_tokenizer": "models",
 }
 
 __all__ = ["__version__", *_HOMES]

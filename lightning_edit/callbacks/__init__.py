@@ -1,3 +1,10 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
 """Behaviors that any Trainer can take on."""
+
+from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint
+from lightning_edit.callbacks.edit_evaluator import EditEvaluator
+from lightning_edit.callbacks.edit_report import EditReport
+from lightning_edit.callbacks.progress import EditProgressBar
+
+__all__ = ["EditCheckpoint", "EditEvaluator", "EditProgressBar", "EditReport"]

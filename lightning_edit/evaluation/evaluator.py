@@ -101,31 +101,39 @@ class Evaluation:
         return (math.fsum(known) / len(known) if known else math.nan), len(known)
 
 
+_FIELDS = {
+    "teacher_forced": "teacher_forced",
+    "teacher_forced_strict": "exact",
+    "autoregressive": "autoregressive",
+}
+
+
 def probe_score(probe: ScoredProbe, key: str) -> float | None:
     """A probe's score under a metric's key, or None where the metric does not take the probe.
 
     Args:
         probe: A scored probe.
-        key: ``<metric>/<reading>``, ``portability/<kind>/<reading>``, or one of CounterFact's
-            ``efficacy_success``, ``paraphrase_success`` and ``neighborhood_success``.
+        key: ``<metric>/<reading>`` or ``portability/<kind>/<reading>``, where the metric may be
+            one of CounterFact's ``efficacy_success``, ``paraphrase_success`` and
+            ``neighborhood_success``.
     """
+    metric, *kind, reading = key.split("/")
     counterfact = {
         "efficacy_success": "reliability",
         "paraphrase_success": "generality",
         "neighborhood_success": "locality",
     }
-    if key in counterfact:
-        if probe.metric != counterfact[key] or probe.nll_new is None or probe.nll_old is None:
+    if metric in counterfact:
+        if probe.metric != counterfact[metric] or probe.nll_new is None or probe.nll_old is None:
             return None
         if probe.metric == "locality" and probe.kind != "neighborhood":
             return None
         new, old = torch.tensor([probe.nll_new]), torch.tensor([probe.nll_old])
         success = neighborhood_success if probe.metric == "locality" else efficacy_success
         return float(success(new, old)[0])
-    metric, *kind, reading = key.split("/")
     if probe.metric != metric or (kind and probe.kind != kind[0]):
         return None
-    score = getattr(probe, reading)
+    score = getattr(probe, _FIELDS[reading])
     return None if score is None else float(score)
 
 

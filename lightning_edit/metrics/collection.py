@@ -8,6 +8,11 @@ from collections.abc import Sequence
 
 from torchmetrics import Metric, MetricCollection
 
+from lightning_edit.metrics.counterfact import (
+    EfficacySuccess,
+    NeighborhoodSuccess,
+    ParaphraseSuccess,
+)
 from lightning_edit.metrics.generality import Generality
 from lightning_edit.metrics.locality import Locality
 from lightning_edit.metrics.portability import Portability
@@ -21,6 +26,8 @@ def edit_metrics(
     prefix: str = "",
     readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
     kinds: Sequence[str] = ("one_hop", "subject_alias", "inverse"),
+    *,
+    likelihoods: bool = False,
 ) -> MetricCollection:
     """Reliability, generality, locality and portability in every reading.
 
@@ -31,9 +38,13 @@ def edit_metrics(
         prefix: Put before every key of the results, such as ``"val/"``.
         readings: Readings to take.
         kinds: Kinds of portability that get a rate of their own beside the common one.
+        likelihoods: Also the strict teacher-forced rates and CounterFact's ES, PS and NS, all of
+            which come with the teacher-forced reading.
 
     Returns:
-        A collection with the keys ``<metric>/<reading>`` and ``portability/<kind>/<reading>``.
+        A collection with the keys ``<metric>/<reading>`` and ``portability/<kind>/<reading>``;
+        with ``likelihoods`` also ``<metric>/teacher_forced_strict`` and
+        ``efficacy_success/teacher_forced`` and its like.
 
     Raises:
         ValueError: If a reading is unknown or a kind is not a plain word.
@@ -51,5 +62,11 @@ def edit_metrics(
         ]
         metrics += [Portability(reading=reading, kind=kind) for kind in kinds]
     members: dict[str, Metric | MetricCollection] = {metric.key: metric for metric in metrics}
+    if likelihoods and "teacher_forced" in readings:
+        for strict in (Reliability, Generality, Locality, Portability):
+            metric = strict(strict=True)
+            members[metric.key] = metric
+        for success in (EfficacySuccess(), ParaphraseSuccess(), NeighborhoodSuccess()):
+            members[f"{success.key}/teacher_forced"] = success
     # Computing in groups would share the states of metrics that agree on the first batch.
     return MetricCollection(members, prefix=prefix or None, compute_groups=False)

@@ -269,11 +269,12 @@ class EditModule(LightningModule, ABC):
         """
         if isinstance(requests, EditRequest):
             requests = [requests]
-        if not isinstance(requests, EditBatch):
-            check_requests(requests)
-            requests = EditBatch.from_requests(requests, self.tokens)
-        batch = requests.to(next(self.model.parameters()).device)
+        # Tokens made under inference mode could not be saved for backward.
         with torch.inference_mode(False), torch.enable_grad(), self._kept_weights():
+            if not isinstance(requests, EditBatch):
+                check_requests(requests)
+                requests = EditBatch.from_requests(requests, self.tokens)
+            batch = requests.to(next(self.model.parameters()).device)
             edit = self.compute_edit(batch)
         ids = tuple(request.id for request in batch.requests)
         edit.provenance = replace(self.provenance, request_ids=ids)

@@ -222,7 +222,7 @@ class LocateModule(EditModule):
         keys = gathered(found.keys if found else None, width, site.in_features)
         outputs = gathered(found.outputs if found else None, width, site.out_features)
         deltas = gathered(found.deltas if found else None, site.out_features)
-        passes = gathered(losses, steps, 4).tolist()
+        passes: list[list[list[float]]] = gathered(losses, steps, 4).tolist()
         return TargetValues(
             keys,
             outputs,
@@ -277,4 +277,3 @@ def sample_templates(
                 texts = tokens.tokenizer.batch_decode(written, skip_special_tokens=True)
                 templates += [text.strip() + ". {}" for text in texts]
     return templates
-

@@ -116,18 +116,39 @@ def optimize_target_values(
         Locating and Editing Factual Associations in GPT, arXiv 2202.05262, section 3.1,
         equation 4.
     """
-    per_turn = max(1, settings.max_rows // (len(templates) + 1))
-    turns = [
-        _optimize(tree, tokens, layer, requests[i : i + per_turn], templates, settings, on_step)
-        for i in range(0, len(requests), per_turn)
+    turns = _turns(tokens, requests, settings.max_rows // (len(templates) + 1))
+    found = [
+        _optimize(tree, tokens, layer, [requests[e] for e in turn], templates, settings, on_step)
+        for turn in turns
     ]
+    order = [e for turn in turns for e in turn]
+    place = sorted(range(len(order)), key=order.__getitem__)
+    losses = [entry for part in found for entry in part.losses]
+    probabilities = [p for part in found for p in part.probabilities]
     return TargetValues(
-        keys=torch.cat([turn.keys for turn in turns]),
-        outputs=torch.cat([turn.outputs for turn in turns]),
-        deltas=torch.cat([turn.deltas for turn in turns]),
-        losses=[losses for turn in turns for losses in turn.losses],
-        probabilities=[p for turn in turns for p in turn.probabilities],
+        keys=torch.cat([part.keys for part in found])[place],
+        outputs=torch.cat([part.outputs for part in found])[place],
+        deltas=torch.cat([part.deltas for part in found])[place],
+        losses=[losses[i] for i in place],
+        probabilities=[probabilities[i] for i in place],
     )
+
+
+def _turns(
+    tokens: PromptTokenizer, requests: Sequence[EditRequest], per_turn: int
+) -> list[list[int]]:
+    """Requests to take together: those with equally many tokens from the subject on."""
+    by_width: dict[int, list[int]] = {}
+    for e, request in enumerate(requests):
+        prompt, last = tokens.subject_last(request.prompt, request.subject)
+        target = tokens.target(request.prompt, request.target_new)
+        by_width.setdefault(len(prompt) - last + len(target), []).append(e)
+    size = max(1, per_turn)
+    return [
+        group[i : i + size]
+        for _, group in sorted(by_width.items())
+        for i in range(0, len(group), size)
+    ]
 
 
 @dataclass

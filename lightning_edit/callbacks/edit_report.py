@@ -1,0 +1,270 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: the edit as an artefact, and what it did, for people and programs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_edit.callbacks.edit_evaluator import EditEvaluator
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.data.loader import requests_sha256
+from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
+from lightning_edit.modules.base import EditModule
+from lightning_edit.report import metrics_table, write_results
+from lightning_edit.report.results import EditRow, ProbeRow, RunReport
+
+__all__ = ["EditReport"]
+
+PACKAGES = ("lightning-edit", "torch", "lightning", "transformers", "torchmetrics", "peft")
+# What a run writes into its folder; an earlier run's are moved aside.
+FILES = ("delta", "edits.jsonl", "results.json", "report.html", "report.md", "README.md")
+
+
+class EditReport(Callback):
+    """Writes the run folder at the end of ``fit`` and prints the table of the metrics.
+
+    The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,
+    ``report.md`` and a card. Metrics come from the :class:`EditEvaluator` of the same Trainer.
+    Files of an earlier run are kept in ``earlier/``.
+
+    Args:
+        dirpath: The folder; the Trainer's log or root folder when None.
+        save_delta: Write the edit itself, where the module is an editor.
+        originals: Keep the original tensors with the edit, so that it can be undone exactly in a
+            copy of the edited model.
+
+    Example:
+        >>> EditReport(dirpath="runs/edit").dirpath
+        'runs/edit'
+    """
+
+    def __init__(
+        self, dirpath: str | None = None, save_delta: bool = True, originals: bool = True
+    ) -> None:
+        self.dirpath = dirpath
+        self.save_delta = save_delta
+        self.originals = originals
+        self.report: RunReport | None = None
+        self._began = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what is about to be edited, and moves an earlier run's files aside."""
+        self._began = time.perf_counter()
+        folder = self._folder(trainer)
+        if isinstance(pl_module, EditModule):
+            rank_zero_info(_banner(pl_module, trainer))
+        if trainer.is_global_zero and not _is_dry(trainer) and trainer.ckpt_path is None:
+            _move_aside(folder)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the folder and prints the table."""
+        folder = self._folder(trainer)
+        evaluators = [c for c in trainer.callbacks if isinstance(c, EditEvaluator)]
+        for evaluator in evaluators:
+            evaluator.finish(pl_module)
+        if not trainer.is_global_zero or _is_dry(trainer):
+            return
+        delta = pl_module.committed() if isinstance(pl_module, EditModule) else None
+        saved = delta is not None and self.save_delta
+        if delta is not None and saved:
+            delta.save(folder / "delta", originals=self.originals)
+        self.report = self._build(pl_module, delta, evaluators, saved=saved)
+        write_results(self.report, folder)
+        self._show(folder, saved)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        # Every process must ask: the log folder is broadcast.
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+    def _build(
+        self,
+        pl_module: LightningModule,
+        delta: WeightDelta | None,
+        evaluators: list[EditEvaluator],
+        *,
+        saved: bool,
+    ) -> RunReport:
+        evaluator = evaluators[0] if evaluators else None
+        if evaluator is None:
+            rank_zero_warn(
+                "EditReport has no metrics to report: add EditEvaluator to the Trainer's callbacks."
+            )
+        requests = evaluator.requests if evaluator else []
+        history = pl_module.history if isinstance(pl_module, EditModule) else []
+        edits = _edit_rows(evaluator, history, delta) if evaluator else []
+        model: dict[str, Any] = {}
+        if isinstance(pl_module, EditModule):
+            model = asdict(pl_module.base)
+        evaluating = sum(e.seconds for e in evaluators)
+        total = time.perf_counter() - self._began
+        return RunReport(
+            method=type(pl_module).__name__,
+            paper=getattr(pl_module, "paper", ""),
+            settings=delta.provenance.settings if delta else {},
+            model=model,
+            requests_sha256=requests_sha256(requests) if requests else "",
+            metrics=evaluator.rows if evaluator else {},
+            edits=edits,
+            layers=_layers(delta),
+            versions=_versions(),
+            seconds={
+                "total": total,
+                "edit": sum(row.get("seconds", 0.0) for row in history),
+                "evaluate": evaluating,
+            },
+            peak_memory_bytes=_peak_memory(),
+            sequence=evaluator.sequence if evaluator else [],
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            artifact="delta" if saved else "",
+        )
+
+    def _show(self, folder: Path, saved: bool) -> None:
+        if self.report is None:
+            return
+        try:
+            from rich.console import Console
+
+            Console().print(metrics_table(self.report, "rich"))
+        except ImportError:
+            rank_zero_info("%s", metrics_table(self.report, "md"))
+        rank_zero_info(f"Saved  {folder}: report.html, results.json, edits.jsonl, README.md")
+        if saved:
+            delta = folder / "delta"
+            rank_zero_info(f"Apply  lightning-edit apply {delta} --output edited")
+            rank_zero_info(
+                f'Undo   lightning_edit.WeightDelta.load("{delta}").revert_(model)  # bit for bit'
+            )
+
+
+def _is_dry(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _banner(pl_module: EditModule, trainer: Trainer) -> str:
+    names = list(pl_module.edit_optimizer.originals)
+    size = sum(t.numel() for t in pl_module.edit_optimizer.originals.values())
+    share = size / max(1, pl_module.base.parameters)
+    requests = getattr(getattr(trainer, "datamodule", None), "requests", [])
+    where = names[0] if len(names) == 1 else f"{len(names)} parameters"
+    return (
+        f"{type(pl_module).__name__} · {pl_module.model_id} ({pl_module.base.sha256[:12]}…) · "
+        f"{len(requests)} requests · {where} ({size:,} weights, {share:.1%})"
+    )
+
+
+def _move_aside(folder: Path) -> None:
+    old = [folder / name for name in FILES if (folder / name).exists()]
+    if not any(path.name in ("results.json", "delta") for path in old):
+        return
+    stamp = datetime.fromtimestamp(max(p.stat().st_mtime for p in old), UTC)
+    earlier = folder / "earlier" / stamp.strftime("%Y%m%d-%H%M%S")
+    earlier.mkdir(parents=True, exist_ok=True)
+    for path in old:
+        os.replace(path, earlier / path.name)
+
+
+def _edit_rows(
+    evaluator: EditEvaluator, history: list[dict[str, Any]], delta: WeightDelta | None
+) -> list[EditRow]:
+    before, after = evaluator.before, evaluator.after
+    if before is None or after is None:
+        return []
+    figures = {row["id"]: row for row in history}
+    size = 0.0
+    if delta is not None:
+        size = sum(float(t.float().square().sum()) for t in delta.originals.values()) ** 0.5
+    keys = [key for key in evaluator.rows if key.count("/") == 1 and not key.endswith("/kl")]
+    rows = []
+    for request in evaluator.requests:
+        old, new = list(before.of(request.id)), list(after.of(request.id))
+        own = dict(figures.get(request.id, {}))
+        own.pop("id", None)
+        norm = own.pop("norm", None)
+        rows.append(
+            EditRow(
+                id=request.id,
+                prompt=request.prompt,
+                subject=request.subject,
+                target_new=request.target_new,
+                target_old=request.target_old,
+                before_text=old[0].text,
+                after_text=new[0].text,
+                before=_scores(old, keys),
+                after=_scores(new, keys),
+                norm=norm,
+                relative_norm=norm / size if norm is not None and size else None,
+                seconds=own.pop("seconds", None),
+                diagnostics=own,
+                probes=tuple(_probe_row(b, a) for b, a in zip(old[1:], new[1:], strict=True)),
+            )
+        )
+    return rows
+
+
+def _scores(probes: list[ScoredProbe], keys: list[str]) -> dict[str, float | None]:
+    scores: dict[str, float | None] = {}
+    for key in keys:
+        known = [s for s in (probe_score(p, key) for p in probes) if s is not None]
+        if known:
+            scores[key] = sum(known) / len(known)
+    return scores
+
+
+def _probe_row(before: ScoredProbe, after: ScoredProbe) -> ProbeRow:
+    is_locality = after.metric == "locality"
+    unchanged = after.autoregressive if after.autoregressive is not None else after.exact
+    return ProbeRow(
+        role=after.metric,
+        kind=after.kind,
+        prompt=after.prompt,
+        answer=after.answers[0] if after.answers else "",
+        before_text=before.text,
+        after_text=after.text,
+        teacher_forced=after.teacher_forced,
+        autoregressive=after.autoregressive,
+        unchanged=unchanged if is_locality else None,
+    )
+
+
+def _layers(delta: WeightDelta | None) -> dict[str, dict[str, float | None]]:
+    if delta is None:
+        return {}
+    layers: dict[str, dict[str, float | None]] = {}
+    for name, norm in delta.norms().items():
+        whole = float(torch.linalg.vector_norm(delta.originals[name].float()))
+        layers[name] = {"norm": norm, "relative_norm": norm / whole if whole else None}
+    return layers
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

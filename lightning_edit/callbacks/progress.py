@@ -1,0 +1,45 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""A progress bar that counts edits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from typing_extensions import override
+
+__all__ = ["EditProgressBar"]
+
+
+class EditProgressBar(TQDMProgressBar):
+    """Lightning's progress bar with an edit as its unit, beside p(target) and ‖Δ‖/‖W‖.
+
+    Args:
+        refresh_rate: Draw after every so many batches; never when 0.
+        leave: Leave a finished bar on the screen.
+
+    Example:
+        >>> EditProgressBar(refresh_rate=0).is_disabled
+        True
+    """
+
+    def __init__(self, refresh_rate: int = 1, leave: bool = True) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        passes = trainer.max_epochs
+        which = f" {trainer.current_epoch + 1}/{passes}" if passes and passes > 1 else ""
+        self.train_progress_bar.set_description(f"Editing{which}")
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {
+            name: f"{value:.3g}" if isinstance(value, float) else value
+            for name, value in metrics.items()
+        }

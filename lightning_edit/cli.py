@@ -1,0 +1,136 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the Trainer's verbs: ``fit``, ``validate``, ``test``, ``predict``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+# Allows classes to be named without their package in configurations and on the command line.
+import lightning_edit.callbacks
+import lightning_edit.data
+import lightning_edit.modules  # noqa: F401
+from lightning_edit.__about__ import __version__
+from lightning_edit.core.errors import EditError
+from lightning_edit.modules.base import EditModule
+
+__all__ = ["EditCLI", "find_config", "main"]
+
+
+class EditParser(LightningArgumentParser):
+    """Lightning's parser, which also suggests what a misspelt name was meant to be."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        return super().error(message + _suggestion(message, self), ex)
+
+
+class EditCLI(LightningCLI):
+    """Lightning's command line over editors, data and callbacks of this package."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (EditError, ValueError) as error:
+            # What a constructor refuses is a matter of the configuration, not of the program.
+            self.parser.error(str(error))
+
+
+def main(args: ArgsType = None) -> EditCLI:
+    """Runs one of the Trainer's verbs.
+
+    Args:
+        args: Command line or parsed configuration; the process's own when None.
+    """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    if args is None:
+        sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
+    elif isinstance(args, list):
+        args = _with_packaged_configs(args)
+    return EditCLI(
+        EditModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"version": f"lightning_edit {__version__}"},
+        parser_class=EditParser,
+        # Edits need gradients in `test` and `predict`, too.
+        trainer_defaults={"inference_mode": False},
+        args=args,
+    )
+
+
+def find_config(name: str) -> str:
+    """The file of a configuration: as named, or else the packaged one of that name.
+
+    Args:
+        name: A path, or a packaged configuration such as ``method/rome.yaml``.
+
+    Example:
+        >>> Path(find_config("method/rome.yaml")).name
+        'rome.yaml'
+    """
+    if Path(name).is_file():
+        return name
+    here = Path(__file__).parent
+    # In a wheel the configurations lie in the package, in a checkout beside it.
+    for folder in (here / "configs", here.parent / "configs"):
+        for candidate in (name, f"{name}.yaml", name.removeprefix("configs/")):
+            if (folder / candidate).is_file():
+                return str(folder / candidate)
+    return name
+
+
+def _with_packaged_configs(arguments: Sequence[str]) -> list[str]:
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument in ("-c", "--config") and i + 1 < len(found):
+            found[i + 1] = find_config(found[i + 1])
+        elif argument.startswith("--config="):
+            found[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+    return found
+
+
+def _suggestion(message: str, parser: LightningArgumentParser) -> str:
+    """What the names that a message complains of may have been meant to be."""
+    wrong = re.findall(r"[Oo]ption '([\w.]+)' is not accepted", message)
+    wrong += re.findall(r"does not accept option '([\w.]+)'", message)
+    wrong += re.findall(r"Expected a dot import path string: (\w+)", message)
+    wrong += re.findall(r"Import path '?(\w+)'?", message)
+    wrong += re.findall(r"(?:No such|Unrecognized|unrecognized)[^:]*: (?:--)?([\w.]+)", message)
+    known = {name.rpartition(".")[2]: name for name in _options(parser)}
+    known |= {name: name for name in _class_names()}
+    for name in wrong:
+        near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.6)
+        if near:
+            return f"\nDid you mean `{near[0]}` instead of `{name}`?"
+    return ""
+
+
+def _options(parser: LightningArgumentParser) -> Iterable[str]:
+    return [action.dest for action in parser._actions]
+
+
+def _class_names() -> list[str]:
+    names: list[str] = []
+    todo: list[type] = [EditModule, LightningDataModule, Callback]
+    while todo:
+        for cls in todo.pop().__subclasses__():
+            names.append(cls.__name__)
+            todo.append(cls)
+    return names
