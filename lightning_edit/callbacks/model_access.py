@@ -1,0 +1,114 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the language model and the tokenizer inside anybody's LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["evaluating", "find_model", "find_tokenizer"]
+
+
+def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:
+    """The Hugging Face model in a module; of a peft model, the language model in it.
+
+    Args:
+        module: A LightningModule after ``configure_model``.
+        attribute: Name of the attribute that holds the model, with dots for nested ones; needed
+            only where there are several models.
+
+    Raises:
+        ModelError: If there is none, or there are several and no attribute is named.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model
+        >>> holder = nn.Module()
+        >>> holder.net = tiny_model()
+        >>> find_model(holder) is holder.net
+        True
+        >>> find_model(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        lightning_edit.core.errors.ModelError: Linear holds no Hugging Face model: ...
+    """
+    owner = type(module).__name__
+    if attribute is not None:
+        try:
+            module = reduce(getattr, attribute.split("."), module)
+        except AttributeError:
+            children = ", ".join(name for name, _ in module.named_children()) or "none"
+            raise ModelError(
+                f"`model_attribute` is {attribute!r}, but {owner} has no such attribute. Modules "
+                f"in it: {children}."
+            ) from None
+    found = _models(module) if isinstance(module, nn.Module) else {}
+    if not found:
+        where = f"`{attribute}` of {owner}" if attribute else owner
+        raise ModelError(
+            f"{where} holds no Hugging Face model: no `transformers.PreTrainedModel` is among its "
+            "modules. Assign one to an attribute, in `__init__` or `configure_model`."
+        )
+    if len(found) > 1:
+        names = ", ".join(f"`{name}`" for name in found)
+        raise ModelError(
+            f"{owner} holds {len(found)} Hugging Face models: {names}. Name the one to change with "
+            "`model_attribute`."
+        )
+    return next(iter(found.values()))
+
+
+def _models(module: nn.Module, prefix: str = "") -> dict[str, PreTrainedModel]:
+    """Outermost language models by name, each once."""
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        return {prefix: module}
+    found: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_children():  # lists a module shared by two names once
+        for path, model in _models(child, f"{prefix}.{name}" if prefix else name).items():
+            if not any(model is other for other in found.values()):
+                found[path] = model
+    return found
+
+
+def find_tokenizer(module: nn.Module, model: Any) -> PromptTokenizer | None:
+    """The module's tokenizer, ready for prompts, or None where it keeps none that is fast.
+
+    Args:
+        module: A LightningModule.
+        model: The language model in it.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    held = list(vars(module).values())
+    for value in held:
+        if isinstance(value, PromptTokenizer):
+            return value
+    is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    for value in held:
+        if isinstance(value, PreTrainedTokenizerBase) and value.is_fast:
+            return PromptTokenizer(value, is_encoder_decoder=is_encoder_decoder)
+    return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Has a model in eval mode inside a ``with`` block, and each part as it was after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
