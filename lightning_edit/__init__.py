@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from lightning_edit.callbacks.edit_evaluator import EditEvaluator as EditEvaluator
     from lightning_edit.callbacks.edit_report import EditReport as EditReport
     from lightning_edit.callbacks.progress import EditProgressBar as EditProgressBar
+    from lightning_edit.callbacks.save_task_vector import SaveTaskVector as SaveTaskVector
+    from lightning_edit.callbacks.task_vector_forgetting import (
+        TaskVectorForgetting as TaskVectorForgetting,
+    )
     from lightning_edit.core.batch import EditBatch as EditBatch
     from lightning_edit.core.batch import PromptTokenizer as PromptTokenizer
     from lightning_edit.core.delta import WeightDelta as WeightDelta
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_edit.data import Known1000 as Known1000
     from lightning_edit.data import MQuAKE as MQuAKE
     from lightning_edit.data import OldNewPairs as OldNewPairs
+    from lightning_edit.data import OldThenNew as OldThenNew
     from lightning_edit.data import QAEdit as QAEdit
     from lightning_edit.data import WikiBigEdit as WikiBigEdit
     from lightning_edit.data import ZsRE as ZsRE
@@ -63,12 +68,15 @@ _HOMES = {
     "Locator": "core.locator",
     "MQuAKE": "data",
     "OldNewPairs": "data",
+    "OldThenNew": "data",
     "Portability": "metrics",
     "Probe": "core.request",
     "PromptTokenizer": "core.batch",
     "QAEdit": "data",
     "ROME": "modules.rome",
     "Reliability": "metrics",
+    "SaveTaskVector": "callbacks.save_task_vector",
+    "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",
     "ZsRE": "data",

@@ -6,5 +6,14 @@ from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
 from lightning_edit.callbacks.edit_report import EditReport
 from lightning_edit.callbacks.progress import EditProgressBar
+from lightning_edit.callbacks.save_task_vector import SaveTaskVector
+from lightning_edit.callbacks.task_vector_forgetting import TaskVectorForgetting
 
-__all__ = ["EditCheckpoint", "EditEvaluator", "EditProgressBar", "EditReport"]
+__all__ = [
+    "EditCheckpoint",
+    "EditEvaluator",
+    "EditProgressBar",
+    "EditReport",
+    "SaveTaskVector",
+    "TaskVectorForgetting",
+]

@@ -11,6 +11,7 @@ from lightning_edit.data.known import Known1000, known_from_record
 from lightning_edit.data.loader import RequestLoader, ResumableRequestLoader, requests_sha256
 from lightning_edit.data.mquake import MQuAKE, mquake_from_record
 from lightning_edit.data.old_new_pairs import OldNewPairs, old_new_pair_from_record
+from lightning_edit.data.old_then_new import OldThenNew
 from lightning_edit.data.qaedit import QAEdit, qaedit_from_record
 from lightning_edit.data.wikibigedit import WikiBigEdit, wikibigedit_from_record
 from lightning_edit.data.zsre import ZsRE, zsre_from_record
@@ -23,6 +24,7 @@ __all__ = [
     "Known1000",
     "MQuAKE",
     "OldNewPairs",
+    "OldThenNew",
     "QAEdit",
     "RequestLoader",
     "ResumableRequestLoader",
