@@ -45,7 +45,9 @@ class LoRAFactors:
         return self.a.shape[0]
 
 
-def to_lora(delta: WeightDelta, model: nn.Module, rank: int | None = None) -> dict[str, LoRAFactors]:
+def to_lora(
+    delta: WeightDelta, model: nn.Module, rank: int | None = None
+) -> dict[str, LoRAFactors]:
     """Turns every change of an edit into LoRA factors.
 
     Low-rank changes are taken over as they are, dense ones by singular value decomposition.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from lightning_edit.core.errors import ArtifactError
 if TYPE_CHECKING:
     from lightning_edit.core.delta import Change, WeightDelta
 
-__all__ = ["FORMAT_VERSION", "atomic_folder", "load_delta", "save_delta"]
+__all__ = ["FORMAT_VERSION", "atomic_folder", "load_delta", "read_config", "save_delta"]
 
 FORMAT_VERSION = 1
 CONFIG = "delta_config.json"
@@ -33,7 +34,11 @@ CARD = "README.md"
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the place of ``folder`` only when all went well."""
+    """Gives a folder to fill, which takes the place of ``folder`` only when all went well.
+
+    What stood there before is deleted then, and is as it was when anything fails.
+    """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -42,8 +47,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             os.replace(folder, retired / folder.name)
-            os.replace(staging, folder)
-            shutil.rmtree(retired)
+            try:
+                os.replace(staging, folder)
+            except BaseException:
+                os.replace(retired / folder.name, folder)
+                retired.rmdir()
+                raise
+            shutil.rmtree(retired, ignore_errors=True)
         else:
             os.replace(staging, folder)
     finally:
@@ -56,6 +66,7 @@ def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
 
     from lightning_edit.core.delta import LowRank
 
+    _check_place(folder)
     tensors: dict[str, Tensor] = {}
     for name, change in delta.changes.items():
         if isinstance(change, LowRank):
@@ -68,7 +79,7 @@ def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
                 tensors[f"{name}.original"] = delta.originals[name]
     # Factors of several sites may share storage, which safetensors refuses.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    config = {
+    config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": "weight_delta",
         **asdict(delta.provenance),
@@ -85,9 +96,44 @@ def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
     }
     with atomic_folder(folder) as staging:
         save_file(tensors, staging / TENSORS, metadata={"format": "pt"})
-        (staging / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        (staging / CARD).write_text(_card(delta, config))
+        config["tensors_sha256"] = _file_hash(staging / TENSORS)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        # Half of a surrogate pair, which an id may hold, has no UTF-8; JSON reads \udxxx back.
+        (staging / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")
+        card = _card(delta, config)
+        (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads the description of a saved edit, without its tensors.
+
+    Raises:
+        ArtifactError: If it is missing, damaged or of a newer format.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ArtifactError(
+            f"`{folder}` holds no saved edit: the file `{CONFIG}` is missing. Name the folder "
+            f"that has `{CONFIG}` and `{TENSORS}` in it."
+        )
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        version = int(config["format_version"])
+        if version <= FORMAT_VERSION:
+            config["parameters"] = {str(k): dict(v) for k, v in config["parameters"].items()}
+            config["base"] = BaseModelInfo(**config.get("base", {}))
+            config["request_ids"] = tuple(str(i) for i in config.get("request_ids", ()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"`{path}` is damaged ({error!r}). Restore the file from a backup."
+        ) from None
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"`{folder}` was written in format {version}, newer than {FORMAT_VERSION}, which this "
+            "version of lightning_edit reads. Upgrade with `pip install -U lightning-edit`."
+        )
+    return config
 
 
 def load_delta(folder: Path) -> dict[str, Any]:
@@ -97,26 +143,17 @@ def load_delta(folder: Path) -> dict[str, Any]:
 
     from lightning_edit.core.delta import LowRank
 
-    for file in (CONFIG, TENSORS):
-        if not (folder / file).is_file():
-            raise ArtifactError(
-                f"`{folder}` holds no saved edit: the file `{file}` is missing. Name the folder "
-                f"that has `{CONFIG}` and `{TENSORS}` in it."
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        version = int(config["format_version"])
-        parameters = {str(name): dict(entry) for name, entry in config["parameters"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    config = read_config(folder)
+    parameters: dict[str, dict[str, Any]] = config["parameters"]
+    if not (folder / TENSORS).is_file():
         raise ArtifactError(
-            f"`{folder / CONFIG}` is damaged ({error!r}). Restore the file from a backup."
-        ) from None
-    if version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"`{folder}` was written in format {version}, newer than {FORMAT_VERSION}, which this "
-            "version of lightning_edit reads. Upgrade with `pip install -U lightning-edit`."
+            f"`{folder}` holds no saved edit: the file `{TENSORS}` is missing. Name the folder "
+            f"that has `{CONFIG}` and `{TENSORS}` in it."
         )
     try:
+        expected = config.get("tensors_sha256")
+        if expected and _file_hash(folder / TENSORS) != expected:
+            raise ValueError(f"its hash is not {str(expected)[:12]}…, as `{CONFIG}` says")
         tensors = load_file(folder / TENSORS)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(
@@ -143,8 +180,8 @@ def load_delta(folder: Path) -> dict[str, Any]:
             method=config.get("method", ""),
             paper=config.get("paper", ""),
             settings=config.get("settings", {}),
-            base=BaseModelInfo(**config.get("base", {})),
-            request_ids=tuple(config.get("request_ids", ())),
+            base=config["base"],
+            request_ids=config["request_ids"],
         ),
         "originals": {
             name: tensors[f"{name}.original"]
@@ -157,6 +194,23 @@ def load_delta(folder: Path) -> dict[str, Any]:
             if entry.get("edited_sha256")
         },
     }
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses to replace a folder with other things in it, which would be deleted."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"`{folder}` is a file. Give a folder to save the edit in.")
+    others = {path.name for path in folder.glob("*")} - {CONFIG, TENSORS, CARD}
+    if others:
+        raise ArtifactError(
+            f"`{folder}` holds other files ({', '.join(sorted(others)[:3])}), which saving would "
+            f"delete. Give the edit a folder of its own, such as `{folder / 'delta'}`."
+        )
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -207,7 +261,8 @@ def _card(delta: WeightDelta, config: dict[str, Any]) -> str:
             "delta.revert_(model)  # gives back every bit",
             "```",
             "",
-            "An edited model states what it was told to state, true or not. Say so where it is used.",
+            "An edited model states what it was told to state, true or not. Say so wherever it is "
+            "used.",
             "",
         ]
     )
