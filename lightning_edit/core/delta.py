@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -121,6 +122,8 @@ class WeightDelta(Edit):
     ) -> Self:
         """The task vector ``tuned − base`` over all floating tensors that differ.
 
+        Tied weights count once, by their first name.
+
         Args:
             base: Name to tensor before.
             tuned: Name to tensor after; names that ``base`` lacks are an error.
@@ -134,6 +137,7 @@ class WeightDelta(Edit):
         """
         changes: dict[str, Change] = {}
         originals: dict[str, Tensor] = {}
+        seen: set[tuple[int, torch.Size, torch.dtype]] = set()
         for name, after in tuned.items():
             before = base.get(name)
             if before is None or before.shape != after.shape:
@@ -141,7 +145,10 @@ class WeightDelta(Edit):
                     f"The tensor `{name}` of the tuned model has no counterpart of the shape "
                     f"{list(after.shape)} in the base. Compare two models of one architecture."
                 )
-            if after.is_floating_point() and not torch.equal(before, after):
+            # A state dict names tied weights twice; a model's parameters, the first time only.
+            place = (after.data_ptr() or id(after), after.shape, after.dtype)
+            if after.is_floating_point() and place not in seen and not torch.equal(before, after):
+                seen.add(place)
                 changes[name] = after.detach().float() - before.detach().float()
                 originals[name] = before.detach().clone()
         return cls(changes, provenance, originals)
@@ -215,6 +222,12 @@ class WeightDelta(Edit):
             _restore(parameters, originals)
             raise
         self.originals = originals
+        if self.hashes:
+            # Those in a file are of the model it was saved from, perhaps of another machine.
+            self.hashes = {
+                name: (tensor_hash(originals[name]), tensor_hash(p))
+                for name, p in parameters.items()
+            }
 
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Sets each changed parameter to original + change, without checks or copies.
@@ -227,10 +240,10 @@ class WeightDelta(Edit):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 change = self.dense(name).to(parameter.device)
-                value = _full(originals[name]).to(parameter.device).float() + change
-                rounded = value.to(parameter.dtype)
+                original = _full(originals[name]).to(parameter.device)
+                rounded = (original.float() + change).to(parameter.dtype)
                 if parameter.dtype in (torch.bfloat16, torch.float16):
-                    _warn_of_rounding(name, originals[name].to(parameter.device), rounded, change)
+                    _warn_of_rounding(name, original, rounded, change)
                 _copy_(parameter, rounded)
 
     def revert_(self, model: nn.Module) -> None:
@@ -249,12 +262,51 @@ class WeightDelta(Edit):
             )
         parameters = self._parameters(model)
         for name, (_, edited) in self.hashes.items():
-            if tensor_hash(parameters[name]) != edited:
-                raise ArtifactError(
-                    f"`{name}` in this model is not the tensor that this edit wrote: the edit is "
-                    "not applied here, or another change came after it. Undo later edits first."
+            parameter, kept = parameters[name], self.originals[name]
+            if tensor_hash(parameter) == edited or self._may_have_written(name, parameter):
+                continue
+            dtypes = [str(t.dtype).removeprefix("torch.") for t in (parameter, kept)]
+            raise ArtifactError(
+                f"`{name}` in this model is not the tensor that this edit wrote: "
+                + (
+                    "the edit is not applied here, or another change came after it. Undo later "
+                    "edits first."
+                    if dtypes[0] == dtypes[1]
+                    else f"it is {dtypes[0]}, and the edit wrote {dtypes[1]}. Load the model with "
+                    f"dtype {dtypes[1]}."
                 )
+            )
         _restore(parameters, self.originals)
+
+    @contextmanager
+    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Has the edit out of the (edited) model inside a ``with`` block only."""
+        parameters = self._parameters(model)
+        # Other edits may stand beside this one, so the model need not be its base in between.
+        edited = {name: p.detach().clone() for name, p in parameters.items()}
+        self.revert_(model)
+        try:
+            yield model
+        finally:
+            _restore(parameters, edited)
+
+    def _may_have_written(self, name: str, parameter: Tensor) -> bool:
+        """Whether this edit could have written a tensor on another machine.
+
+        The terms of u vᵀ are summed in another order there; in float32 that changes a sum of R
+        terms by less than 2 R ε |u| |v|ᵀ.
+        """
+        change, original = self.changes[name], _full(self.originals[name])
+        if not isinstance(change, LowRank) or parameter.dtype != original.dtype:
+            return False
+        found = _full(parameter).detach().to(original.device)
+        wanted = original.float() + change.dense().to(original.device)
+        slack = 2 * change.rank * torch.finfo(torch.float32).eps
+        slack_by_entry = slack * (change.u.abs() @ change.v.abs().T).to(original.device)
+        # Rounding keeps order.
+        least = (wanted - slack_by_entry).to(found.dtype)
+        most = (wanted + slack_by_entry).to(found.dtype)
+        return bool(((least <= found) & (found <= most)).all())
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
         """Records the originals and the hashes of an edit that stands in the model.
@@ -264,7 +316,7 @@ class WeightDelta(Edit):
             originals: Parameter name to the tensor that stood there before.
         """
         parameters = self._parameters(model)
-        kept = {name: originals[name].detach().cpu().clone() for name in self.changes}
+        kept = {name: _full(originals[name]).detach().cpu().clone() for name in self.changes}
         hashes = {n: (tensor_hash(kept[n]), tensor_hash(p)) for n, p in parameters.items()}
         return type(self)(self.changes, self.provenance, kept, hashes)
 
@@ -357,7 +409,9 @@ def _full(tensor: Tensor) -> Tensor:
 def _copy_(parameter: Tensor, value: Tensor) -> None:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(parameter, DTensor):  # takes its own shard of the whole
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        # Takes its own shard of the whole.
+        value = value.to(parameter.device)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
 
@@ -365,7 +419,7 @@ def _copy_(parameter: Tensor, value: Tensor) -> None:
 def _restore(parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(originals[name])
+            _copy_(parameter, originals[name])
 
 
 def _warn_of_rounding(name: str, original: Tensor, rounded: Tensor, change: Tensor) -> None:

@@ -120,7 +120,7 @@ def test_missing_file(file: str, tmp_path: Path) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="`.*nowhere` holds no saved edit"):
+    with pytest.raises(ArtifactError, match=r"`.*nowhere` holds no saved edit"):
         WeightDelta.load(tmp_path / "nowhere")
 
 
@@ -197,7 +197,7 @@ def test_files_of_two_edits(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"the shape \[6\], but .* \[5\].*belong together"):
         WeightDelta.load(folder)
     _rewrite(folder, parameters={**config["parameters"], "c.weight": {"shape": [1]}})
-    with pytest.raises(ArtifactError, match="lacks the change of `c.weight`"):
+    with pytest.raises(ArtifactError, match=r"lacks the change of `c.weight`"):
         WeightDelta.load(folder)
 
 
@@ -212,10 +212,15 @@ def test_a_crash_while_writing_leaves_the_earlier_folder(tmp_path: Path) -> None
     target = tmp_path / "delta"
     with atomic_folder(target) as staging:
         (staging / "file").write_text("earlier")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as staging:
-        (staging / "file").write_text("half")
-        assert _contents(target) == {"file": "earlier"}
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with atomic_folder(target) as staging:
+            (staging / "file").write_text("half")
+            assert _contents(target) == {"file": "earlier"}
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert _contents(tmp_path) == {"delta/file": "earlier"}
     assert [path.name for path in tmp_path.iterdir()] == ["delta"]
 
@@ -291,5 +296,5 @@ def test_saving_replaces_an_edit_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"holds other files \(notes.txt\).*own, such as"):
         _delta().save(folder)
     assert (folder / "notes.txt").read_text() == "mine"
-    with pytest.raises(ArtifactError, match="`.*notes.txt` is a file"):
+    with pytest.raises(ArtifactError, match=r"`.*notes.txt` is a file"):
         _delta().save(folder / "notes.txt")
