@@ -60,6 +60,8 @@ class EditModule(LightningModule, ABC):
     paper: ClassVar[str] = ""
     #: Whether the method needs a model without an encoder.
     decoder_only: ClassVar[bool] = False
+    #: Arguments that are no primitives, which a checkpoint must not hold.
+    unsaved_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class EditModule(LightningModule, ABC):
         max_new_tokens: int = 24,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=self.unsaved_arguments)
         self.model_id = model
         self.layers = layers
         self.dtype_name = dtype
@@ -92,6 +94,7 @@ class EditModule(LightningModule, ABC):
         #: Whether all processes hold the same batch, whose work they may share out.
         self.shares_batches = False
         self._tested: list[tuple[list[EditRequest], Baseline]] = []
+        self._delta_before_test = WeightDelta({})
         self._tokens: PromptTokenizer | None = None
         self._optimizer: EditOptimizer | None = None
         self._tuned: dict[str, nn.Parameter] = {}
@@ -241,6 +244,7 @@ class EditModule(LightningModule, ABC):
         parameters = self._edited_parameters()
         kept = {name: p.detach().clone() for name, p in parameters.items()}
         flags = {name: p.requires_grad for name, p in parameters.items()}
+        gradients = {name: p.grad for name, p in parameters.items()}  # accumulated so far
         try:
             yield
         finally:
@@ -248,7 +252,7 @@ class EditModule(LightningModule, ABC):
                 for name, parameter in parameters.items():
                     parameter.copy_(kept[name])
                     parameter.requires_grad_(flags[name])
-                    parameter.grad = None
+                    parameter.grad = gradients[name]
 
     def _edited_parameters(self) -> dict[str, nn.Parameter]:
         return {name: self.model.get_parameter(name) for name in self.edit_optimizer.originals}
@@ -349,6 +353,7 @@ class EditModule(LightningModule, ABC):
                 f"{self.trainer.world_size} processes would each edit their own. Set "
                 "`trainer.devices=1`, or `test_protocol='independent'`."
             )
+        self._delta_before_test = self.edit_optimizer.delta
 
     @override
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
@@ -373,7 +378,7 @@ class EditModule(LightningModule, ABC):
             self.evaluator.evaluate(batch, baseline).update(self.test_metrics)
         if self._tested:
             self._tested.clear()
-            self.edit_optimizer.rewind()
+            self.edit_optimizer.rewind(self._delta_before_test)
         self.log_dict(_finite(self.test_metrics.compute()))
         self.test_metrics.reset()
 

@@ -1,0 +1,126 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of target tokens, with logits computed only where it reads them."""
+
+# Shapes: B rows, T positions, N target tokens of all rows, D hidden, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
+from lightning_edit.core.errors import ModelError
+from lightning_edit.core.locator import ModelTree
+
+__all__ = ["Objective", "row_means", "target_nll", "target_probabilities"]
+
+MAX_ROWS = 64  # rows whose logits are held at once
+
+Objective = Literal["target_new", "prompt_last"]
+
+
+def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target_new") -> Tensor:
+    """Negative log-likelihood of every target token, in the order of the batch's labels.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model.
+        batch: Prompts and targets.
+        objective: ``target_new`` reads each token behind the ones before it. ``prompt_last`` reads
+            all of them right behind the prompt, as EasyEdit's FT-L does: wrong for targets of more
+            than one token.
+
+    Returns:
+        NLL in nats, [N] float32.
+
+    Raises:
+        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+
+    Example:
+        >>> from lightning_edit.core.batch import PromptTokenizer
+        >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+        >>> tokens = PromptTokenizer(tiny_tokenizer())
+        >>> batch = EditBatch.from_requests(tiny_requests(2), tokens)
+        >>> nll = target_nll(ModelTree.of(tiny_model()), batch)
+        >>> nll.shape == batch.labels[batch.labels != -100].shape
+        True
+    """
+    rows, columns = torch.nonzero(batch.labels != IGNORE_INDEX, as_tuple=True)
+    targets = batch.labels[rows, columns]
+    width = int(batch.attention_mask.sum(1).max())  # a part of a batch may be padded too far
+    model: Any = tree.model
+    inputs: dict[str, Tensor] = {}
+    if tree.is_encoder_decoder:
+        make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if make is None:
+            raise ModelError(
+                f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, by which "
+                "a decoder's inputs are made. Choose T5, BART or another model that has it."
+            )
+        inputs = {"decoder_input_ids": make(labels=batch.labels[:, : int(columns.max()) + 1])}
+        at, first = columns, torch.zeros_like(batch.prompt_lengths)
+    else:
+        width -= 1  # the last token predicts nothing that is asked for
+        at, first = columns - 1, batch.prompt_lengths - 1
+    where = (rows, at)
+    if objective == "prompt_last":
+        where = (torch.arange(len(batch), device=first.device), first)
+    with _only_at(tree.lm_head, *where):
+        logits = model(
+            input_ids=batch.input_ids[:, :width],
+            attention_mask=batch.attention_mask[:, :width],
+            use_cache=False,
+            **inputs,
+        ).logits
+    logits = logits[0] if tree.lm_head is not None else logits[where]
+    if objective == "prompt_last":
+        logits = logits[rows]
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def row_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of each row's target tokens.
+
+    Args:
+        values: A value of each target token, as :func:`target_nll` returns them, [N].
+        labels: Targets in their places and -100 elsewhere, [B, T].
+
+    Returns:
+        Means, [B].
+    """
+    mask = labels != IGNORE_INDEX
+    sums = torch.zeros(len(labels), device=values.device, dtype=values.dtype)
+    sums = sums.index_add(0, torch.nonzero(mask)[:, 0], values)
+    return sums / mask.sum(1)
+
+
+@torch.no_grad()
+def target_probabilities(tree: ModelTree, batch: EditBatch) -> list[float]:
+    """exp(−mean NLL) of each row's target, in (0, 1]."""
+    found: list[float] = []
+    for start in range(0, len(batch), MAX_ROWS):
+        part = batch.select(range(start, min(start + MAX_ROWS, len(batch))))
+        found += torch.exp(-row_means(target_nll(tree, part), part.labels)).tolist()
+    return found
+
+
+@contextmanager
+def _only_at(head: nn.Module | None, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Hands the head these positions only, [1, N, D]: the vocabulary is most of a short pass."""
+    if head is None:
+        yield
+        return
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows, columns][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
