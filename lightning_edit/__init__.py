@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_edit.__about__ import __version__
 
 if TYPE_CHECKING:
+        TaskVectorForgetting as TaskVectorForgetting,
+    )
     from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
     from lightning_edit.callbacks.edit_evaluator import EditEvaluator as EditEvaluator
     from lightning_edit.callbacks.edit_report import EditReport as EditReport
     from lightning_edit.callbacks.progress import EditProgressBar as EditProgressBar
     from lightning_edit.callbacks.save_task_vector import SaveTaskVector as SaveTaskVector
     from lightning_edit.callbacks.task_vector_forgetting import (
-        TaskVectorForgetting as TaskVectorForgetting,
-    )
     from lightning_edit.core.batch import EditBatch as EditBatch
     from lightning_edit.core.batch import PromptTokenizer as PromptTokenizer
     from lightning_edit.core.delta import WeightDelta as WeightDelta
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     from lightning_edit.models import load_model as load_model
     from lightning_edit.models import load_tokenizer as load_tokenizer
     from lightning_edit.modules.base import EditModule as EditModule
+    from lightning_edit.modules.fine_tune import FineTune as FineTune
+    from lightning_edit.modules.full_tuning import FullTuning as FullTuning
+    from lightning_edit.modules.loc_ft import LocFT as LocFT
+    from lightning_edit.modules.lora import LoRA as LoRA
+    from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
     from lightning_edit.modules.rome import ROME as ROME
 
 _HOMES = {
@@ -61,9 +66,14 @@ _HOMES = {
     "EditRequest": "core.request",
     "Evaluator": "evaluation.evaluator",
     "Facts": "data",
+    "FineTune": "modules.fine_tune",
+    "FullTuning": "modules.full_tuning",
     "Generality": "metrics",
     "KnowEdit": "data",
     "Known1000": "data",
+    "LoRA": "modules.lora",
+    "LoRATuning": "modules.lora_tuning",
+    "LocFT": "modules.loc_ft",
     "Locality": "metrics",
     "Locator": "core.locator",
     "MQuAKE": "data",
