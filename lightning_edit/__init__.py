@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_edit.__about__ import __version__
 
 if TYPE_CHECKING:
-        TaskVectorForgetting as TaskVectorForgetting,
-    )
     from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
     from lightning_edit.callbacks.edit_evaluator import EditEvaluator as EditEvaluator
     from lightning_edit.callbacks.edit_report import EditReport as EditReport
     from lightning_edit.callbacks.progress import EditProgressBar as EditProgressBar
     from lightning_edit.callbacks.save_task_vector import SaveTaskVector as SaveTaskVector
     from lightning_edit.callbacks.task_vector_forgetting import (
+        TaskVectorForgetting as TaskVectorForgetting,
+    )
     from lightning_edit.core.batch import EditBatch as EditBatch
     from lightning_edit.core.batch import PromptTokenizer as PromptTokenizer
     from lightning_edit.core.delta import WeightDelta as WeightDelta
