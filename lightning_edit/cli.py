@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 import warnings
@@ -53,8 +54,7 @@ def main(args: ArgsType = None) -> EditCLI:
     Args:
         args: Command line or parsed configuration; the process's own when None.
     """
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    _quiet_down()
     if args is None:
         sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
     elif isinstance(args, list):
@@ -73,6 +73,40 @@ def main(args: ArgsType = None) -> EditCLI:
         trainer_defaults={"inference_mode": False},
         args=args,
     )
+
+
+# Editing wants the model in eval mode, needs no workers to read a few texts, and runs anywhere.
+_EXPECTED_WARNINGS = (
+    r".*LeafSpec.*",
+    r".*does not have many workers.*",
+    r"Found .* module\(s\) in eval mode.*",
+    r"You called `self\.log\(.* in your `\w+` but have no logger configured.*",
+)
+_CHATTER = (
+    "Tip:",
+    "TPU available",
+    "GPU available",
+    "HPU available",
+    "litlogger",
+    "`Trainer.fit` stopped",
+)
+
+
+def _quiet_down() -> None:
+    """Keeps remarks that do not concern an editing run off the screen."""
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+    def concerns(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(words in text for words in _CHATTER)
+
+    for name in (
+        "lightning.pytorch",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+    ):
+        logging.getLogger(name).addFilter(concerns)
 
 
 def find_config(name: str) -> str:
@@ -128,9 +162,9 @@ def _options(parser: LightningArgumentParser) -> Iterable[str]:
 
 def _class_names() -> list[str]:
     names: list[str] = []
-    todo: list[type] = [EditModule, LightningDataModule, Callback]
+    todo: list[Any] = [EditModule, LightningDataModule, Callback]
     while todo:
-        for cls in todo.pop().__subclasses__():
+        for cls in type.__subclasses__(todo.pop()):
             names.append(cls.__name__)
             todo.append(cls)
     return names

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -37,6 +39,14 @@ class EditCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.every_n_edits = every_n_edits
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # Meant for modules whose step is still to come; an edit's step is over by now.
+            message = "Using ModelCheckpoint with manual optimization"
+            warnings.filterwarnings("ignore", message=message)
+            super().on_train_batch_end(*args, **kwargs)
 
     @override
     def on_exception(

@@ -76,7 +76,8 @@ class EditReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder and prints the table."""
         folder = self._folder(trainer)
-        evaluators = [c for c in trainer.callbacks if isinstance(c, EditEvaluator)]
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        evaluators = [c for c in callbacks if isinstance(c, EditEvaluator)]
         for evaluator in evaluators:
             evaluator.finish(pl_module)
         if not trainer.is_global_zero or _is_dry(trainer):

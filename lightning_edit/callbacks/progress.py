@@ -28,6 +28,11 @@ class EditProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1, leave: bool = True) -> None:
         super().__init__(refresh_rate=refresh_rate, leave=leave)
 
+    @property
+    @override
+    def train_description(self) -> str:
+        return "Measuring"  # shown until the first edit
+
     @override
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
