@@ -95,8 +95,8 @@ class EditEvaluator(Callback):
         evaluator = self._evaluator(pl_module)
         share = self._share(self.requests)
         with _unedited(pl_module), evaluating(evaluator.model):
-            self._baseline = evaluator.baseline(share)
-            mine = evaluator.evaluate(share, self._baseline)
+            mine = evaluator.evaluate(share)
+        self._baseline = mine.baseline
         self._values_before = self._values(mine, pl_module)
         self.before = self._gather(mine)
         self.seconds += time.perf_counter() - began

@@ -76,9 +76,11 @@ class Evaluation:
 
     Args:
         probes: In the order of the requests.
+        baseline: The unedited model's outputs that locality was measured against.
     """
 
     probes: list[ScoredProbe]
+    baseline: Baseline = field(default_factory=lambda: Baseline({}))
 
     def update(self, metrics: MetricCollection) -> None:
         """Adds the scores to metrics with the keys of ``edit_metrics``."""
@@ -189,18 +191,14 @@ class Evaluator:
         if not unique:
             return Baseline({})
         texts = self.continuations(unique)
-        ids = [self.tokens.prompt(prompt) for prompt in unique]
-        targets = [
-            self.tokens.target(p, t) if t.strip() else [self.tokens.pad_id]
-            for p, t in zip(unique, texts, strict=True)
-        ]
-        scores = self._score(
-            [(p, t[:1]) for p, t in zip(ids, targets, strict=True)], [True] * len(unique)
-        )
+        pairs = [(self.tokens.prompt(prompt), [self.tokens.pad_id]) for prompt in unique]
+        scores = self._score(pairs, [True] * len(unique))
         first = {p: s.first for p, s in zip(unique, scores, strict=True) if s.first is not None}
         return Baseline(dict(zip(unique, texts, strict=True)), first)
 
-    def evaluate(self, requests: Sequence[EditRequest], baseline: Baseline) -> Evaluation:
+    def evaluate(
+        self, requests: Sequence[EditRequest], baseline: Baseline | None = None
+    ) -> Evaluation:
         """Scores every probe of every request.
 
         Locality is agreement with the unedited model: under teacher forcing, on the first tokens
@@ -209,33 +207,49 @@ class Evaluator:
 
         Args:
             requests: Requests to be judged by; their edits may be in the model or not.
-            baseline: What the unedited model said to their locality prompts.
+            baseline: What the unedited model said to their locality prompts. When None, this
+                model counts as the unedited one; the result carries its baseline.
         """
+        known: dict[tuple[str, int], str] = {}
+        if baseline is None:
+            baseline = self.baseline(requests)
+            known = {(prompt, 1): text for prompt, text in baseline.texts.items()}
         probes = [probe for request in requests for probe in _expand(request)]
+        scored: list[dict[str, Any]] = [{} for _ in probes]
         if not probes:
-            return Evaluation([])
-        by_id = {request.id: request for request in requests}
-        texts: list[str] = [""] * len(probes)
+            return Evaluation([], baseline)
         if "autoregressive" in self.readings:
-            texts = continuations(
-                self.model,
-                self.tokens,
-                [probe.prompt for probe in probes],
-                max_new_tokens=self.max_new_tokens,
-                min_new_tokens=[self._longest(probe) for probe in probes],
-            )
-        scored: list[dict[str, Any]] = [{"text": text} for text in texts]
-        if "autoregressive" in self.readings:
-            for probe, fields in zip(probes, scored, strict=True):
-                fields["autoregressive"] = _hit(probe, fields["text"], baseline)
+            texts = self._texts(probes, known)
+            for probe, fields, text in zip(probes, scored, texts, strict=True):
+                fields["text"] = text
+                fields["autoregressive"] = _hit(probe, text, baseline)
         if "teacher_forced" in self.readings:
+            by_id = {request.id: request for request in requests}
             self._add_teacher_forced(probes, scored, by_id, baseline)
         return Evaluation(
             [
                 ScoredProbe(p.request_id, p.metric, p.kind, p.prompt, p.answers, **fields)
                 for p, fields in zip(probes, scored, strict=True)
-            ]
+            ],
+            baseline,
         )
+
+    def _texts(
+        self, probes: Sequence[ScoredProbe], known: Mapping[tuple[str, int], str]
+    ) -> list[str]:
+        # Locality compares texts, so that no answer decides where they stop.
+        least = [1 if p.metric == "locality" else self._longest(p) for p in probes]
+        prompts = [probe.prompt for probe in probes]
+        todo = [item for item in zip(prompts, least, strict=True) if item not in known]
+        texts = continuations(
+            self.model,
+            self.tokens,
+            [prompt for prompt, _ in todo],
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=[n for _, n in todo],
+        )
+        found = {**known, **dict(zip(todo, texts, strict=True))}
+        return [found[item] for item in zip(prompts, least, strict=True)]
 
     def _add_teacher_forced(
         self,

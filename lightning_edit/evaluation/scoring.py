@@ -157,7 +157,7 @@ def continuations(
     """Greedy continuations from the prompts alone, up to a natural stop.
 
     A text stops at the end token, at a line's or a sentence's end, or after ``max_new_tokens``.
-    Equal prompts are run once.
+    Equal prompts with equal minimums are run once.
 
     Args:
         model: A Hugging Face language model.
@@ -171,19 +171,17 @@ def continuations(
     Returns:
         A text for each prompt, without the prompt, up to its first line break.
     """
-    least: dict[str, int] = {}
-    for prompt, n in zip(prompts, min_new_tokens or [1] * len(prompts), strict=True):
-        least[prompt] = max(n, least.get(prompt, 1))
-    ids = {prompt: tokens.prompt(prompt) for prompt in least}
-    order = sorted(ids, key=lambda prompt: len(ids[prompt]))
-    texts: dict[str, str] = {}
+    asked = list(zip(prompts, min_new_tokens or [1] * len(prompts), strict=True))
+    ids = {prompt: tokens.prompt(prompt) for prompt in dict.fromkeys(prompts)}
+    order = sorted(dict.fromkeys(asked), key=lambda item: len(ids[item[0]]))
+    texts: dict[tuple[str, int], str] = {}
     for start in range(0, len(order), max_rows):
         chunk = order[start : start + max_rows]
         written = _generate(
-            model, tokens, [ids[p] for p in chunk], max_new_tokens, [least[p] for p in chunk]
+            model, tokens, [ids[p] for p, _ in chunk], max_new_tokens, [n for _, n in chunk]
         )
         texts.update(zip(chunk, written, strict=True))
-    return [texts[prompt] for prompt in prompts]
+    return [texts[item] for item in asked]
 
 
 def _generate(
