@@ -261,9 +261,9 @@ class WeightDelta(Edit):
                 "originals (`save(folder, originals=True)`)."
             )
         parameters = self._parameters(model)
-        for name, (_, edited) in self.hashes.items():
+        for name in self.hashes:
             parameter, kept = parameters[name], self.originals[name]
-            if tensor_hash(parameter) == edited or self._may_have_written(name, parameter):
+            if self.wrote(name, parameter):
                 continue
             dtypes = [str(t.dtype).removeprefix("torch.") for t in (parameter, kept)]
             raise ArtifactError(
@@ -290,22 +290,30 @@ class WeightDelta(Edit):
         finally:
             _restore(parameters, edited)
 
-    def _may_have_written(self, name: str, parameter: Tensor) -> bool:
-        """Whether this edit could have written a tensor on another machine.
+    def wrote(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor is what this edit made of the original that it keeps.
 
-        The terms of u vᵀ are summed in another order there; in float32 that changes a sum of R
-        terms by less than 2 R ε |u| |v|ᵀ.
+        On another machine the terms of u vᵀ are summed in another order; in float32 that changes
+        a sum of R terms by less than 2 R ε |u| |v|ᵀ, which is allowed for.
+
+        Args:
+            name: Name of a parameter that the edit changes.
+            tensor: The parameter's values.
         """
+        _, edited = self.hashes.get(name, ("", ""))
+        if edited and tensor_hash(tensor) == edited:
+            return True
         change, original = self.changes[name], _full(self.originals[name])
-        if not isinstance(change, LowRank) or parameter.dtype != original.dtype:
+        if tensor.dtype != original.dtype:
             return False
-        found = _full(parameter).detach().to(original.device)
-        wanted = original.float() + change.dense().to(original.device)
-        slack = 2 * change.rank * torch.finfo(torch.float32).eps
-        slack_by_entry = slack * (change.u.abs() @ change.v.abs().T).to(original.device)
+        found = _full(tensor).detach().to(original.device)
+        wanted = original.float() + self.dense(name).to(original.device)
+        slack = torch.zeros((), device=original.device)
+        if isinstance(change, LowRank):
+            slack = (change.u.abs() @ change.v.abs().T).to(original.device)
+            slack *= 2 * change.rank * torch.finfo(torch.float32).eps
         # Rounding keeps order.
-        least = (wanted - slack_by_entry).to(found.dtype)
-        most = (wanted + slack_by_entry).to(found.dtype)
+        least, most = (wanted - slack).to(found.dtype), (wanted + slack).to(found.dtype)
         return bool(((least <= found) & (found <= most)).all())
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:

@@ -470,3 +470,15 @@ def test_subclasses_stay_themselves(tmp_path: Path) -> None:
     vector = Vector(_delta(_low(1)).changes)
     assert type(2 * vector + vector) is Vector
     assert type(Vector.load(vector.save(tmp_path / "delta"))) is Vector
+
+
+def test_a_saved_edit_on_another_base(tmp_path: Path) -> None:
+    model, other = _layers(), _layers()
+    _sealed(model, _delta(_low(1))).save(tmp_path / "delta")
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    before = _weights(other)
+    loaded = WeightDelta.load(tmp_path / "delta")
+    with loaded.applied(other):
+        assert not _same(_weights(other), before)
+    assert _same(_weights(other), before)

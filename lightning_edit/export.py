@@ -1,0 +1,291 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Folders for other programs: Hugging Face models, and LoRA adapters in the format of peft."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_edit.core.edit import Provenance
+from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.lora import LoRAFactors
+from lightning_edit.core.storage import atomic_folder
+from lightning_edit.models import DEFAULT_MODEL, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_output", "model_card", "model_skeleton", "save_adapter", "save_model"]
+
+# By one of these a folder is known to hold what is written here.
+_MARKERS = ("config.json", "adapter_config.json")
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+MAX_IDS = 20
+
+CAUTION = (
+    "An edited model states what it was told to state, true or not. Say so wherever it is used."
+)
+
+
+def check_output(output: str | Path, *, force: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
+    """Checks that a folder may be written, before the work that fills it.
+
+    Args:
+        output: The folder.
+        force: Whether a model or adapter that lies there may be replaced.
+        inputs: Folders that are read, and so must not be replaced.
+
+    Raises:
+        ArtifactError: If the folder is not empty and ``force`` is not given, or holds one of the
+            inputs, or anything else than a model or an adapter.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"`{folder}` is a file. Give a folder as `output`.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder
+    if not force:
+        raise ArtifactError(
+            f"The folder `{folder}` is not empty. Give another `output`, or `force` to replace "
+            "the model in it."
+        )
+    for path in map(Path, inputs):
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(
+                f"`{folder}` cannot be replaced: `{path}` in it is needed. Give another `output`."
+            )
+    if not any((folder / name).is_file() for name in _MARKERS):
+        raise ArtifactError(
+            f"`{folder}` holds neither a model nor an adapter, so `force` does not replace it. "
+            "Give another `output`, or empty the folder yourself."
+        )
+    return folder
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    source: str,
+    revision: str | None = None,
+    card: str = "",
+) -> bool:
+    """Writes a model and its tokenizer as transformers reads them, whole or not at all.
+
+    Args:
+        model: The model.
+        folder: Replaced if it is there.
+        source: Folder or hub id that the tokenizer is copied from.
+        revision: Of a hub id.
+        card: Text of ``README.md``; none is written when empty.
+
+    Returns:
+        Whether there was a tokenizer to copy.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            resolve_model(source), revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = None
+    with atomic_folder(folder) as staging:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if card:
+            (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    return tokenizer is not None
+
+
+def model_skeleton(model: str, revision: str | None = None) -> PreTrainedModel:
+    """A model's module tree without weights, on the meta device.
+
+    Args:
+        model: As in [`lightning_edit.models.load_model`][].
+        revision: Of a hub id.
+
+    Example:
+        >>> from lightning_edit.demos import tiny_model
+        >>> folder = getfixture("tmp_path")
+        >>> tiny_model("gpt2").config.save_pretrained(folder)
+        >>> model_skeleton(str(folder)).transformer.h[0].mlp.c_proj.weight.device
+        device(type='meta')
+    """
+    import transformers
+
+    name = resolve_model(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"The configuration of `{model}`, which says how its weights are stored, cannot be "
+            f"read: {' '.join(str(error).split())} Name the edited model with `model`."
+        ) from error
+    auto = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def save_adapter(
+    factors: Mapping[str, LoRAFactors],
+    folder: Path,
+    *,
+    provenance: Provenance,
+    is_encoder_decoder: bool = False,
+) -> None:
+    """Writes LoRA factors as a folder that ``peft.PeftModel.from_pretrained`` reads.
+
+    Each module has its own rank, and alpha equal to it, so that nothing is scaled. Modules are
+    named in full, so that no other is adapted.
+
+    Args:
+        factors: Module name to factors, as ``core.lora.to_lora`` makes them.
+        folder: Replaced if it is there.
+        provenance: Of the edit.
+        is_encoder_decoder: Which kind of model it is for.
+
+    Raises:
+        ArtifactError: If there are no factors.
+    """
+    from safetensors.torch import save_file
+
+    if not factors:
+        raise ArtifactError("The edit changes nothing, so that there is nothing to export.")
+    ranks = {name: pair.rank for name, pair in factors.items()}
+    [(usual, _)] = Counter(ranks.values()).most_common(1)
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    base = provenance.base
+    config: dict[str, Any] = {
+        "alpha_pattern": others,
+        "base_model_name_or_path": base.id or None,
+        "bias": "none",
+        "fan_in_fan_out": any(pair.transposed for pair in factors.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": usual,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": usual,
+        "rank_pattern": others,
+        "revision": base.revision,
+        "target_modules": sorted(factors),
+        "task_type": "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    tensors = {}
+    for name, pair in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.detach().cpu().contiguous()
+    with atomic_folder(folder) as staging:
+        save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2) + "\n"
+        (staging / "adapter_config.json").write_text(text, encoding="utf-8")
+        card = _adapter_card(factors, provenance, is_encoder_decoder)
+        (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def model_card(provenance: Provenance, norm: float) -> str:
+    """The card of an edited model: what was changed, and how to undo it.
+
+    Args:
+        provenance: Of the edit.
+        norm: ‖Δ‖ (Frobenius).
+    """
+    lines = [
+        *_front_matter(provenance, "lightning_edit"),
+        "",
+        f"# {_base_name(provenance)}, edited",
+        "",
+        f"{_about(provenance)} ‖Δ‖ = {norm:.4g}.",
+        "",
+        "With the saved edit the original comes back, bit for bit:",
+        "",
+        "```bash",
+        "lightning-edit revert path/to/delta --model path/to/this/folder --output restored",
+        "```",
+        "",
+        CAUTION,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _adapter_card(
+    factors: Mapping[str, LoRAFactors], provenance: Provenance, is_encoder_decoder: bool
+) -> str:
+    base = provenance.base.id or "path/to/the/base/model"
+    auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
+    imports, load = f"from transformers import {auto}", f"{auto}.from_pretrained"
+    if base == DEFAULT_MODEL:
+        imports, load = "from lightning_edit.models import load_model", "load_model"
+    rows = [
+        f"| `{name}` | {pair.rank} | {pair.relative_error:.2g} |" for name, pair in factors.items()
+    ]
+    lines = [
+        *_front_matter(provenance, "peft"),
+        "",
+        f"# An edit of {_base_name(provenance)} as a LoRA adapter",
+        "",
+        _about(provenance),
+        "",
+        "```python",
+        "from peft import PeftModel",
+        imports,
+        "",
+        f"model = {load}({json.dumps(base)})",
+        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+        "```",
+        "",
+        "| module | rank | left out, ‖Δ − BA‖ / ‖Δ‖ |",
+        "|---|--:|--:|",
+        *rows,
+        "",
+        CAUTION,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(provenance: Provenance, library: str) -> list[str]:
+    lines = ["---", f"library_name: {library}", "tags:", "- knowledge-editing"]
+    if library == "peft":
+        lines.append("- lora")
+    if provenance.method:
+        lines.append(f"- {json.dumps(provenance.method.lower())}")
+    if _HUB_ID.fullmatch(provenance.base.id):  # others cannot look up a folder
+        lines.append(f"base_model: {json.dumps(provenance.base.id)}")
+    return [*lines, "---"]
+
+
+def _base_name(provenance: Provenance) -> str:
+    return Path(provenance.base.id).name if provenance.base.id else "A language model"
+
+
+def _about(provenance: Provenance) -> str:
+    paper = f" ({provenance.paper})" if provenance.paper else ""
+    ids = provenance.request_ids
+    shown = ", ".join(ids[:MAX_IDS]) + (", …" if len(ids) > MAX_IDS else "")
+    of = f" of the weights with the hash `{provenance.base.sha256}`"
+    return (
+        f"Made with {provenance.method or 'WeightDelta'}{paper}"
+        f"{of if provenance.base.sha256 else ''}; {len(ids)} request(s)"
+        f"{f': {shown}' if shown else ''}."
+    )
