@@ -195,7 +195,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _factors(a_RI: Tensor, b_OR: Tensor, scale: float, is_transposed: bool) -> LowRank:
-    u, v = b_OR.detach().float() * scale, a_RI.detach().float().T
+    # A copy: training goes on with the adapter's own A.
+    u, v = b_OR.detach().float() * scale, a_RI.detach().float().T.clone()
     return LowRank(v, u) if is_transposed else LowRank(u, v)
 
 
