@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,26 @@ from lightning_edit.report.markdown import render_markdown
 from lightning_edit.report.page import render_html
 from lightning_edit.report.results import RunReport
 
-__all__ = ["EDITS", "FORMAT_VERSION", "RESULTS", "read_report", "write_results"]
+__all__ = ["EDITS", "FILES", "FORMAT_VERSION", "RESULTS", "read_report", "write_results"]
 
 FORMAT_VERSION = 1
 RESULTS = "results.json"
 EDITS = "edits.jsonl"
 
+#: Everything that a report consists of.
+FILES = (EDITS, RESULTS, "report.md", "report.html", "README.md")
+
 # Those that other programs read come first in the file.
 _FIRST = ("metrics", "method", "model", "requests_sha256", "versions", "seconds")
 
 
-def write_results(report: RunReport, folder: str | Path) -> Path:
+def write_results(report: RunReport, folder: str | Path, files: Collection[str] = FILES) -> Path:
     """Writes ``results.json``, ``edits.jsonl``, ``report.md``, ``report.html`` and ``README.md``.
 
     Args:
         report: The run.
         folder: Created if need be; files of an earlier report in it are replaced.
+        files: Which of them to write.
 
     Returns:
         The folder.
@@ -44,16 +49,10 @@ def write_results(report: RunReport, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = report.to_dict()
-    edits = record.pop("edits")
-    first = {name: record.pop(name) for name in (*_FIRST, "peak_memory_bytes")}
-    results = {**first, **record, "format_version": FORMAT_VERSION}
     # Edits before results: whoever finds new results finds their edits too.
-    _write(folder / EDITS, "".join(f"{_json(edit)}\n" for edit in edits))
-    _write(folder / RESULTS, _json(results, indent=2) + "\n")
-    _write(folder / "report.md", render_markdown(report))
-    _write(folder / "report.html", render_html(report))
-    _write(folder / "README.md", render_card(report))
+    for name in FILES:
+        if name in files:
+            _write(folder / name, _RENDER[name](report))
     return folder
 
 
@@ -95,6 +94,26 @@ def read_report(folder: str | Path) -> RunReport:
             _parse(line, f"{edits}, line {i}") for i, line in enumerate(lines, 1) if line.strip()
         ]
     return RunReport.from_dict(record, where=str(path))
+
+
+def _edits(report: RunReport) -> str:
+    return "".join(f"{_json(edit)}\n" for edit in report.to_dict()["edits"])
+
+
+def _results(report: RunReport) -> str:
+    record = report.to_dict()
+    del record["edits"]
+    first = {name: record.pop(name) for name in (*_FIRST, "peak_memory_bytes")}
+    return _json({**first, **record, "format_version": FORMAT_VERSION}, indent=2) + "\n"
+
+
+_RENDER = {
+    EDITS: _edits,
+    RESULTS: _results,
+    "report.md": render_markdown,
+    "report.html": render_html,
+    "README.md": render_card,
+}
 
 
 def _json(value: Any, indent: int | None = None) -> str:

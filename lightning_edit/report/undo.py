@@ -33,11 +33,17 @@ UNDO = (
 
 
 def apply_commands(report: RunReport) -> str:
-    """The commands that write an edited copy of the model, run in the report's folder."""
-    model = str(report.model.get("id") or "MODEL")
+    """The commands that write an edited copy of the model and undo it, run in the report's folder.
+
+    Example:
+        >>> print(apply_commands(RunReport(method="ROME")))
+        lightning-edit apply delta --output edited
+        lightning-edit revert delta --model edited --output restored
+    """
+    artifact = shlex.quote(report.artifact)
     return (
-        f"lightning-edit apply {shlex.quote(report.artifact)} "
-        f"--model {shlex.quote(model)} --output edited"
+        f"lightning-edit apply {artifact} --output edited\n"
+        f"lightning-edit revert {artifact} --model edited --output restored"
     )
 
 

@@ -50,6 +50,11 @@ def test_the_shape_of_results(tmp_path: Path) -> None:
     assert "edits" not in results
 
 
+def test_some_of_the_files(tmp_path: Path) -> None:
+    write_results(sample(), tmp_path, ("report.html", "report.md"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
 def test_a_line_an_edit(tmp_path: Path) -> None:
     write_results(sample(), tmp_path)
     lines = (tmp_path / "edits.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")

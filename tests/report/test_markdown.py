@@ -74,7 +74,8 @@ def test_the_card_of_the_sample() -> None:
         "| Reliability | autoregressive | 0.000 | 0.667 | 0.210 – 0.940 | 3 |",
         'WeightDelta.load("delta")',
         "delta.revert_(model)",
-        "lightning-edit apply delta --model acme/tiny",
+        "lightning-edit apply delta --output edited",
+        "lightning-edit revert delta --model edited --output restored",
         "## Intended use and risks",
         "- Revision: r1",
     ):
