@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 # Allows classes to be named without their package in configurations and on the command line.
@@ -59,20 +61,24 @@ def main(args: ArgsType = None) -> EditCLI:
         sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
     elif isinstance(args, list):
         args = _with_packaged_configs(args)
-    return EditCLI(
-        EditModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"version": f"lightning_edit {__version__}"},
-        parser_class=EditParser,
-        # Edits need gradients in `test` and `predict`, too.
-        trainer_defaults={"inference_mode": False},
-        args=args,
-    )
+    try:
+        return EditCLI(
+            EditModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"version": f"lightning_edit {__version__}"},
+            parser_class=EditParser,
+            # Edits need gradients in `test` and `predict`, too.
+            trainer_defaults={"inference_mode": False},
+            args=args,
+        )
+    except SIGTERMException:
+        # Lightning's own status would be 0, as if all edits had been made.
+        sys.exit(128 + signal.SIGTERM)
 
 
 # Editing wants the model in eval mode, needs no workers to read a few texts, and runs anywhere.

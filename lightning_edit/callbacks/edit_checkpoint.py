@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ class EditCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date, so that a run goes on at the very edit it was stopped at.
 
     An editor's checkpoint holds only what the edits changed. After an interruption it says
-    which edits are safe and how to go on: ``--ckpt_path last``.
+    which edits are safe and how to go on: ``--ckpt_path last``. A run that begins anew keeps the
+    checkpoint of the run before in ``earlier/``.
 
     Args:
         dirpath: Folder of the checkpoint; ``checkpoints`` in the run's folder when None.
@@ -49,24 +53,65 @@ class EditCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(*args, **kwargs)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What a resumed run begins with is in the checkpoint that it read.
+        self._last_global_step_saved = trainer.global_step
+        if trainer.ckpt_path is None and trainer.is_global_zero and self.dirpath is not None:
+            _move_aside(Path(self.dirpath))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         # Saving now could keep half a step: the last committed one is on disk already.
-        last = Path(self.dirpath or ".") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        if not last.is_file():
+        saved = self._last_global_step_saved
+        if not saved:
             rank_zero_info("Stopped before the first edit was saved; the model is as it was.")
             return
-        command = f" --config {shlex.quote(_config())}" if _config() else ""
+        last = self.last_model_path or trainer.ckpt_path
         rank_zero_info(
-            f"Stopped after {trainer.global_step} committed step(s), which are safe in {last}. "
-            f"Go on with: lightning-edit fit{command} --ckpt_path last"
+            f"Stopped after {saved} committed step(s), which are safe in {last}. "
+            f"Go on with: {_resume_command(str(last))}"
         )
 
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # Lightning writes to a temporary folder and moves the file here, which between two file
+        # systems is a copy: a run killed meanwhile would lose the earlier checkpoint, too.
+        part = Path(f"{filepath}.part")
+        super()._save_checkpoint(trainer, str(part))
+        if trainer.is_global_zero:
+            if Path(filepath).is_dir():  # of a sharded strategy
+                shutil.rmtree(filepath)
+            os.replace(part, filepath)
+        self._last_checkpoint_saved = filepath
+        trainer.strategy.barrier("EditCheckpoint")
 
-def _config() -> str:
-    """The configuration file of the command line, where there is one."""
-    for i, argument in enumerate(sys.argv[:-1]):
-        if argument in ("-c", "--config"):
-            return sys.argv[i + 1]
-    return ""
+
+def _move_aside(folder: Path) -> None:
+    """Keeps an earlier run's checkpoint, which may be all that an interrupted run has left."""
+    last = folder / f"{EditCheckpoint.CHECKPOINT_NAME_LAST}{EditCheckpoint.FILE_EXTENSION}"
+    if not last.exists():
+        return
+    stamp = f"{datetime.fromtimestamp(last.stat().st_mtime, UTC):%Y%m%d-%H%M%S-%f}"
+    (folder / "earlier").mkdir(exist_ok=True)
+    os.replace(last, folder / "earlier" / f"{stamp}{last.suffix}")
+
+
+def _resume_command(checkpoint: str) -> str:
+    """The command, or the call, that goes on from a checkpoint."""
+    program = Path(sys.argv[0])
+    if program.stem != "lightning-edit" and program.parent.name != "lightning_edit":
+        return f"trainer.fit(..., ckpt_path={checkpoint!r})"
+    words = list(sys.argv[1:])
+    for i, word in reversed(list(enumerate(words))):
+        if word == "--ckpt_path":
+            del words[i : i + 2]
+        elif word.startswith("--ckpt_path="):
+            del words[i]
+    return f"lightning-edit {shlex.join(words)} --ckpt_path last"

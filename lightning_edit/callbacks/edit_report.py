@@ -26,13 +26,14 @@ from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
 from lightning_edit.modules.base import EditModule
 from lightning_edit.report import metrics_table, write_results
+from lightning_edit.report.files import FILES as REPORT_FILES
 from lightning_edit.report.results import EditRow, ProbeRow, RunReport
 
 __all__ = ["EditReport"]
 
 PACKAGES = ("lightning-edit", "torch", "lightning", "transformers", "torchmetrics", "peft")
 # What a run writes into its folder; an earlier run's are moved aside.
-FILES = ("delta", "edits.jsonl", "results.json", "report.html", "report.md", "README.md")
+FILES = ("delta", *REPORT_FILES)
 
 
 class EditReport(Callback):
@@ -87,7 +88,8 @@ class EditReport(Callback):
         if delta is not None and saved:
             delta.save(folder / "delta", originals=self.originals)
         self.report = self._build(pl_module, delta, evaluators, saved=saved)
-        write_results(self.report, folder)
+        files = [name for name in REPORT_FILES if not _is_foreign(folder / name)]
+        write_results(self.report, folder, files)
         self._show(folder, saved)
 
     def _folder(self, trainer: Trainer) -> Path:
@@ -170,13 +172,22 @@ def _banner(pl_module: EditModule, trainer: Trainer) -> str:
     )
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is the README of something else, such as a project that a run lies in."""
+    if path.name != "README.md" or not path.is_file():
+        return False
+    return "library_name: lightning_edit" not in path.read_text("utf-8")
+
+
 def _move_aside(folder: Path) -> None:
-    old = [folder / name for name in FILES if (folder / name).exists()]
+    old = [path for name in FILES if (path := folder / name).exists() and not _is_foreign(path)]
     if not any(path.name in ("results.json", "delta") for path in old):
         return
     stamp = datetime.fromtimestamp(max(p.stat().st_mtime for p in old), UTC)
-    earlier = folder / "earlier" / stamp.strftime("%Y%m%d-%H%M%S")
-    earlier.mkdir(parents=True, exist_ok=True)
+    name = f"{stamp:%Y%m%d-%H%M%S}"
+    count = len(list(folder.glob(f"earlier/{name}*")))
+    earlier = folder / "earlier" / (f"{name}-{count + 1}" if count else name)
+    earlier.mkdir(parents=True)
     for path in old:
         os.replace(path, earlier / path.name)
 
