@@ -28,7 +28,8 @@ class LoRATuning(TuningModule):
 
     The adapter's layers are in the model during ``fit`` only. After it the model is a plain one
     again, with (alpha/r) B A added to its weights, and the edit holds the exact low-rank factors.
-    Checkpoints hold nothing but the adapter. A further ``fit`` goes on with the same adapter.
+    Checkpoints hold nothing but the adapter, and weights beneath it if a callback changed them. A
+    further ``fit`` goes on with the same adapter.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -182,13 +183,15 @@ class LoRATuning(TuningModule):
             return super().delta
         changes = self._adapter.changes()
         delta = WeightDelta({n: c for n, c in changes.items() if bool(c.u.any() and c.v.any())})
-        beneath = self._beneath or {n: w.detach() for n, w in self._adapter.base().items()}
-        originals = self.edit_optimizer.originals
-        beneath = {name: weight.to(originals[name].device) for name, weight in beneath.items()}
-        delta = delta + WeightDelta.between(originals, beneath)
+        delta = delta + WeightDelta.between(self.edit_optimizer.originals, self._weights_beneath())
         ids = tuple(self._rows)
         delta.provenance = replace(delta.provenance, request_ids=ids)
         return delta
+
+    def _weights_beneath(self) -> dict[str, Tensor]:
+        weights = self._beneath or {n: w.detach() for n, w in self.adapter.base().items()}
+        originals = self.edit_optimizer.originals
+        return {name: weight.to(originals[name].device) for name, weight in weights.items()}
 
     @override
     def committed(self) -> WeightDelta:
@@ -208,14 +211,21 @@ class LoRATuning(TuningModule):
         checkpoint["state_dict"] = {
             f"model.{name}": tensor.detach() for name, tensor in self.adapter.state().items()
         }
+        for name, weight in self._weights_beneath().items():
+            if not torch.equal(weight, self.edit_optimizer.originals[name]):
+                checkpoint["state_dict"][f"model.{name}"] = weight
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         self.adapter.load({name.removeprefix("model."): t for name, t in state.items()})
-        if not self.adapter.is_attached:
+        was_attached = self.adapter.is_attached
+        self._attach()
+        with torch.no_grad():
+            for name, weight in self.adapter.base().items():
+                weight.copy_(state.get(f"model.{name}", self.edit_optimizer.originals[name]))
+        if not was_attached:
             # The plain model gets the change, and the layers, which are not in it, have theirs.
-            self._attach()
             self._merge()
             checkpoint["state_dict"] = {}
