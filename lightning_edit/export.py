@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,13 +99,26 @@ def save_model(
         )
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None
-    with atomic_folder(folder) as staging:
+    with atomic_folder(folder) as staging, _no_progress_bar():
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if card:
             (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return tokenizer is not None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def model_skeleton(model: str, revision: str | None = None) -> PreTrainedModel:
@@ -210,7 +224,7 @@ def model_card(provenance: Provenance, norm: float) -> str:
         norm: ‖Δ‖ (Frobenius).
     """
     lines = [
-        *_front_matter(provenance, "lightning_edit"),
+        *_front_matter(provenance, "transformers"),
         "",
         f"# {_base_name(provenance)}, edited",
         "",
@@ -283,9 +297,7 @@ def _about(provenance: Provenance) -> str:
     paper = f" ({provenance.paper})" if provenance.paper else ""
     ids = provenance.request_ids
     shown = ", ".join(ids[:MAX_IDS]) + (", …" if len(ids) > MAX_IDS else "")
-    of = f" of the weights with the hash `{provenance.base.sha256}`"
-    return (
-        f"Made with {provenance.method or 'WeightDelta'}{paper}"
-        f"{of if provenance.base.sha256 else ''}; {len(ids)} request(s)"
-        f"{f': {shown}' if shown else ''}."
-    )
+    made = f"Made with {provenance.method or 'WeightDelta'}{paper} for {len(ids)} request(s)"
+    digest = provenance.base.sha256
+    base = f" It belongs to the weights with the hash `{digest}`." if digest else ""
+    return f"{made}{f': {shown}' if shown else ''}.{base}"

@@ -211,10 +211,8 @@ class WeightDelta(Edit):
                 the recorded base. Nothing has been written then.
         """
         parameters = self._parameters(model)
-        if check and self.provenance.base.sha256:
-            found = weight_hash(model)
-            if found != self.provenance.base.sha256:
-                raise ArtifactError(self._other_base(model, found))
+        if check:
+            self.check_base(model)
         originals = {name: p.detach().clone() for name, p in parameters.items()}
         try:
             self.write_(model, originals)
@@ -228,6 +226,17 @@ class WeightDelta(Edit):
                 name: (tensor_hash(originals[name]), tensor_hash(p))
                 for name, p in parameters.items()
             }
+
+    def check_base(self, model: nn.Module) -> None:
+        """Checks that a model has the weights that the edit belongs to, where it records them.
+
+        Raises:
+            ArtifactError: If it has others.
+        """
+        if self.provenance.base.sha256:
+            found = weight_hash(model)
+            if found != self.provenance.base.sha256:
+                raise ArtifactError(self._other_base(model, found))
 
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Sets each changed parameter to original + change, without checks or copies.

@@ -17,7 +17,7 @@ from lightning_edit.report.text import interval, number, visible
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["escape_latex", "escape_markdown", "metrics_table"]
+__all__ = ["COLUMNS", "escape_latex", "escape_markdown", "metrics_rows", "metrics_table"]
 
 COLUMNS = ("metric", "reading", "before", "after", "95 % interval", "n")
 
@@ -68,11 +68,11 @@ def metrics_table(
         return _rich(report)
     if fmt == "md":
         lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|--:|--:|"]
-        lines += [f"| {' | '.join(map(escape_markdown, row))} |" for row in _rows(report)]
+        lines += [f"| {' | '.join(map(escape_markdown, row))} |" for row in metrics_rows(report)]
         return "\n".join(lines)
     if fmt == "latex":
         head = " & ".join(map(escape_latex, COLUMNS))
-        body = [f"{' & '.join(map(escape_latex, row))} \\\\" for row in _rows(report)]
+        body = [f"{' & '.join(map(escape_latex, row))} \\\\" for row in metrics_rows(report)]
         return "\n".join(
             [
                 r"\begin{tabular}{llrrrr}",
@@ -111,7 +111,8 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(char, char) for char in visible(text))
 
 
-def _rows(report: RunReport) -> list[tuple[str, ...]]:
+def metrics_rows(report: RunReport) -> list[tuple[str, ...]]:
+    """The cells of the table, without its heading."""
     rows: list[tuple[str, ...]] = []
     for key in sort_metrics(report.metrics):
         name, row = metric_name(key), report.metrics[key]
@@ -151,7 +152,7 @@ def _rich(report: RunReport) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
     previous = ""
-    for label, *rest in _rows(report):
+    for label, *rest in metrics_rows(report):
         # Text keeps square brackets in names from being read as markup.
         table.add_row(Text("" if label == previous else label), *map(Text, rest))
         previous = label
