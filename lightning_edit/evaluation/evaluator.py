@@ -168,7 +168,7 @@ class Evaluator:
         *,
         readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
         max_new_tokens: int = 24,
-        max_tokens: int = 8192,
+        max_tokens: int = 2048,
     ) -> None:
         self.model = model
         self.tokens = tokens

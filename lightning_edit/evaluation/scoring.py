@@ -51,7 +51,7 @@ def score_targets(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     with_first: Sequence[bool] | None = None,
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
 ) -> list[Score]:
     """Scores answers under teacher forcing, each distinct row of tokens once.
 
