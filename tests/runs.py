@@ -1,0 +1,122 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the command line over a tiny model that lies in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.demos import tiny_requests, trained_tiny_model
+
+__all__ = [
+    "ROOT",
+    "TinyWorld",
+    "assert_same_edit",
+    "metrics_of",
+    "printed_command",
+    "run_python",
+]
+
+ROOT = Path(__file__).parent.parent
+
+
+class TinyWorld:
+    """A folder with a model, requests and a configuration of a run that edits it in a second.
+
+    Args:
+        folder: An empty folder.
+        n: Number of requests.
+        model: A model to save in place of the trained tiny one.
+        method: The class to edit with.
+        settings: Its arguments.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        n: int = 5,
+        model: Any = None,
+        method: str = "ROME",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        self.requests = folder / "requests.jsonl"
+        self.config = folder / "run.yaml"
+        trained, tokenizer = trained_tiny_model()
+        (model or trained).save_pretrained(self.model)
+        tokenizer.save_pretrained(self.model)
+        lines = [json.dumps(request.to_dict()) for request in tiny_requests(n)]
+        self.requests.write_text("\n".join(lines))
+        if settings is None:
+            settings = {"layers": [0], "steps": 8, "tokens_per_dimension": 1}
+        arguments = {**settings, "model": str(self.model), "cache_dir": str(folder / "cache")}
+        config = {
+            "model": {"class_path": method, "init_args": arguments},
+            "data": {"class_path": "EditDataModule", "init_args": {"path": str(self.requests)}},
+        }
+        self.config.write_text(yaml.safe_dump(config))
+
+    def arguments(self, run: Path, *more: str, verb: str = "fit") -> list[str]:
+        """Words of a command line that leaves its results in a folder."""
+        return [
+            verb,
+            "-c",
+            str(ROOT / "configs" / "trainer" / "default.yaml"),
+            "-c",
+            str(self.config),
+            "--trainer.accelerator=cpu",
+            f"--trainer.default_root_dir={run}",
+            *more,
+        ]
+
+    def run(self, run: Path, *more: str, verb: str = "fit") -> subprocess.CompletedProcess[str]:
+        """Runs the installed program."""
+        return run_python("-m", "lightning_edit", *self.arguments(run, *more, verb=verb))
+
+
+def run_python(*words: str | Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Runs Python from the root of the repository, on one thread."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def printed_command(text: str) -> list[str]:
+    """The words of the command that an interrupted run says to go on with."""
+    [line] = [line for line in text.splitlines() if "Go on with: lightning-edit " in line]
+    return shlex.split(line.partition("Go on with: lightning-edit ")[2])
+
+
+def metrics_of(run: Path) -> dict[str, Any]:
+    """The metrics in a run's folder."""
+    metrics: dict[str, Any] = json.loads((run / "results.json").read_text())["metrics"]
+    return metrics
+
+
+def assert_same_edit(one: Path, other: Path) -> None:
+    """Checks that two runs have left the same weights, bit for bit, and the same provenance."""
+    a, b = (WeightDelta.load(run / "delta") for run in (one, other))
+    assert a.hashes, "an edit without hashes proves nothing"
+    assert a.hashes == b.hashes  # of the original and the edited tensors
+    assert a.provenance == b.provenance
+    assert list(a.changes) == list(b.changes)
+    for name in a.changes:
+        assert torch.equal(a.dense(name), b.dense(name)), name
+    assert metrics_of(one) == metrics_of(other)

@@ -1,0 +1,87 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed, interrupted or ended at any place goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import TinyWorld, assert_same_edit, metrics_of, printed_command, run_python
+
+
+def interrupted(
+    world: TinyWorld, run: Path, signal_name: str, step: int, place: str
+) -> subprocess.CompletedProcess[str]:
+    return world.run(
+        run,
+        "--trainer.callbacks+=tests.interrupting.Interrupt",
+        f"--trainer.callbacks.signal_name={signal_name}",
+        f"--trainer.callbacks.step={step}",
+        f"--trainer.callbacks.place={place}",
+    )
+
+
+def committed_steps(run: Path) -> int:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == len(checkpoint["optimizer_states"][0]["request_ids"])
+    return int(checkpoint["global_step"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(world: TinyWorld) -> Path:
+    """A run that nothing has stopped."""
+    run = world.folder / "whole"
+    done = world.run(run)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run)["reliability/teacher_forced"]["n"] == 5
+    return run
+
+
+@pytest.mark.parametrize("place", ["between", "committed"])
+def test_a_killed_run_goes_on_to_the_same_end(
+    world: TinyWorld, whole_run: Path, tmp_path: Path, place: str
+) -> None:
+    killed = interrupted(world, tmp_path, "SIGKILL", 3, place)
+    assert killed.returncode == -9
+    # The fourth edit stood in the weights when the second kind of kill came; nothing kept it.
+    assert committed_steps(tmp_path) == 3
+    assert not (tmp_path / "results.json").exists()
+    resumed = world.run(tmp_path, "--ckpt_path=last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert committed_steps(tmp_path) == 5
+    assert_same_edit(tmp_path, whole_run)
+
+
+def test_ctrl_c_in_an_edit_says_how_to_go_on(
+    world: TinyWorld, whole_run: Path, tmp_path: Path
+) -> None:
+    stopped = interrupted(world, tmp_path, "SIGINT", 2, "middle")
+    assert stopped.returncode == 1
+    assert "Traceback" not in stopped.stderr
+    assert "Stopped after 2 committed step(s)" in stopped.stderr
+    assert committed_steps(tmp_path) == 2
+    # The very words that were printed, less the cause of the interruption.
+    words = [w for w in printed_command(stopped.stderr) if "trainer.callbacks" not in w]
+    assert words[-2:] == ["--ckpt_path", "last"]
+    resumed = run_python("-m", "lightning_edit", *words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_edit(tmp_path, whole_run)
+
+
+def test_a_terminated_run_finishes_its_edit_and_does_not_claim_success(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    ended = interrupted(world, tmp_path, "SIGTERM", 1, "middle")
+    assert ended.returncode == 128 + 15
+    assert "Stopped after 2 committed step(s)" in ended.stderr
+    assert committed_steps(tmp_path) == 2
+    assert not (tmp_path / "results.json").exists()
