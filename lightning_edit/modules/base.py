@@ -342,7 +342,7 @@ class EditModule(LightningModule, ABC):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(_finite(self.val_metrics.compute()))
+        self.log_dict(_finite(self.val_metrics.compute()), sync_dist=True)  # equal already
         self.val_metrics.reset()
 
     @override
@@ -379,7 +379,7 @@ class EditModule(LightningModule, ABC):
         if self._tested:
             self._tested.clear()
             self.edit_optimizer.rewind(self._delta_before_test)
-        self.log_dict(_finite(self.test_metrics.compute()))
+        self.log_dict(_finite(self.test_metrics.compute()), sync_dist=True)  # equal already
         self.test_metrics.reset()
 
     @override

@@ -1,0 +1,115 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Edits a tiny model on two processes; each writes what it has in the end.
+
+Usage: ``python edit.py FOLDER_OF_THE_MODEL OUTPUT_FOLDER``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import save_file
+
+import lightning_edit
+from lightning_edit import EditCheckpoint, EditEvaluator, EditModule, EditReport
+from lightning_edit.core.hashing import weight_hash
+from lightning_edit.data import EditDataModule
+from lightning_edit.demos import tiny_requests
+
+__all__ = ["CASES", "edit"]
+
+# Name of a case: editor, its arguments, and requests in a batch.
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "rome_one_by_one": ("ROME", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 1),
+    # Of the last batch one process has no share.
+    "rome_batches": ("ROME", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 2),
+    "fine_tune": ("FineTune", {"layers": [2], "steps": 3}, 2),
+    "lora": ("LoRA", {"layers": [1], "rank": 2, "steps": 3}, 2),
+}
+
+
+def trainer_of(folder: Path, processes: int, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        callbacks=[*callbacks, EditCheckpoint(), EditReport()],
+        default_root_dir=folder,
+        inference_mode=False,
+        limit_val_batches=settings.pop("limit_val_batches", 0),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]:
+    """Edits with five requests, interrupted after two steps and resumed; then measures.
+
+    Args:
+        case: Name of a case.
+        model: Folder of a model and its tokenizer.
+        folder: Where the run goes; weights of each process lie there afterwards.
+        processes: Number of processes.
+
+    Returns:
+        What this process knows in the end, as JSON types.
+    """
+    method, settings, batch_size = CASES[case]
+
+    def fresh() -> tuple[EditModule, EditDataModule]:
+        seed_everything(0, verbose=False)
+        editor = getattr(lightning_edit, method)(
+            model=str(model), cache_dir=str(folder / "cache"), **settings
+        )
+        return editor, EditDataModule(
+            requests=tiny_requests(5), batch_size=batch_size, eval_batch_size=2
+        )
+
+    editor, data = fresh()
+    evaluator = EditEvaluator(every_n_steps=2)
+    trainer = trainer_of(folder, processes, evaluator, max_epochs=1)
+    trainer.fit(editor, data)
+    edited = weight_hash(editor.model)
+    resumed, data = fresh()
+    part = folder / "resumed"
+    trainer_of(part, processes, EditEvaluator(), max_epochs=1, max_steps=2).fit(resumed, data)
+    resumed, data = fresh()
+    trainer_of(part, processes, EditEvaluator(), max_epochs=1).fit(resumed, data, ckpt_path="last")
+    measuring = trainer_of(folder, processes, limit_val_batches=1.0)
+    measuring.validate(editor, data, verbose=False)
+    validated = {k: float(v) for k, v in measuring.callback_metrics.items()}
+    measuring.test(fresh()[0], data, verbose=False)
+    save_file(
+        {name: editor.delta.dense(name).contiguous() for name in editor.delta.changes},
+        folder / f"delta-{trainer.global_rank}.safetensors",
+    )
+    return {
+        "steps": trainer.global_step,
+        "weights": edited,
+        "resumed": weight_hash(resumed.model),
+        "history": [row["id"] for row in editor.history],
+        "rows": {key: [row.before, row.after, row.n] for key, row in evaluator.rows.items()},
+        "sequence": evaluator.sequence,
+        "validated": validated,
+        "tested": {k: float(v) for k, v in measuring.callback_metrics.items()},
+    }
+
+
+def main(model: Path, folder: Path) -> None:
+    """Runs all cases on two processes."""
+    for case in CASES:
+        result = edit(case, model, folder / case, processes=2)
+        rank = torch.distributed.get_rank()
+        (folder / f"{case}-{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,80 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Editing on two processes gives the weights and the metrics of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_edit.core.delta import WeightDelta
+from tests.distributed.edit import CASES, edit
+from tests.runs import TinyWorld, metrics_of, run_python
+
+# ROME on a tiny model shares directions among its few keys, which it says.
+pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def two(world: TinyWorld) -> Path:
+    """Folder of what two processes did."""
+    folder = world.folder / "two"
+    folder.mkdir()
+    script = Path(__file__).with_name("edit.py")
+    done = run_python(script, world.model, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def results_of(folder: Path, case: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_do_what_one_does(world: TinyWorld, two: Path, case: str) -> None:
+    first, second = results_of(two, case)
+    assert first == second  # hashes of the weights, metrics, everything
+    alone = world.folder / "one" / case
+    one = edit(case, world.model, alone, processes=1)
+    batch_size = CASES[case][2]
+    assert first["steps"] == one["steps"] == -(-5 // batch_size)
+    assert first["history"] == one["history"]
+    # A resumed run ends with the very bits of one that was not interrupted.
+    assert one["resumed"] == one["weights"]
+    assert first["resumed"] == first["weights"]
+    shared, whole = (load_file(folder / "delta-0.safetensors") for folder in (two / case, alone))
+    for name, change in whole.items():
+        if batch_size == 1:
+            assert torch.equal(shared[name], change)
+        error = torch.linalg.vector_norm(shared[name] - change)
+        assert error <= 1e-4 * torch.linalg.vector_norm(change)
+    assert first["rows"].keys() == one["rows"].keys()
+    for key, (before, after, n) in one["rows"].items():
+        assert first["rows"][key] == [
+            pytest.approx(before, abs=1e-5),
+            pytest.approx(after, rel=1e-3, abs=1e-5),
+            n,
+        ], key
+    for verb in ("validated", "tested"):
+        assert first[verb] == pytest.approx(one[verb], abs=1e-6), verb
+    assert [p["edits"] for p in first["sequence"]] == [p["edits"] for p in one["sequence"]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_process_writes_one_report_of_all_requests(two: Path, case: str) -> None:
+    metrics = metrics_of(two / case)
+    assert metrics["reliability/teacher_forced"]["n"] == 5
+    assert metrics["generality/autoregressive"]["n"] == 10
+    assert len((two / case / "edits.jsonl").read_text().splitlines()) == 5
+    delta = WeightDelta.load(two / case / "delta")
+    assert len(delta.provenance.request_ids) == 5
