@@ -9,12 +9,14 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from lightning_edit.__main__ import main
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 
@@ -24,6 +26,7 @@ __all__ = [
     "assert_same_edit",
     "metrics_of",
     "printed_command",
+    "run_here",
     "run_python",
 ]
 
@@ -81,8 +84,23 @@ class TinyWorld:
         ]
 
     def run(self, run: Path, *more: str, verb: str = "fit") -> subprocess.CompletedProcess[str]:
-        """Runs the installed program."""
+        """Runs the program in a process of its own."""
         return run_python("-m", "lightning_edit", *self.arguments(run, *more, verb=verb))
+
+
+def run_here(words: Sequence[str]) -> int:
+    """Runs a command line in this process.
+
+    Returns:
+        The exit status.
+    """
+    kept = sys.argv[:]
+    try:
+        return main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv[:] = kept
 
 
 def run_python(*words: str | Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
