@@ -1,0 +1,69 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Every script in examples/ runs as it stands, in seconds, and shows what it promises."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import restored_logging
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+MAX_LINES = 60
+
+# What a reader of the output must find in it.
+SHOWN = {
+    "command_line": [
+        r"\$ lightning-edit fit .*",
+        r"Reliability",
+        r"capital-velmora: The capital of Velmora is → Kettleby \(was Dorin\)",
+        r"reliability,autoregressive,0\.0,1\.0,",
+    ],
+    "foreign_trainer": [
+        r"Reliability +│ teacher-forced +│ +0\.278",
+        r"Open runs/foreign_trainer/report\.html",
+    ],
+    "save_export_undo": [
+        r"base    The capital of Velmora is Dorin\.",
+        r"edited  The capital of Velmora is Kettleby\.",
+        r"by peft The capital of Velmora is Kettleby\.",
+        r"largest difference of their logits: \S+e-0[5-9]",
+        r"undone  The capital of Velmora is Dorin\.",
+        r"every bit as before: True",
+    ],
+}
+
+
+# peft asks a model in a way that transformers is about to retire.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_runs(
+    script: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with restored_logging():
+        runpy.run_path(str(script), run_name="__main__")
+    printed = capfd.readouterr().out
+    assert printed.strip()
+    for pattern in SHOWN.get(script.stem, ()):
+        assert re.search(pattern, printed), f"{pattern!r} is not in:\n{printed}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_is_short_and_says_how_to_run_it(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert f"python examples/{script.name}" in text
+
+
+def test_expectations_are_of_examples_that_exist() -> None:
+    assert set(SHOWN) <= {script.stem for script in SCRIPTS}
