@@ -6,60 +6,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-__all__ = ["Offer", "OfferKind", "SavedEdit", "config_folder", "find_edit", "offers", "saved_edits"]
+from lightning_edit.outcomes import Offer, OfferKind, SavedEdit
 
-OfferKind = Literal["methods", "metrics", "data", "callbacks", "models", "configs"]
+__all__ = ["config_folder", "find_edit", "offers", "saved_edits"]
 
 ARTIFACT = "delta_config.json"
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One thing that can be named in a configuration or on the command line.
-
-    Args:
-        kind: What it is one of.
-        name: By which it is named.
-        summary: One line on it.
-        paper: Address of the paper that describes it.
-    """
-
-    kind: OfferKind
-    name: str
-    summary: str
-    paper: str = ""
-
-
-@dataclass(frozen=True)
-class SavedEdit:
-    """One saved edit.
-
-    Args:
-        path: Its folder.
-        method: Name of the editor that made it.
-        base: The model it belongs to.
-        requests: Id of each request that it answers -> the request in words, where the run that
-            made the edit left them beside it.
-        norm: ‖Δ‖ (Frobenius).
-        parameters: Names of the parameters that it changes.
-        date: ISO date of the run, or else of the file.
-        problem: Why the edit cannot be read; empty where it can.
-    """
-
-    path: Path
-    method: str = ""
-    base: str = ""
-    requests: Mapping[str, str] = field(default_factory=dict)
-    norm: float | None = None
-    parameters: tuple[str, ...] = ()
-    date: str = ""
-    problem: str = ""
 
 
 def offers(what: OfferKind | None = None) -> list[Offer]:

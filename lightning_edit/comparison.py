@@ -7,75 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.delta import LowRank, WeightDelta
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.outcomes import Comparison, ParameterRow
 
-__all__ = [
-    "Comparison",
-    "ParameterRow",
-    "compare_edits",
-    "compare_models",
-    "compare_with_model",
-    "numerical_rank",
-]
+__all__ = ["compare_edits", "compare_models", "compare_with_model", "numerical_rank"]
 
 # Singular values that together hold less of a change's norm than this do not count.
 TOLERANCE = 1e-3
 MAX_RANK = 64
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """What two edits, or the change from one model to the other, do to one parameter.
-
-    Args:
-        name: Of the parameter.
-        norm_first: ‖Δ‖ (Frobenius) of the first edit; None where it leaves the parameter alone.
-        norm_second: ‖Δ‖ of the second edit, or of the change from the first model to the second.
-        relative_first: ‖Δ‖ / ‖W‖, where the original W is known.
-        relative_second: The same of the second.
-        rank_first: Rank of the change; None where it is not known or above 64.
-        rank_second: The same of the second.
-        cosine: ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖) where both change the parameter: 1 if they do the same, 0
-            if they have nothing in common.
-    """
-
-    name: str
-    norm_first: float | None = None
-    norm_second: float | None = None
-    relative_first: float | None = None
-    relative_second: float | None = None
-    rank_first: int | None = None
-    rank_second: int | None = None
-    cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What two edits or models have in common.
-
-    Args:
-        first: Name of the first.
-        second: Name of the second.
-        rows: One for each parameter that one of them changes.
-        requests_first: Ids of the requests that only the first edit answers.
-        requests_second: Ids of the requests that only the second edit answers.
-        requests_both: Ids of the requests that both answer.
-        notes: What is to be said besides.
-    """
-
-    first: str
-    second: str
-    rows: tuple[ParameterRow, ...]
-    requests_first: tuple[str, ...] = ()
-    requests_second: tuple[str, ...] = ()
-    requests_both: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
 
 
 def compare_edits(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_edit.core.edit import Provenance
-from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.lora import LoRAFactors
 from lightning_edit.core.storage import atomic_folder
 from lightning_edit.models import DEFAULT_MODEL, resolve_model
@@ -128,6 +128,9 @@ def model_skeleton(model: str, revision: str | None = None) -> PreTrainedModel:
         model: As in [`lightning_edit.models.load_model`][].
         revision: Of a hub id.
 
+    Raises:
+        ModelError: If there is no such model.
+
     Example:
         >>> from lightning_edit.demos import tiny_model
         >>> folder = getfixture("tmp_path")
@@ -143,9 +146,9 @@ def model_skeleton(model: str, revision: str | None = None) -> PreTrainedModel:
             name, revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(
+        raise ModelError(
             f"The configuration of `{model}`, which says how its weights are stored, cannot be "
-            f"read: {' '.join(str(error).split())} Name the edited model with `model`."
+            f"read: {' '.join(str(error).split())}"
         ) from error
     auto = (
         transformers.AutoModelForSeq2SeqLM

@@ -7,14 +7,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
+from lightning_edit.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
+from lightning_edit.report.table import COLUMNS, metrics_rows
 from lightning_edit.report.text import DASH, number, visible
-
-if TYPE_CHECKING:
-    from lightning_edit.catalog import Offer, SavedEdit
-    from lightning_edit.comparison import Comparison
-    from lightning_edit.verbs import Rendered, Written
 
 __all__ = ["Table", "show", "tables"]
 
@@ -69,10 +66,6 @@ def tables(result: Any) -> list[Table]:
     Raises:
         TypeError: If it is of another kind.
     """
-    from lightning_edit.catalog import Offer, SavedEdit
-    from lightning_edit.comparison import Comparison
-    from lightning_edit.verbs import Rendered, Written
-
     match result:
         case Written():
             return [_written(result)]
@@ -95,8 +88,6 @@ def _written(result: Written) -> Table:
 
 
 def _rendered(result: Rendered) -> Iterator[Table]:
-    from lightning_edit.report.table import COLUMNS, metrics_rows
-
     if result.text:
         yield Table(title=result.text)
         return

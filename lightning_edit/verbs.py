@@ -6,66 +6,21 @@ The functions return data and write nothing to the screen; ``lightning_edit.tabl
 """
 
 # torch is imported when a function runs, so that help on the command line does not wait for it.
+# jsonargparse imports what stands under TYPE_CHECKING, too: hence Any for a WeightDelta.
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from lightning_edit.catalog import Offer, SavedEdit
-    from lightning_edit.comparison import Comparison
-    from lightning_edit.core.delta import WeightDelta
-    from lightning_edit.report.results import RunReport
+from lightning_edit.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
 
-__all__ = [
-    "Rendered",
-    "Written",
-    "apply",
-    "diff",
-    "export",
-    "list_",
-    "report",
-    "revert",
-]
+__all__ = ["apply", "diff", "export", "list_", "report", "revert"]
 
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A folder that was written.
-
-    Args:
-        folder: Where it is.
-        what: What it holds: ``edited model``, ``restored model`` or ``LoRA adapter``.
-        facts: What is to be known of it, name -> value.
-        notes: What is to be said besides.
-    """
-
-    folder: Path
-    what: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """The report of a run, written again.
-
-    Args:
-        report: What the run came to.
-        files: The files that were written.
-        text: The table of the metrics, where it was asked for as text.
-    """
-
-    report: RunReport
-    files: tuple[Path, ...] = ()
-    text: str = ""
 
 
 def apply(
@@ -366,7 +321,7 @@ def _artifact(name: str) -> Path:
     return find_edit(Path(name).expanduser())
 
 
-def _base_name(edit: WeightDelta, artifact: Path, model: str | None) -> str:
+def _base_name(edit: Any, artifact: Path, model: str | None) -> str:
     from lightning_edit.core.errors import ArtifactError
 
     name = model or edit.provenance.base.id
@@ -378,7 +333,7 @@ def _base_name(edit: WeightDelta, artifact: Path, model: str | None) -> str:
 
 
 @contextmanager
-def _named_by(edit: WeightDelta, *, given: bool) -> Iterator[None]:
+def _named_by(edit: Any, *, given: bool) -> Iterator[None]:
     """Says where the name of a model that cannot be loaded comes from."""
     from lightning_edit.core.errors import ModelError
 
@@ -393,14 +348,14 @@ def _named_by(edit: WeightDelta, *, given: bool) -> Iterator[None]:
         ) from error
 
 
-def _recorded_dtype(edit: WeightDelta) -> Literal["auto", "float32", "bfloat16", "float16"]:
-    match edit.provenance.base.dtype:
+def _recorded_dtype(edit: Any) -> Literal["auto", "float32", "bfloat16", "float16"]:
+    match str(edit.provenance.base.dtype):
         case "float32" | "bfloat16" | "float16" as name:
             return name
     return "auto"
 
 
-def _apply(edit: WeightDelta, model: Any, dtype: DType | None, *, check: bool) -> None:
+def _apply(edit: Any, model: Any, dtype: DType | None, *, check: bool) -> None:
     """Applies an edit so that the change is rounded once, to the number format asked for."""
     import torch
 
@@ -415,7 +370,7 @@ def _apply(edit: WeightDelta, model: Any, dtype: DType | None, *, check: bool) -
     edit.apply_(model, check=False)
 
 
-def _facts(edit: WeightDelta) -> dict[str, Any]:
+def _facts(edit: Any) -> dict[str, Any]:
     ids = edit.provenance.request_ids
     facts: dict[str, Any] = {"method": edit.provenance.method} if edit.provenance.method else {}
     if ids:

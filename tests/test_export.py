@@ -198,7 +198,7 @@ def test_skeleton() -> None:
 
 def test_skeleton_of_a_damaged_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing known"}')
-    with pytest.raises(ArtifactError, match="which says how its weights are stored"):
+    with pytest.raises(ModelError, match="which says how its weights are stored"):
         model_skeleton(str(tmp_path))
 
 

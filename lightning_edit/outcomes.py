@@ -1,0 +1,148 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs on saved edits return: plain data, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_edit.report.results import RunReport
+
+__all__ = [
+    "Comparison",
+    "Offer",
+    "OfferKind",
+    "ParameterRow",
+    "Rendered",
+    "SavedEdit",
+    "Written",
+]
+
+OfferKind = Literal["methods", "metrics", "data", "callbacks", "models", "configs"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A folder that was written.
+
+    Args:
+        folder: Where it is.
+        what: What it holds: ``edited model``, ``restored model`` or ``LoRA adapter``.
+        facts: What is to be known of it, name -> value.
+        notes: What is to be said besides.
+    """
+
+    folder: Path
+    what: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The report of a run, written again.
+
+    Args:
+        report: What the run came to.
+        files: The files that were written.
+        text: The table of the metrics, where it was asked for as text.
+    """
+
+    report: RunReport
+    files: tuple[Path, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """What two edits, or the change from one model to the other, do to one parameter.
+
+    Args:
+        name: Of the parameter.
+        norm_first: ‖Δ‖ (Frobenius) of the first edit; None where it leaves the parameter alone.
+        norm_second: ‖Δ‖ of the second edit, or of the change from the first model to the second.
+        relative_first: ‖Δ‖ / ‖W‖, where the original W is known.
+        relative_second: The same of the second.
+        rank_first: Rank of the change; None where it is not known or above 64.
+        rank_second: The same of the second.
+        cosine: ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖) where both change the parameter: 1 if they do the same, 0
+            if they have nothing in common.
+    """
+
+    name: str
+    norm_first: float | None = None
+    norm_second: float | None = None
+    relative_first: float | None = None
+    relative_second: float | None = None
+    rank_first: int | None = None
+    rank_second: int | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two edits or models have in common.
+
+    Args:
+        first: Name of the first.
+        second: Name of the second.
+        rows: One for each parameter that one of them changes.
+        requests_first: Ids of the requests that only the first edit answers.
+        requests_second: Ids of the requests that only the second edit answers.
+        requests_both: Ids of the requests that both answer.
+        notes: What is to be said besides.
+    """
+
+    first: str
+    second: str
+    rows: tuple[ParameterRow, ...]
+    requests_first: tuple[str, ...] = ()
+    requests_second: tuple[str, ...] = ()
+    requests_both: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One thing that can be named in a configuration or on the command line.
+
+    Args:
+        kind: What it is one of.
+        name: By which it is named.
+        summary: One line on it.
+        paper: Address of the paper that describes it.
+    """
+
+    kind: OfferKind
+    name: str
+    summary: str
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class SavedEdit:
+    """One saved edit.
+
+    Args:
+        path: Its folder.
+        method: Name of the editor that made it.
+        base: The model it belongs to.
+        requests: Id of each request that it answers -> the request in words, where the run that
+            made the edit left them beside it.
+        norm: ‖Δ‖ (Frobenius).
+        parameters: Names of the parameters that it changes.
+        date: ISO date of the run, or else of the file.
+        problem: Why the edit cannot be read; empty where it can.
+    """
+
+    path: Path
+    method: str = ""
+    base: str = ""
+    requests: Mapping[str, str] = field(default_factory=dict)
+    norm: float | None = None
+    parameters: tuple[str, ...] = ()
+    date: str = ""
+    problem: str = ""
