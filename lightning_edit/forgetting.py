@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_edit.core.adapter import load_adapter, plain_names
 from lightning_edit.core.delta import SURVIVAL_WARNING, LowRank, WeightDelta
 from lightning_edit.core.errors import ArtifactError
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.sharding import local_shard, reshard, shard_like
 from lightning_edit.functional.task_vector import forget, surviving_share
 
 __all__ = ["check_rate", "forget_", "load_task_vector", "sweep_forgetting"]
@@ -170,6 +170,7 @@ def check_rate(rate: float) -> float:
 
 def _targets(model: nn.Module, vector: WeightDelta) -> dict[str, nn.Parameter]:
     """The parameters that a vector changes, by its names."""
+    reshard(model)
     names = plain_names(model)
     named = dict(model.named_parameters())
     origin = vector.provenance.base.id or "another model"

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.sharding import reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ __all__ = ["evaluating", "find_model", "find_tokenizer"]
 
 def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:
     """The Hugging Face model in a module; of a peft model, the language model in it.
+
+    Its parameters lie as the optimizer has them: a callback may read and write them.
 
     Args:
         module: A LightningModule after ``configure_model``.
@@ -43,6 +46,7 @@ def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedMod
         lightning_edit.core.errors.ModelError: Linear holds no Hugging Face model: ...
     """
     owner = type(module).__name__
+    reshard(module)
     if attribute is not None:
         try:
             module = reduce(getattr, attribute.split("."), module)

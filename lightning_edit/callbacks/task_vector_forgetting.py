@@ -18,6 +18,7 @@ from lightning_edit.core.adapter import plain_names
 from lightning_edit.core.delta import Change, LowRank, WeightDelta
 from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.hashing import tensor_hash
+from lightning_edit.core.sharding import reshard
 from lightning_edit.evaluation.scoring import score_targets
 from lightning_edit.forgetting import check_rate, forget_, load_task_vector
 from lightning_edit.modules.base import EditModule
@@ -152,6 +153,7 @@ class TaskVectorForgetting(Callback):
             self._base, self._loaded = BaseWeights.from_whole(model, self._loaded), None
         else:
             self._warn_if_unknown(trainer, pl_module, model)
+            reshard(pl_module)
             if self.task_vector is not None:
                 self._forget(model, load_task_vector(self.task_vector, model))
             elif trainer.current_epoch:

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["local_shard", "shard_like", "whole_tensor"]
+__all__ = ["local_shard", "reshard", "shard_like", "whole_tensor"]
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -22,6 +22,17 @@ def local_shard(tensor: Tensor) -> Tensor:
     to_local = getattr(tensor, "to_local", None)
     with torch.no_grad():
         return to_local() if to_local else tensor.detach()
+
+
+def reshard(module: nn.Module) -> None:
+    """Has every parameter lie in its parts again, where a forward pass has left it whole.
+
+    FSDP2 keeps the outermost parameters whole after a forward pass, for the backward pass to
+    come; what is written into these copies is lost. Does nothing to a module that is not sharded.
+    """
+    for part in module.modules():
+        if callable(divide := getattr(part, "reshard", None)):
+            divide()
 
 
 def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
