@@ -240,7 +240,8 @@ class ModelTree:
         norms = [
             child
             for child_name, child in parent.named_children()
-            if _norm_size(child) == hidden_size and not _EMBEDDING.search(child_name)
+            if (_norm_size(child) == hidden_size or _is_bare_norm(child))
+            and not _EMBEDDING.search(child_name)
         ]
         return cls(
             model=model,
@@ -457,6 +458,12 @@ def _norm_size(module: nn.Module) -> int | None:
     if weight is None or weight.ndim != 1 or set(parameters) - {"bias"}:
         return None
     return int(weight.shape[0])
+
+
+def _is_bare_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization without weights, as OLMo has them."""
+    bare = not any(True for _ in module.parameters())
+    return bare and "norm" in type(module).__name__.lower()
 
 
 def _hidden_size(block: nn.Module) -> int | None:

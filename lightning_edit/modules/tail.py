@@ -26,6 +26,9 @@ from lightning_edit.core.locator import ModelTree
 
 __all__ = ["Tail", "frozen", "split_rows"]
 
+# Largest relative difference of logits that rounding in float32 accounts for.
+MAX_DIFFERENCE = 1e-2
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -124,6 +127,9 @@ class Tail:
     ) -> Tail:
         """Runs the rows once through the whole model and keeps what later runs need.
 
+        The row with the longest prefix is also run by the model alone, since a model may do more
+        than pass keys and values from position to position, or scale its logits.
+
         Args:
             tree: A decoder-only model.
             layer: The layer whose MLP output changes.
@@ -134,6 +140,36 @@ class Tail:
         Raises:
             ModelError: If the model's blocks cannot be run on their own.
         """
+        try:
+            tail = cls._capture(tree, layer, rows, splits, pad_id)
+            error = tail._difference(rows, splits)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
+            if isinstance(reason, torch.OutOfMemoryError):
+                raise
+            raise ModelError(
+                f"The blocks of {type(tree.model).__name__} cannot be run on their own "
+                f"({type(reason).__name__}: {reason}). Choose another model, or a method that "
+                "needs no target values, such as FineTune or LoRA."
+            ) from reason
+        limit = MAX_DIFFERENCE if tail.state.dtype == torch.float32 else 10 * MAX_DIFFERENCE
+        if not error < limit:
+            raise ModelError(
+                f"The blocks of {type(tree.model).__name__}, run on their own, give logits that "
+                f"differ by {error:.0%} from the model's: it does something else between its "
+                "positions or behind its last block. Choose another model, or a method that needs "
+                "no target values, such as FineTune or LoRA."
+            )
+        return tail
+
+    @classmethod
+    def _capture(
+        cls,
+        tree: ModelTree,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        splits: Sequence[int],
+        pad_id: int,
+    ) -> Tail:
         from transformers import DynamicCache
 
         layer = tree.index(layer)
@@ -208,7 +244,10 @@ class Tail:
                 "Load it with AutoModelForCausalLM."
             )
         logits: Tensor = self.tree.lm_head(state).float()
-        cap = getattr(getattr(self.tree.model, "config", None), "final_logit_softcapping", None)
+        config = getattr(self.tree.model, "config", None)
+        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
+            logits = logits * (getattr(config, name, None) or 1.0) ** power
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def select(self, rows: Tensor) -> Tail:
@@ -216,9 +255,13 @@ class Tail:
         count = self.state.shape[0]
         prefix = self.prefix.select(rows)
 
-        def pick(value: Any) -> Any:
+        def pick(value: Any, name: str = "") -> Any:
             if value is self.prefix:
                 return prefix
+            if name == "position_bias":  # of each head
+                return value
+            if name == "alibi" and value is not None:  # of each row's heads
+                return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == count:
                 return value[rows]
             if isinstance(value, tuple):
@@ -226,7 +269,7 @@ class Tail:
             return value
 
         calls = [
-            (block, pick(args), {name: pick(v) for name, v in kwargs.items()})
+            (block, pick(args), {name: pick(v, name) for name, v in kwargs.items()})
             for block, args, kwargs in self.calls
         ]
         return Tail(
@@ -239,6 +282,21 @@ class Tail:
             prefix,
             self.inside,
         )
+
+    def _difference(self, rows: Sequence[Sequence[int]], splits: Sequence[int]) -> float:
+        """Relative difference of a row's logits from those that the model itself gives."""
+        if self.tree.lm_head is None:
+            return 0.0
+        n = max(range(len(rows)), key=lambda n: splits[n])
+        model: Any = self.tree.model
+        device = self.state.device
+        with torch.no_grad():
+            tail = self.select(torch.tensor([n], device=device))
+            state = tail.hidden(torch.zeros_like(tail.values))
+            found = tail.logits(state[0, : len(rows[n]) - splits[n]])
+            row = torch.tensor([list(rows[n])], device=device)
+            own = model(input_ids=row, use_cache=False).logits[0, splits[n] :].float()
+            return float((found - own).norm() / own.norm())
 
     def _adds_up(self, after: Tensor) -> bool:
         """Whether the MLP's output goes straight into the residual stream."""
