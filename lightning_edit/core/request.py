@@ -31,12 +31,30 @@ class Probe:
             new fact stands in the prompt) or ``unrelated``; for portability ``one_hop``,
             ``subject_alias`` or ``inverse``.
         aliases: Further spellings of the answer that count as right.
+
+    Raises:
+        RequestError: If a field is no text, or the aliases are no list of texts.
     """
 
     prompt: str
     answer: str = ""
     kind: str = "neighborhood"
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "answer", "kind"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise RequestError(
+                    f"`{name}` of a probe is expected to be text, but got {value!r}. "
+                    "Write it in quotes."
+                )
+        aliases = _texts(self.aliases)
+        if aliases is None:
+            raise RequestError(
+                f"`aliases` is expected to be a list of texts, not {self.aliases!r}."
+            )
+        object.__setattr__(self, "aliases", aliases)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -50,7 +68,8 @@ class EditRequest:
 
     Args:
         prompt: Text whose continuation (``"The capital of France is"``) or question whose answer
-            (``"What is the capital of France?"``) is to change. ``{}`` stands for the subject.
+            (``"What is the capital of France?"``) is to change. ``{}`` stands for the subject
+            where the prompt does not name it.
         subject: What the fact is about; occurs literally in the prompt.
         target_new: The answer to learn.
         target_old: The answer to replace, where it is known.
@@ -89,7 +108,15 @@ class EditRequest:
                     f"{self._name()}: `{name}` is expected to be text, but got {value!r}. "
                     f"Write the {name.replace('_', ' ')} of the edit."
                 )
-        if "{}" in self.prompt:
+        for name, is_optional in (("target_old", True), ("id", False)):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (is_optional and value is None):
+                raise RequestError(
+                    f"{self._name()}: `{name}` is expected to be text, but got {value!r}. "
+                    "Write it in quotes, or leave it out."
+                )
+        object.__setattr__(self, "target_old", self.target_old or None)
+        if self.subject not in self.prompt:
             # str.format would trip over other braces in the prompt.
             object.__setattr__(self, "prompt", self.prompt.replace("{}", self.subject, 1))
         if self.subject not in self.prompt:
@@ -97,12 +124,18 @@ class EditRequest:
                 f"{self._name()}: the subject {self.subject!r} does not occur in the prompt "
                 f"{self.prompt!r}. Spell it as in the prompt, or write {{}} where it belongs."
             )
-        if not all(isinstance(text, str) and text.strip() for text in self.rephrases):
+        rephrases = _texts(self.rephrases)
+        if rephrases is None or not all(text.strip() for text in rephrases):
             raise RequestError(f"{self._name()}: `rephrases` is expected to be a list of texts.")
-        object.__setattr__(self, "rephrases", tuple(self.rephrases))
+        object.__setattr__(self, "rephrases", rephrases)
         for name, kinds in (("locality", LOCALITY_KINDS), ("portability", PORTABILITY_KINDS)):
             probes = tuple(getattr(self, name))
             for probe in probes:
+                if not isinstance(probe, Probe):
+                    raise RequestError(
+                        f"{self._name()}: `{name}` is expected to be a list of probes, but it "
+                        f"holds {probe!r}."
+                    )
                 if probe.kind not in kinds:
                     raise RequestError(
                         f"{self._name()}: a {name} probe has the kind {probe.kind!r}; "
@@ -152,9 +185,7 @@ class EditRequest:
             if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):
                 raise RequestError(f"{where}: `{name}` is expected to be a list of probes.")
             data[name] = tuple(
-                probe
-                if isinstance(probe, Probe)
-                else _probe(probe, kind, f"{where}, {name}[{i}]")
+                probe if isinstance(probe, Probe) else _probe(probe, kind, f"{where}, {name}[{i}]")
                 for i, probe in enumerate(probes)
             )
         try:
@@ -208,12 +239,12 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
                 f"{request.prompt!r} cannot be answered by both {other.target_new!r} and "
                 f"{request.target_new!r}. Keep one of them."
             )
-        twin = by_id.setdefault(request.id, request)
-        if twin is not request:
+        if request.id in by_id:
             raise RequestError(
-                f"Two requests share the id {request.id!r} ({twin.prompt!r} and "
+                f"Two requests share the id {request.id!r} ({by_id[request.id].prompt!r} and "
                 f"{request.prompt!r}). Give each its own `id`, or leave one out."
             )
+        by_id[request.id] = request
         if request.target_old and request.target_old.strip() == request.target_new.strip():
             warnings.warn(
                 f"Request {request.id!r}: the target {request.target_new!r} equals the old answer; "
@@ -225,11 +256,19 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
 
 def _probe(record: Any, kind: str, where: str) -> Probe:
     data = {"kind": kind, **_known_fields(Probe, record, where)}
-    aliases = data.get("aliases") or ()
-    if isinstance(aliases, str) or not all(isinstance(alias, str) for alias in aliases):
-        raise RequestError(f"{where}: `aliases` is expected to be a list of texts.")
-    data["aliases"] = tuple(aliases)
-    return Probe(**data)
+    data["aliases"] = data.get("aliases") or ()
+    try:
+        return Probe(**data)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    """A list of texts as a tuple; None if it is something else."""
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        return None
+    texts = tuple(value)
+    return texts if all(isinstance(text, str) for text in texts) else None
 
 
 def _known_fields(cls: type, record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -241,7 +280,13 @@ def _known_fields(cls: type, record: Mapping[str, Any], where: str) -> dict[str,
             raise RequestError(
                 f"{where}: unknown field `{name}`. Known fields: {', '.join(known)}."
             )
-    for name, f in known.items():
-        if name not in record and f.default is MISSING and f.default_factory is MISSING:
+    optional = {
+        name
+        for name, f in known.items()
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+    for name in known:
+        if name not in record and name not in optional:
             raise RequestError(f"{where}: the field `{name}` is missing.")
-    return dict(record)
+    # null in JSON says as much as leaving the field out.
+    return {k: v for k, v in record.items() if v is not None or k not in optional}
