@@ -87,6 +87,11 @@ class OldThenNew(LightningDataModule):
         return cls(_Loader(new), forget_epochs, _Loader(old))
 
     @property
+    def requests(self) -> list[EditRequest]:
+        """Requests for the new answers, where the data module of the new knowledge has them."""
+        return list(getattr(self.new, "requests", []))
+
+    @property
     def old_requests(self) -> list[EditRequest]:
         """Requests for the old answers, where the data module of the new knowledge has them."""
         return list(getattr(self.new, "old_requests", []))
