@@ -122,12 +122,21 @@ class PromptTokenizer:
             Token ids of the whole row and an index into them.
 
         Raises:
-            RequestError: If the subject is not in the text.
+            RequestError: If the subject is not in the text, or the chat template changes the text.
         """
         if subject not in text:
             raise RequestError(f"The subject {subject!r} does not occur in {text!r}.")
-        rendered = self.render(prefix + text)
-        start = rendered.index(prefix + text) + len(prefix) + text.index(subject)
+        whole, rendered = prefix + text, self.render(prefix + text)
+        at = len(prefix) + text.index(subject)
+        if whole not in rendered:  # chat templates may strip white space
+            at -= len(whole) - len(whole.lstrip())
+            whole = whole.strip()
+        if whole not in rendered:
+            raise RequestError(
+                f"The chat template changes the prompt {whole!r}, so that the subject cannot be "
+                f"found in it: {rendered!r}. Turn `chat_template` off."
+            )
+        start = rendered.index(whole) + at
         end = start + len(subject)
         ids, offsets = self._encode(rendered)
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
@@ -140,7 +149,13 @@ class PromptTokenizer:
         encoded = self.tokenizer(
             text, return_offsets_mapping=True, add_special_tokens=not self.chat_template
         )
-        return [int(i) for i in encoded["input_ids"]], list(encoded["offset_mapping"])
+        ids = [int(i) for i in encoded["input_ids"]]
+        offsets = list(encoded["offset_mapping"])
+        is_ended = self.eos_id is not None and ids[-1:] == [self.eos_id]
+        if is_ended and not self.is_encoder_decoder and offsets[-1][0] == offsets[-1][1]:
+            # The tokenizer ends every text, but the target is still to follow.
+            return ids[:-1], offsets[:-1]
+        return ids, offsets
 
 
 @dataclass(frozen=True)
@@ -215,7 +230,7 @@ class EditBatch:
 
     def select(self, indices: Sequence[int]) -> Self:
         """The batch of some of the requests, in the order given."""
-        rows = torch.as_tensor(list(indices), device=self.input_ids.device)
+        rows = torch.tensor(list(indices), dtype=torch.long, device=self.input_ids.device)
         return replace(
             self,
             requests=tuple(self.requests[i] for i in indices) if self.requests else (),
