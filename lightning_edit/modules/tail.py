@@ -296,6 +296,8 @@ class Tail:
             found = tail.logits(state[0, : len(rows[n]) - splits[n]])
             row = torch.tensor([list(rows[n])], device=device)
             own = model(input_ids=row, use_cache=False).logits[0, splits[n] :].float()
+            if not bool(own.isfinite().all()):
+                return 0.0  # of such a model the losses tell, which name the request
             return float((found - own).norm() / own.norm())
 
     def _adds_up(self, after: Tensor) -> bool:
@@ -345,10 +347,11 @@ class _Recorder:
         self.last = _tensor(output)
 
     def _project(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        # Some models flatten batch and positions before the MLP.
+        # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
+        # output to the MLP's in place.
         rows = self.entry[self._layer].shape[0]
-        self.key = args[0].reshape(rows, -1, args[0].shape[-1])[:, 0]
-        self.value = output.reshape(rows, -1, output.shape[-1])[:, 0]
+        self.key = args[0].reshape(rows, -1, args[0].shape[-1])[:, 0].clone()
+        self.value = output.reshape(rows, -1, output.shape[-1])[:, 0].clone()
 
 
 @contextmanager

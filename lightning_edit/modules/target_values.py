@@ -80,6 +80,7 @@ class TargetValues:
         return self.outputs[:, 0] + self.deltas
 
 
+@torch.inference_mode(False)
 def optimize_target_values(
     tree: ModelTree,
     tokens: PromptTokenizer,
@@ -230,7 +231,7 @@ def _optimize(
     reference_EV: Tensor | None = None
     live_E = torch.arange(count, device=device)  # requests that are not finished
 
-    with torch.inference_mode(False), torch.enable_grad(), frozen(tree.model):
+    with torch.enable_grad(), frozen(tree.model):
         for step in range(settings.steps):
             delta = delta_ED[live_E].requires_grad_()
             local_N = torch.searchsorted(live_E, owner_N)

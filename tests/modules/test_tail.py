@@ -102,11 +102,12 @@ def test_keys_and_values_are_what_goes_through_the_projection(kind: str) -> None
     site = tree.mlp_out(1)
     for n, (row, split) in enumerate(zip(ROWS, SPLITS, strict=True)):
         seen: list[Tensor] = []
-        hook = site.module(model).register_forward_hook(
-            lambda _, args, output, seen=seen: seen.extend(
-                [args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])]
-            )
-        )
+
+        def record(_: nn.Module, args: Any, output: Tensor, seen: list[Tensor] = seen) -> None:
+            # Copies: Falcon adds to the output in place.
+            seen += [t.reshape(-1, t.shape[-1]).clone() for t in (args[0], output)]
+
+        hook = site.module(model).register_forward_hook(record)
         with torch.no_grad():
             model(input_ids=torch.tensor([row]))
         hook.remove()
