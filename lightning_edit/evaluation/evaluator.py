@@ -15,7 +15,12 @@ from torchmetrics import MetricCollection
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.request import EditRequest, is_question
-from lightning_edit.evaluation.scoring import Score, continuations, score_targets
+from lightning_edit.evaluation.scoring import (
+    Continuation,
+    Score,
+    continuations,
+    score_targets,
+)
 from lightning_edit.functional.counterfact import efficacy_success, neighborhood_success
 from lightning_edit.functional.matching import autoregressive_hit
 from lightning_edit.functional.metrics import kl_divergence
@@ -63,10 +68,12 @@ class Baseline:
 
     Args:
         texts: Prompt to greedy continuation.
+        ids: Prompt to the tokens of that continuation.
         first: Prompt to log-probabilities of the next token, [V] float32.
     """
 
     texts: Mapping[str, str]
+    ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     first: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -178,6 +185,9 @@ class Evaluator:
 
     def continuations(self, prompts: Sequence[str]) -> list[str]:
         """Greedy continuations up to a natural stop; see ``scoring.continuations``."""
+        return [written.text for written in self._continue(prompts)]
+
+    def _continue(self, prompts: Sequence[str]) -> list[Continuation]:
         return continuations(self.model, self.tokens, prompts, max_new_tokens=self.max_new_tokens)
 
     def baseline(self, requests: Sequence[EditRequest]) -> Baseline:
@@ -190,11 +200,15 @@ class Evaluator:
         unique = list(dict.fromkeys(prompts))
         if not unique:
             return Baseline({})
-        texts = self.continuations(unique)
+        written = dict(zip(unique, self._continue(unique), strict=True))
         pairs = [(self.tokens.prompt(prompt), [self.tokens.pad_id]) for prompt in unique]
         scores = self._score(pairs, [True] * len(unique))
         first = {p: s.first for p, s in zip(unique, scores, strict=True) if s.first is not None}
-        return Baseline(dict(zip(unique, texts, strict=True)), first)
+        return Baseline(
+            {prompt: said.text for prompt, said in written.items()},
+            {prompt: said.ids for prompt, said in written.items()},
+            first,
+        )
 
     def evaluate(
         self, requests: Sequence[EditRequest], baseline: Baseline | None = None
@@ -241,14 +255,15 @@ class Evaluator:
         least = [1 if p.metric == "locality" else self._longest(p) for p in probes]
         prompts = [probe.prompt for probe in probes]
         todo = [item for item in zip(prompts, least, strict=True) if item not in known]
-        texts = continuations(
+        written = continuations(
             self.model,
             self.tokens,
             [prompt for prompt, _ in todo],
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=[n for _, n in todo],
         )
-        found = {**known, **dict(zip(todo, texts, strict=True))}
+        said = [continuation.text for continuation in written]
+        found = {**known, **dict(zip(todo, said, strict=True))}
         return [found[item] for item in zip(prompts, least, strict=True)]
 
     def _add_teacher_forced(
@@ -290,7 +305,7 @@ class Evaluator:
             said = baseline.texts.get(probe.prompt, "").strip()
             if said:
                 wanted = len(target(probe.prompt, probe.answers[0])) if probe.answers[0] else 1
-                found["answer"] = target(probe.prompt, said)[:wanted]
+                found["answer"] = self._own_tokens(probe.prompt, said, baseline)[:wanted]
             if probe.kind == "neighborhood" and probe.answers[0]:
                 found["nll_old"] = target(probe.prompt, probe.answers[0])
                 found["nll_new"] = target(probe.prompt, request.target_new)
@@ -301,6 +316,16 @@ class Evaluator:
             if request.target_old:
                 found["nll_old"] = target(probe.prompt, request.target_old)
         return found
+
+    def _own_tokens(self, prompt: str, text: str, baseline: Baseline) -> list[int]:
+        """Tokens of the unedited model's text, which may begin without the space of an answer."""
+        ids = self.tokens.target(prompt, text)
+        if prompt not in baseline.first:
+            return ids
+        first = int(baseline.first[prompt].argmax())
+        bare = [int(i) for i in self.tokens.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        # Neither: it began with a line break, which is no part of the text.
+        return next((way for way in (ids, bare) if way[:1] == [first]), [first])
 
     def _longest(self, probe: ScoredProbe) -> int:
         answers = [a for a in probe.answers if a.strip()]

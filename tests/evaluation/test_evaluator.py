@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, Probe
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.evaluator import Evaluator, ScoredProbe, probe_score
 from lightning_edit.metrics import edit_metrics
@@ -56,6 +56,19 @@ def test_divergence_is_zero_on_the_same_model_and_positive_on_another(evaluator:
     after = evaluator.evaluate(requests, before.baseline)
     assert after.mean("locality/kl")[0] > 0.01
     assert values(after)["locality/autoregressive"] < 1.0
+
+
+def test_unedited_model_agrees_with_itself_however_its_text_begins(evaluator: Evaluator) -> None:
+    said = {
+        "The capital of Velmora is Dorin": ".",  # no space before it
+        "The capital of Velmora is": "Dorin",
+    }
+    probes = tuple(Probe(prompt, answer, "unrelated") for prompt, answer in said.items())
+    request = EditRequest("The capital of Ostrane is", "Ostrane", "red", locality=probes)
+    found = evaluator.evaluate([request])
+    for prompt, answer in said.items():
+        assert found.baseline.texts[prompt].startswith(answer)
+    assert [p.teacher_forced for p in found.probes if p.metric == "locality"] == [1.0] * 2
 
 
 def test_requests_apart_equal_requests_together(evaluator: Evaluator) -> None:
