@@ -155,11 +155,11 @@ def test_one_pass_measures_and_changes_nothing() -> None:
 
 def test_the_loss_falls_and_the_change_stays_in_its_ball() -> None:
     model = zoo.build("llama")
-    settings = TargetValueSettings(steps=15, clamp_norm_factor=0.1)
+    settings = TargetValueSettings(steps=15, lr=0.1, weight_decay=0.0, clamp_norm_factor=0.25)
     found = batched(model, REQUESTS, settings)
     ratio = found.deltas.norm(dim=1) / found.outputs[:, 0].norm(dim=1)
-    assert (ratio <= 0.1 + 1e-5).all()
-    assert (ratio > 0.09).all()
+    assert (ratio <= 0.25 + 1e-5).all()
+    assert (ratio > 0.24).all()
     for losses in found.losses:
         assert losses[-1]["total"] < losses[0]["total"]
 
