@@ -24,6 +24,10 @@ SHOWN = {
         r"capital-velmora: The capital of Velmora is → Kettleby \(was Dorin\)",
         r"reliability,autoregressive,0\.0,1\.0,",
     ],
+    "f_learning": [
+        r"rate 0: old answers 1\.00, locality 1\.00",
+        r"reliability: 0\.00 → ",
+    ],
     "foreign_trainer": [
         r"Reliability +│ teacher-forced +│ +0\.278",
         r"Open runs/foreign_trainer/report\.html",

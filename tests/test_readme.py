@@ -28,10 +28,12 @@ import lightning_edit
 import lightning_edit.export
 import lightning_edit.models
 from lightning_edit.__main__ import ARTIFACT_VERBS, TRAINER_VERBS, main
+from lightning_edit.catalog import offers
 from lightning_edit.demos import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCE = re.compile(
     r"^(?P<left_out><!-- not run: [^\n]+ -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -241,6 +243,24 @@ def test_every_verb_is_described(verb: str) -> None:
     assert re.search(rf"^\| `{verb}", text, re.MULTILINE), f"no table describes `{verb}`"
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_configuration_is_described_and_parses(path: Path, workplace: Path) -> None:
+    name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    assert re.search(rf"`{name}(\.yaml)?`", FENCE.sub("", pages_text())), f"`{name}` is on no page"
+    base = [] if name == "edit" or path.parent.name == "f_learning" else ["-c", "edit"]
+    with pytest.raises(SystemExit) as stop, restored_logging():
+        main(["fit", *base, "-c", name, "--print_config"])
+    assert not stop.value.code
+
+
+def test_every_method_has_a_configuration() -> None:
+    configured = {
+        yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"]
+        for path in (ROOT / "configs" / "method").glob("*.yaml")
+    }
+    assert configured >= {offer.name for offer in offers("methods")}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_make_and_pip_name_what_there_is(page: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
@@ -265,6 +285,13 @@ def test_the_first_block_of_the_readme_is_what_a_newcomer_types() -> None:
 def test_every_block_names_its_language(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_code_fits_on_the_page(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            assert max(map(len, block.text.splitlines())) <= 100, block.where
 
 
 def test_blocks_left_out_are_few() -> None:
