@@ -88,7 +88,8 @@ class EditEvaluator(Callback):
         began = time.perf_counter()
         if self._restored is not None and not isinstance(pl_module, EditModule):
             # The model is trained already; what it was is in the checkpoint.
-            self._baseline = Baseline(self._restored["texts"])
+            ids = {prompt: tuple(row) for prompt, row in self._restored["ids"].items()}
+            self._baseline = Baseline(self._restored["texts"], ids)
             self.before = Evaluation([ScoredProbe(**row) for row in self._restored["before"]])
             self._values_before = {k: (v, n) for k, (v, n) in self._restored["values"].items()}
             return
@@ -151,6 +152,7 @@ class EditEvaluator(Callback):
         return {
             "before": [asdict(probe) for probe in self.before.probes],
             "texts": dict(self._baseline.texts),
+            "ids": {prompt: list(ids) for prompt, ids in self._baseline.ids.items()},
             "values": {key: list(value) for key, value in self._values_before.items()},
         }
 

@@ -302,10 +302,10 @@ class Evaluator:
         target = self.tokens.target
         found: dict[str, list[int]] = {}
         if probe.metric == "locality":
-            said = baseline.texts.get(probe.prompt, "").strip()
+            said = baseline.ids.get(probe.prompt)
             if said:
                 wanted = len(target(probe.prompt, probe.answers[0])) if probe.answers[0] else 1
-                found["answer"] = self._own_tokens(probe.prompt, said, baseline)[:wanted]
+                found["answer"] = list(said[:wanted])
             if probe.kind == "neighborhood" and probe.answers[0]:
                 found["nll_old"] = target(probe.prompt, probe.answers[0])
                 found["nll_new"] = target(probe.prompt, request.target_new)
@@ -316,16 +316,6 @@ class Evaluator:
             if request.target_old:
                 found["nll_old"] = target(probe.prompt, request.target_old)
         return found
-
-    def _own_tokens(self, prompt: str, text: str, baseline: Baseline) -> list[int]:
-        """Tokens of the unedited model's text, which may begin without the space of an answer."""
-        ids = self.tokens.target(prompt, text)
-        if prompt not in baseline.first:
-            return ids
-        first = int(baseline.first[prompt].argmax())
-        bare = [int(i) for i in self.tokens.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        # Neither: it began with a line break, which is no part of the text.
-        return next((way for way in (ids, bare) if way[:1] == [first]), [first])
 
     def _longest(self, probe: ScoredProbe) -> int:
         answers = [a for a in probe.answers if a.strip()]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 
-__all__ = ["Score", "continuations", "score_targets"]
+__all__ = ["Continuation", "Score", "continuations", "score_targets"]
 
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
@@ -42,6 +42,19 @@ class Score:
     def nll(self) -> float:
         """Mean negative log-likelihood of a token, in nats."""
         return -sum(self.log_probs) / len(self.log_probs)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model writes after a prompt.
+
+    Args:
+        text: The text up to its first line break, stripped.
+        ids: All tokens it wrote, line breaks and an end token included.
+    """
+
+    text: str
+    ids: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -153,7 +166,7 @@ def continuations(
     max_new_tokens: int = 24,
     min_new_tokens: Sequence[int] | None = None,
     max_rows: int = 128,
-) -> list[str]:
+) -> list[Continuation]:
     """Greedy continuations from the prompts alone, up to a natural stop.
 
     A text stops at the end token, at a line's or a sentence's end, or after ``max_new_tokens``.
@@ -169,12 +182,12 @@ def continuations(
         max_rows: Prompts run at once.
 
     Returns:
-        A text for each prompt, without the prompt, up to its first line break.
+        For each prompt what was written, without the prompt.
     """
     asked = list(zip(prompts, min_new_tokens or [1] * len(prompts), strict=True))
     ids = {prompt: tokens.prompt(prompt) for prompt in dict.fromkeys(prompts)}
     order = sorted(dict.fromkeys(asked), key=lambda item: len(ids[item[0]]))
-    texts: dict[tuple[str, int], str] = {}
+    texts: dict[tuple[str, int], Continuation] = {}
     for start in range(0, len(order), max_rows):
         chunk = order[start : start + max_rows]
         written = _generate(
@@ -190,7 +203,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     least: Sequence[int],
-) -> list[str]:
+) -> list[Continuation]:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     tokenizer = tokens.tokenizer
@@ -201,6 +214,7 @@ def _generate(
     ends = {i for i in (tokens.eos_id,) if i is not None}
     done = [False] * len(prompts)
     pieces = [""] * len(prompts)
+    lengths = [max_new_tokens] * len(prompts)
 
     class NaturalStop(StoppingCriteria):  # type: ignore[misc, unused-ignore]
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -211,6 +225,7 @@ def _generate(
                     text = pieces[b].lstrip()
                     at_end = text.rstrip().endswith(SENTENCE_ENDS) and count >= least[b]
                     done[b] = "\n" in text or (bool(text) and at_end)
+                    lengths[b] = count
             return torch.tensor(done, device=input_ids.device)
 
     output = model.generate(
@@ -226,12 +241,14 @@ def _generate(
         pad_token_id=tokens.pad_id,
         stopping_criteria=StoppingCriteriaList([NaturalStop()]),
     )
-    texts = []
+    written: list[Continuation] = []
     for b, row in enumerate(output[:, begin:].tolist()):
-        end = next((i for i, token in enumerate(row) if token in ends), len(row))
-        text = tokenizer.decode(row[:end], skip_special_tokens=True)
-        texts.append(_up_to_stop(text, pieces[b], done[b]))
-    return texts
+        own = row[: lengths[b]]  # behind a stop there is only padding
+        end = next((i for i, token in enumerate(own) if token in ends), len(own))
+        text = tokenizer.decode(own[:end], skip_special_tokens=True)
+        kept = tuple(own[: end + 1])  # with an end token that was written
+        written.append(Continuation(_up_to_stop(text, pieces[b], done[b]), kept))
+    return written
 
 
 def _up_to_stop(text: str, seen: str, stopped: bool) -> str:

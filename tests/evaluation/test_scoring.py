@@ -85,7 +85,7 @@ def test_continuations_give_what_the_world_says() -> None:
     facts = [(p, answer) for p, answer in world_sentences() if p.startswith("The capital of")]
     prompts = [prompt for prompt, _ in facts]
     texts = continuations(model, tokens, prompts)
-    assert all(t.startswith(answer) for t, (_, answer) in zip(texts, facts, strict=True))
+    assert all(t.text.startswith(answer) for t, (_, answer) in zip(texts, facts, strict=True))
     assert continuations(model, tokens, prompts[:1]) == texts[:1]  # alone as in a batch
 
 
