@@ -28,7 +28,7 @@ def build(name: str, model: Any, tokenizer: Any) -> Any:
     if name == "rome":
         # 25 passes and 21 contexts, as the peer's configuration has them.
         return ROME.from_model(
-            model, tokenizer, layers=[5], steps=25, weight_decay=1e-3, clamp_norm_factor=2.0
+            model, tokenizer, layers=[5], steps=25, weight_decay=1e-3, clamp_norm_factor=1.5
         )
     if name == "lora":
         return LoRA.from_model(model, tokenizer, steps=70)
