@@ -38,7 +38,7 @@ class LocateModule(EditModule):
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
-        layers: Layers to edit; negative ones count from the end. A fifth of the way up if None.
+        layers: Layers to edit; negative ones count from the end. A sixth of the way up if None.
         steps: Passes of the optimization of a target value, at most.
         lr: Learning rate of target values.
         weight_decay: Factor of ‖δ‖ / ‖v‖² in the loss of target values.
@@ -111,7 +111,7 @@ class LocateModule(EditModule):
 
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
-        return [round(0.2 * len(tree.blocks))]
+        return [int(len(tree.blocks) / 6 + 0.5)]  # 5 of 28 and of 32, as in the papers' settings
 
     def sites(self, tree: ModelTree) -> list[WeightSite]:
         """The matrices to edit.
