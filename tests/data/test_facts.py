@@ -200,5 +200,7 @@ def test_the_default_model_knows_what_is_recorded(default_model: tuple[Any, Any]
     ]
     assert found == KNOWN["smollm2"]
     assert len(found) >= 60
+    for request in FACTS:
+        assert len(tokenizer(f" {request.target_new}").input_ids) <= 3
     for id_ in KNOWN["demo"]:
         assert not texts[BY_ID[id_].prompt].lstrip().startswith(BY_ID[id_].target_new)
