@@ -7,8 +7,9 @@
 
 As in the paper: θ is the base model tuned on the old answers; task vectors come from tuning θ on
 them once more; every method then learns the new answers of all pairs at once, from θ or from what
-forgetting left of it. Locality compares with θ. Finished rows are kept in ``--out``; an
-interrupted study goes on where it stopped.
+forgetting left of it. Locality compares with θ. Finished rows are kept in ``--out``: an
+interrupted study makes θ and the task vectors of its seed again, bit for bit, and goes on with the
+rows that are missing.
 """
 
 from __future__ import annotations
@@ -94,12 +95,14 @@ class Study:
         )
         data = EditDataModule(requests, batch_size=self.options.batch_size, seed=self.seed)
         trainer.fit(editor, datamodule=data)
-        return editor.delta
+        return WeightDelta(editor.delta.changes)  # without the originals, half of its memory
 
     def state(self) -> dict[str, Tensor]:
+        """Copies of all weights."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Puts copies of all weights back."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(state[name])
@@ -113,6 +116,7 @@ class Study:
         self.p_theta = probabilities[self.known]
 
     def measure(self) -> dict[str, float]:
+        """All figures of the model as it stands."""
         evaluation = self._evaluator().evaluate(self.new, self.baseline)
         metrics = edit_metrics(kinds=())
         evaluation.update(metrics)
@@ -128,6 +132,8 @@ class Study:
         return {"residual": value, "old_known": sum(known) / len(known)}
 
     def sweep(self, vector: WeightDelta, rates: Iterable[float]) -> list[dict[str, float]]:
+        """What forgetting alone does, at each rate of one vector."""
+
         def evaluate() -> dict[str, float]:
             quick = Evaluator(self.model, self.tokens, readings=["teacher_forced"])
             metrics = edit_metrics(readings=["teacher_forced"], kinds=())
@@ -161,7 +167,7 @@ def _trimmed(request: EditRequest) -> EditRequest:
 
 
 def run_seed(options: argparse.Namespace, seed: int, done: dict[str, Any], save: Any) -> None:
-    """All rows of one seed, each saved as soon as it is there."""
+    """The missing rows of one seed, each saved as soon as it is there."""
     study = Study(options, seed)
     note = _Note(f"seed {seed}", time.perf_counter())
     study.tune(FullTuning, study.old)
@@ -174,17 +180,19 @@ def run_seed(options: argparse.Namespace, seed: int, done: dict[str, Any], save:
         save()
         note(name)
 
-    add("base (theta)")
+    if "base (theta)" not in done:
+        add("base (theta)")
     vector = study.tune(FullTuning, study.old)
     study.restore(theta)
     adapter = study.tune(LoRATuning, study.old)
     study.restore(theta)
-    done["sweep"] = {
-        "FT": study.sweep(vector, options.sweep),
-        "LoRA": study.sweep(adapter, [*options.sweep, *options.lora_ft_rates]),
-    }
-    save()
-    note("sweep")
+    if "sweep" not in done:
+        done["sweep"] = {
+            "FT": study.sweep(vector, options.sweep),
+            "LoRA": study.sweep(adapter, [*options.sweep, *options.lora_ft_rates]),
+        }
+        save()
+        note("sweep")
     plans: list[tuple[str, Any, WeightDelta | None, float]] = [
         ("FT", FullTuning, None, 0.0),
         ("LoRA", LoRATuning, None, 0.0),
@@ -195,6 +203,8 @@ def run_seed(options: argparse.Namespace, seed: int, done: dict[str, Any], save:
         (f"F-Learning LoRA-FT λ={r:g}", FullTuning, adapter, r) for r in options.lora_ft_rates
     ]
     for name, kind, tau, rate in plans:
+        if name in done:
+            continue
         study.restore(theta)
         if tau is not None:
             forget_(study.model, tau, rate)
@@ -283,8 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         if results["seeds"].get(str(seed), {}).get("complete"):
             continue
-        done: dict[str, Any] = {}
-        results["seeds"][str(seed)] = done
+        done: dict[str, Any] = results["seeds"].setdefault(str(seed), {})
         torch.manual_seed(seed)
         run_seed(options, seed, done, save)
         done["complete"] = {}
