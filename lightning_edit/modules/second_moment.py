@@ -76,7 +76,8 @@ def second_moments(
         for layer in layers
         if cache_dir is not None and model_hash
     }
-    sums = {layer: _read(file) for layer, file in files.items() if file.is_file()}
+    kept = {layer: _read(file) for layer, file in files.items() if file.is_file()}
+    sums = {layer: found for layer, found in kept.items() if found is not None}
     missing = [layer for layer in layers if layer not in sums]
     if missing:
         dimension = max(tree.mlp_out(layer).in_features for layer in missing)
@@ -86,11 +87,10 @@ def second_moments(
             rows = sample_text_ids(tree.model, tokens, wanted, seed)
         else:
             rows = text_file_ids(tokens, text, wanted)
-        found = _accumulate(tree, missing, rows)
+        sums |= _accumulate(tree, missing, rows)
         for layer in missing:
-            sums[layer] = found[layer]
             if layer in files:
-                _write(files[layer], *found[layer])
+                _write(files[layer], *sums[layer])
     return {layer: regularize(sums[layer][0], sums[layer][1], ridge) for layer in layers}
 
 
@@ -204,11 +204,16 @@ def _source_name(text: str | None, tokens_per_dimension: int, seed: int) -> str:
     return f"{digest}-{tokens_per_dimension}"
 
 
-def _read(file: Path) -> tuple[Tensor, int]:
+def _read(file: Path) -> tuple[Tensor, int] | None:
+    """What a file keeps; None if it is damaged, so that it is written again."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(file)
-    return tensors["total"], int(tensors["count"])
+    try:
+        tensors = load_file(file)
+        return tensors["total"], int(tensors["count"])
+    except (SafetensorError, KeyError):
+        return None
 
 
 def _write(file: Path, total: Tensor, count: int) -> None:
