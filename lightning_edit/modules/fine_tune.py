@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.optim import Adam, Optimizer
@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.modules.base import DType, EditModule, Protocol
+from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.descent import Descent, parameter_names
 from lightning_edit.modules.target_loss import (
     Objective,
@@ -54,13 +54,7 @@ class FineTune(EditModule):
         weight_decay: Weight decay of Adam.
         chunk_size: Requests in a step of Adam.
         stop_loss: Loss in nats below which nothing more is learned.
-        dtype: Precision of the weights. Edits are computed and added in float32.
-        revision: Revision of a hub model.
-        chat_template: Ask as a user of a chat model would.
-        cache_dir: Folder for converted models and statistics; ``~/.cache/lightning_edit`` if None.
-        test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
-            requests at once (``batch``), or all after one another (``sequential``).
-        max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
 
     References:
         Modifying Memories in Transformer Models, arXiv 2012.00363, section 4 (the constraint);
@@ -81,16 +75,9 @@ class FineTune(EditModule):
         weight_decay: float = 0.0,
         chunk_size: int = 1,
         stop_loss: float = 1e-2,
-        dtype: DType = "float32",
-        revision: str | None = None,
-        chat_template: bool = False,
-        cache_dir: str | None = None,
-        test_protocol: Protocol = "independent",
-        max_new_tokens: int = 24,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model, layers, dtype, revision, chat_template, cache_dir, test_protocol, max_new_tokens
-        )
+        super().__init__(model, layers, **kwargs)
         for name, value in (("steps", steps), ("chunk_size", chunk_size)):
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed
@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, LocatorError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
-from lightning_edit.modules.base import DType, EditModule, Protocol
+from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.second_moment import second_moments, seeded
 from lightning_edit.modules.target_values import (
     TargetValues,
@@ -55,13 +55,7 @@ class LocateModule(EditModule):
             key's dimensions.
         ridge: Share of the mean eigenvalue added to an estimated second moment's diagonal.
         seed: Seed of sampled contexts and texts.
-        dtype: Precision of the weights. Edits are computed and added in float32.
-        revision: Revision of a hub model.
-        chat_template: Ask as a user of a chat model would.
-        cache_dir: Folder for converted models and statistics; ``~/.cache/lightning_edit`` if None.
-        test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
-            requests at once (``batch``), or all after one another (``sequential``).
-        max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
     """
 
     decoder_only: ClassVar[bool] = True
@@ -82,16 +76,9 @@ class LocateModule(EditModule):
         tokens_per_dimension: int = 4,
         ridge: float = 1e-3,
         seed: int = 0,
-        dtype: DType = "float32",
-        revision: str | None = None,
-        chat_template: bool = False,
-        cache_dir: str | None = None,
-        test_protocol: Protocol = "independent",
-        max_new_tokens: int = 24,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model, layers, dtype, revision, chat_template, cache_dir, test_protocol, max_new_tokens
-        )
+        super().__init__(model, layers, **kwargs)
         for template in context_templates or ():
             if not template.endswith("{}"):
                 raise ValueError(
@@ -222,12 +209,12 @@ class LocateModule(EditModule):
         keys = gathered(found.keys if found else None, width, site.in_features)
         outputs = gathered(found.outputs if found else None, width, site.out_features)
         deltas = gathered(found.deltas if found else None, site.out_features)
-        passes: list[list[list[float]]] = gathered(losses, steps, 4).tolist()
+        figures = cast(list[list[list[float]]], gathered(losses, steps, 4).tolist())
         return TargetValues(
             keys,
             outputs,
             deltas,
-            [[dict(zip(names, row, strict=True)) for row in p if row[0] >= 0] for p in passes],
+            [[dict(zip(names, row, strict=True)) for row in one if row[0] >= 0] for one in figures],
             gathered(torch.tensor(found.probabilities) if found else None).tolist(),
         )
 

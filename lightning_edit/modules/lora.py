@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import Adam
@@ -14,7 +14,7 @@ from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.adapter_layers import AdapterLayers, adapter_sites
-from lightning_edit.modules.base import DType, EditModule, Protocol
+from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.target_loss import row_means, target_nll, target_probabilities
 
 __all__ = ["LoRA"]
@@ -40,13 +40,7 @@ class LoRA(EditModule):
         stop_loss: Mean loss in nats below which training stops. The papers' editors make all
             steps, most of them after the loss has vanished; 0 does the same.
         seed: Seed of A; B begins at zero.
-        dtype: Precision of the weights. Edits are computed and added in float32.
-        revision: Revision of a hub model.
-        chat_template: Ask as a user of a chat model would.
-        cache_dir: Folder for converted models and statistics; ``~/.cache/lightning_edit`` if None.
-        test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
-            requests at once (``batch``), or all after one another (``sequential``).
-        max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
 
     Raises:
         MissingDependencyError: From ``edit``, if peft is not installed.
@@ -69,16 +63,9 @@ class LoRA(EditModule):
         lr: float = 5e-3,
         stop_loss: float = 1e-2,
         seed: int = 0,
-        dtype: DType = "float32",
-        revision: str | None = None,
-        chat_template: bool = False,
-        cache_dir: str | None = None,
-        test_protocol: Protocol = "independent",
-        max_new_tokens: int = 24,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model, layers, dtype, revision, chat_template, cache_dir, test_protocol, max_new_tokens
-        )
+        super().__init__(model, layers, **kwargs)
         for name, value in (("rank", rank), ("steps", steps)):
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")

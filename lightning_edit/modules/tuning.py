@@ -21,7 +21,7 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.functional.token_weights import token_weights
-from lightning_edit.modules.base import DType, EditModule, Protocol
+from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.descent import Descent
 from lightning_edit.modules.target_loss import target_nll, target_probabilities
 
@@ -49,13 +49,7 @@ class TuningModule(EditModule):
         lr_scheduler: Makes a learning rate schedule of the optimizer, one step an epoch.
         end_token: Teach the end token after each answer of a decoder-only model.
         train_mode: Have the model's dropout on while it is tuned.
-        dtype: Precision of the weights. Edits are computed and added in float32.
-        revision: Revision of a hub model.
-        chat_template: Ask as a user of a chat model would.
-        cache_dir: Folder for converted models and statistics; ``~/.cache/lightning_edit`` if None.
-        test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
-            requests at once (``batch``), or all after one another (``sequential``).
-        max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
     """
 
     #: Whether the loss is the mean of the sequences' means rather than of all target tokens.
@@ -72,16 +66,9 @@ class TuningModule(EditModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         end_token: bool = False,
         train_mode: bool = False,
-        dtype: DType = "float32",
-        revision: str | None = None,
-        chat_template: bool = False,
-        cache_dir: str | None = None,
-        test_protocol: Protocol = "independent",
-        max_new_tokens: int = 24,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model, layers, dtype, revision, chat_template, cache_dir, test_protocol, max_new_tokens
-        )
+        super().__init__(model, layers, **kwargs)
         if steps < 1:
             raise ValueError(f"`steps` is expected to be at least 1, but got {steps}.")
         self.automatic_optimization = True
