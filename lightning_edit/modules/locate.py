@@ -85,6 +85,18 @@ class LocateModule(EditModule):
                     f"`context_templates`: {template!r} is expected to end in {{}}, where the "
                     "prompt goes, since the target follows it."
                 )
+        if context_templates and context_templates[0] != "{}":
+            raise ValueError(
+                "`context_templates`: the first is expected to be '{}', the bare prompt, in which "
+                f"the new value is stored, but got {context_templates[0]!r}. Put '{{}}' before it."
+            )
+        if "{}" not in kl_prompt:
+            raise ValueError(
+                f"`kl_prompt` is expected to hold {{}} for the subject, but got {kl_prompt!r}."
+            )
+        for name, value in (("steps", steps), ("tokens_per_dimension", tokens_per_dimension)):
+            if value < 1:
+                raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")
         self.settings = TargetValueSettings(
             steps, lr, weight_decay, clamp_norm_factor, kl_factor, kl_prompt=kl_prompt
         )
@@ -99,6 +111,10 @@ class LocateModule(EditModule):
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
         return [int(len(tree.blocks) / 6 + 0.5)]  # 5 of 28 and of 32, as in the papers' settings
+
+    @override
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return [site.name for site in self.sites(tree)]
 
     def sites(self, tree: ModelTree) -> list[WeightSite]:
         """The matrices to edit.

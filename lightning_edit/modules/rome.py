@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import LowRank, WeightDelta
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import EditError, LocatorError
+from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.rank_one import rank_one_update, whiten
 from lightning_edit.modules.locate import LocateModule
 
@@ -37,6 +38,16 @@ class ROME(LocateModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.05262"
+
+    @override
+    def sites(self, tree: ModelTree) -> list[WeightSite]:
+        sites = super().sites(tree)
+        if len(sites) != 1:
+            raise LocatorError(
+                f"ROME edits one layer, but `layers` names {len(sites)}. Give one, or choose a "
+                "method that spreads an edit over layers."
+            )
+        return sites
 
     @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
