@@ -40,6 +40,8 @@ class TaskVectorForgetting(Callback):
     * a LoRA adapter with the task vector of another: F-Learning_LoRA
     * full fine-tuning with the task vector of an adapter: F-Learning_LoRA-FT
 
+    Callbacks that measure the model as it was, such as `EditEvaluator`, are listed before this one.
+
     The subtraction happens in ``on_train_start``, or when the first phase ends, in float32, once:
     a resumed run does not repeat it. Until the first phase ends, checkpoints hold a copy of the
     trainable weights as they were at its beginning.
