@@ -80,13 +80,16 @@ class Study:
         self.p_theta = torch.empty(0)
 
     def tune(
-        self, kind: type[FullTuning] | type[LoRATuning], requests: list[EditRequest]
+        self,
+        kind: type[FullTuning] | type[LoRATuning],
+        requests: list[EditRequest],
+        epochs: int | None = None,
     ) -> WeightDelta:
         """Trains the model as it stands by Lightning's own loop; returns the change."""
         rate = self.options.lr if kind is FullTuning else self.options.lora_lr
         editor = kind.from_model(self.model, self.tokenizer, lr=rate)
         trainer = Trainer(
-            max_epochs=self.options.epochs,
+            max_epochs=epochs or self.options.epochs,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -171,7 +174,7 @@ def run_seed(options: argparse.Namespace, seed: int, done: dict[str, Any], save:
     """The missing rows of one seed, each saved as soon as it is there."""
     study = Study(options, seed)
     note = _Note(f"seed {seed}", time.perf_counter())
-    study.tune(FullTuning, study.old)
+    study.tune(FullTuning, study.old, options.theta_epochs)
     theta = study.state()
     study.freeze_theta()
     note(f"theta knows {len(study.known)} of {len(study.old)} old answers")
@@ -260,7 +263,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="a file of old/new pairs; the packaged facts without it")
     parser.add_argument("--pairs", type=int, help="number of pairs; all of them without it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3, help="of every stage, as in the paper")
+    parser.add_argument("--theta_epochs", type=int, default=3, help="of θ, as in the paper")
+    parser.add_argument("--epochs", type=int, default=3, help="of every later stage")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-5, help="of full tuning, as in the paper")
     parser.add_argument("--lora_lr", type=float, default=1e-3)
