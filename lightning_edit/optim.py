@@ -109,7 +109,11 @@ class EditOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the edits of an earlier run; the weights themselves come with the model."""
-        tensors: dict[str, Tensor] = state_dict["delta"]
+        # Lightning moves what a torch optimizer keeps to the device of the model, but not this.
+        tensors: dict[str, Tensor] = {
+            key: tensor.to(self.model.get_parameter(key.rpartition(".")[0]).device)
+            for key, tensor in state_dict["delta"].items()
+        }
         changes = {
             name: tensors[f"{name}.dense"]
             if f"{name}.dense" in tensors

@@ -210,7 +210,7 @@ class LocateModule(EditModule):
         def gathered(part: Tensor | None, *shape: int) -> Tensor:
             whole = torch.zeros(count, *shape, device=device)
             if part is not None:
-                whole[mine] = part
+                whole[mine] = part.to(device)
             # All other entries are zero, so the sum is exact.
             torch.distributed.all_reduce(whole)
             return whole
