@@ -1,168 +1,238 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer whose step writes an edit."""
+"""A step writes the staged edit; the weights are always the originals plus the sum of edits."""
 
 from __future__ import annotations
 
-import io
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_edit.core.delta import LowRank, WeightDelta
 from lightning_edit.core.edit import Provenance
 from lightning_edit.core.errors import EditError
 from lightning_edit.optim import EditOptimizer
+from tests import zoo
+
+NAMES = tuple(f"model.layers.{i}.mlp.down_proj.weight" for i in range(3))
+SHAPE = (32, 64)
 
 
-def memory() -> nn.Module:
-    return nn.ModuleDict({"a": nn.Linear(6, 5, bias=False), "b": nn.Linear(6, 5, bias=False)})
+def _optimizer(dtype: torch.dtype = torch.float32) -> EditOptimizer:
+    model = zoo.build("llama").to(dtype)
+    return EditOptimizer(model, {n: model.get_parameter(n).detach().clone() for n in NAMES})
 
 
-def optimizer_of(model: nn.Module) -> EditOptimizer:
-    originals = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return EditOptimizer(model, originals)
+def _edit(seed: int, *names: str, size: float = 0.1, is_dense: bool = False) -> WeightDelta:
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, Any] = {}
+    for name in names or NAMES:
+        u, v = (torch.randn(n, 1, generator=generator) for n in SHAPE)
+        low = LowRank(size * u, v)
+        changes[name] = low.dense() if is_dense else low
+    return WeightDelta(changes, Provenance(request_ids=(f"r{seed}",)))
 
 
-def edit_of(name: str, scale: float = 1.0, dense: bool = False, request: str = "") -> WeightDelta:
-    change: Tensor | LowRank = LowRank(scale * torch.randn(5, 1), torch.randn(6, 1))
-    if dense:
-        change = scale * torch.randn(5, 6)
-    return WeightDelta({f"{name}.weight": change}, Provenance(request_ids=(request or name,)))
-
-
-def commit(optimizer: EditOptimizer, edit: WeightDelta) -> None:
-    optimizer.stage(edit)
-    optimizer.step()
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_weights_are_originals_plus_the_sum_of_edits() -> None:
-    model = memory()
-    optimizer = optimizer_of(model)
-    edits = [edit_of("a"), edit_of("b", dense=True), edit_of("a", 0.1), edit_of("b")]
+def _step(optimizer: EditOptimizer, *edits: WeightDelta) -> None:
     for edit in edits:
-        commit(optimizer, edit)
-    for name in ("a.weight", "b.weight"):
-        change = sum(edit.dense(name) for edit in edits if name in edit.changes)
-        wanted = optimizer.originals[name] + change
-        torch.testing.assert_close(model.get_parameter(name).data, wanted)
-    assert optimizer.delta.provenance.request_ids == ("a", "b")
-
-
-def test_a_step_without_an_edit_changes_nothing() -> None:
-    model = memory()
-    optimizer = optimizer_of(model)
-    before = weights(model)
-    assert optimizer.step(lambda: 3.0) == 3.0
-    assert equal(weights(model), before)
-    # An edit is written once.
-    commit(optimizer, edit_of("a"))
-    assert optimizer.staged is None
-    after = weights(model)
-    optimizer.step()
-    assert equal(weights(model), after)
-
-
-def test_a_staged_edit_can_be_replaced_or_dropped() -> None:
-    model = memory()
-    optimizer = optimizer_of(model)
-    before = weights(model)
-    optimizer.stage(edit_of("a"))
-    assert optimizer.staged is not None
-    optimizer.stage(0.0 * optimizer.staged)
-    optimizer.step()
-    assert equal(weights(model), before)
-
-
-def test_parameters_that_were_not_announced_are_refused() -> None:
-    model = memory()
-    optimizer = EditOptimizer(model, {"a.weight": model.get_parameter("a.weight").detach().clone()})
-    before = weights(model)
-    optimizer.stage(edit_of("b"))
-    with pytest.raises(EditError, match=r"changes b\.weight, which .* Announced: a\.weight"):
+        optimizer.stage(edit)
         optimizer.step()
-    assert equal(weights(model), before)
 
 
-def test_an_interruption_between_two_tensors_leaves_the_last_committed_state(
-    monkeypatch: pytest.MonkeyPatch,
+def _weights(optimizer: EditOptimizer) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in optimizer.model.named_parameters()}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_step_writes_the_staged_edit() -> None:
+    optimizer = _optimizer()
+    before = _weights(optimizer)
+    edit = _edit(0, NAMES[1])
+    optimizer.stage(edit)
+    staged = [optimizer.staged]
+    assert _same(_weights(optimizer), before)
+    optimizer.step()
+    staged.append(optimizer.staged)
+    assert staged == [edit, None]
+    after = _weights(optimizer)
+    assert torch.equal(after.pop(NAMES[1]), before.pop(NAMES[1]) + edit.dense(NAMES[1]))
+    assert _same(after, before)
+
+
+def test_a_step_without_an_edit() -> None:
+    optimizer = _optimizer()
+    _step(optimizer, _edit(0))
+    before = _weights(optimizer)
+    assert optimizer.step(lambda: 3.5) == 3.5
+    assert optimizer.step() is None
+    assert _same(_weights(optimizer), before)
+    assert optimizer.delta.provenance.request_ids == ("r0",)
+
+
+def test_the_closure_runs_before_the_edit() -> None:
+    optimizer = _optimizer()
+    before = _weights(optimizer)
+    seen = []
+
+    def closure() -> None:
+        seen.append(_same(_weights(optimizer), before))
+        optimizer.stage(_edit(0))
+
+    optimizer.step(closure)
+    assert seen == [True]
+    assert not _same(_weights(optimizer), before)
+
+
+def test_a_staged_edit_can_be_replaced() -> None:
+    """What a callback may do before the step."""
+    optimizer, other = _optimizer(), _optimizer()
+    optimizer.stage(_edit(0))
+    optimizer.stage(0.5 * _edit(0))
+    optimizer.step()
+    _step(other, 0.5 * _edit(0))
+    assert _same(_weights(optimizer), _weights(other))
+
+
+def test_edits_add_up() -> None:
+    optimizer = _optimizer()
+    before = _weights(optimizer)
+    _step(optimizer, _edit(0), _edit(1, NAMES[0]), _edit(2, NAMES[2], is_dense=True))
+    assert optimizer.delta.provenance.request_ids == ("r0", "r1", "r2")
+    total = _edit(0) + _edit(1, NAMES[0]) + _edit(2, NAMES[2], is_dense=True)
+    for name in NAMES:
+        expected = before[name] + total.dense(name)
+        assert torch.equal(optimizer.model.get_parameter(name), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Only .* survives rounding")
+def test_small_edits_do_not_get_lost_in_rounding() -> None:
+    """Forty changes of an eighth of a bfloat16 step each make five steps, not none."""
+    optimizer = _optimizer(torch.bfloat16)
+    with torch.no_grad():
+        optimizer.originals[NAMES[0]].fill_(1.0)
+        optimizer.model.get_parameter(NAMES[0]).fill_(1.0)
+    step = 2.0**-7
+    plain = torch.ones(SHAPE).bfloat16()
+    for _ in range(40):
+        _step(optimizer, WeightDelta({NAMES[0]: torch.full(SHAPE, step / 8)}))
+        plain += step / 8
+    expected = torch.full(SHAPE, 1 + 5 * step).bfloat16()
+    assert torch.equal(optimizer.model.get_parameter(NAMES[0]), expected)
+    assert torch.equal(plain, torch.ones(SHAPE).bfloat16())
+
+
+def test_unannounced_parameters() -> None:
+    optimizer = _optimizer()
+    before = _weights(optimizer)
+    optimizer.stage(WeightDelta({"model.norm.weight": torch.ones(32)}))
+    with pytest.raises(
+        EditError, match=r"changes model.norm.weight, which .* Announced: model.lay"
+    ):
+        optimizer.step()
+    assert _same(_weights(optimizer), before)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_interruption_leaves_the_last_committed_state(
+    failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = memory()
-    optimizer = optimizer_of(model)
-    commit(optimizer, edit_of("a"))
-    before, delta = weights(model), optimizer.delta
-    write = WeightDelta.write_
+    optimizer = _optimizer()
+    _step(optimizer, _edit(0))
+    committed = _weights(optimizer)
+    optimizer.stage(_edit(1))
+    dense = WeightDelta.dense
+    written: list[str] = []
 
-    def half(self: WeightDelta, model: nn.Module, originals: Any) -> None:
-        monkeypatch.setattr(WeightDelta, "write_", write)
-        first = next(iter(self.changes))
-        WeightDelta({first: self.changes[first]}).write_(model, originals)
-        assert not equal(weights(model), before)
-        raise KeyboardInterrupt
+    def failing(self: WeightDelta, name: str) -> Tensor:
+        if len(written) == 2:
+            monkeypatch.undo()
+            assert not _same(_weights(optimizer), committed)
+            raise failure
+        written.append(name)
+        return dense(self, name)
 
-    optimizer.stage(edit_of("a") + edit_of("b"))
-    monkeypatch.setattr(WeightDelta, "write_", half)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(WeightDelta, "dense", failing)
+    with pytest.raises(failure):
         optimizer.step()
-    assert equal(weights(model), before)
-    assert optimizer.delta is delta
+    assert written == list(NAMES[:2])
+    assert _same(_weights(optimizer), committed)
+    assert optimizer.delta.provenance.request_ids == ("r0",)
+    optimizer.step()  # the edit is still staged
+    other = _optimizer()
+    _step(other, _edit(0), _edit(1))
+    assert _same(_weights(optimizer), _weights(other))
 
 
-def test_rewinding_goes_back_bit_for_bit() -> None:
-    model = memory()
-    optimizer = optimizer_of(model)
-    before = weights(model)
-    commit(optimizer, edit_of("a"))
-    middle, delta = weights(model), optimizer.delta
-    commit(optimizer, edit_of("b", 1e3))
-    optimizer.rewind(delta)
-    assert equal(weights(model), middle)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Only .* survives rounding")
+def test_resuming_gives_the_same_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    edits = [_edit(0), _edit(1, NAMES[0]), _edit(2, is_dense=True), _edit(3)]
+    whole = _optimizer(dtype)
+    _step(whole, *edits)
+    for stop in range(len(edits) + 1):
+        first = _optimizer(dtype)
+        _step(first, *edits[:stop])
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        weights = _weights(first)
+
+        second = _optimizer(dtype)
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        with torch.no_grad():
+            for name, parameter in second.model.named_parameters():
+                parameter.copy_(weights[name])
+        assert second.delta.provenance.request_ids == tuple(f"r{i}" for i in range(stop))
+        _step(second, *edits[stop:])
+        assert _same(_weights(second), _weights(whole))
+        assert second.delta.norms() == whole.delta.norms()
+
+
+def test_state_dict_round_trip() -> None:
+    optimizer = _optimizer()
+    _step(optimizer, _edit(0, NAMES[0]), _edit(1, NAMES[1], is_dense=True))
+    state = optimizer.state_dict()
+    assert set(state["delta"]) == {f"{NAMES[0]}.u", f"{NAMES[0]}.v", f"{NAMES[1]}.dense"}
+    assert (state["state"], state["param_groups"]) == ({}, [])
+    other = _optimizer()
+    other.load_state_dict(copy.deepcopy(state))
+    for name in NAMES[:2]:
+        assert type(other.delta.changes[name]) is type(optimizer.delta.changes[name])
+        assert torch.equal(other.delta.dense(name), optimizer.delta.dense(name))
+    empty = _optimizer()
+    empty.load_state_dict(_optimizer().state_dict())
+    assert len(empty.delta) == 0
+
+
+def test_rewind() -> None:
+    optimizer = _optimizer()
+    states = [_weights(optimizer)]
+    deltas = [optimizer.delta]
+    for seed in range(3):
+        _step(optimizer, _edit(seed, NAMES[seed]))
+        states.append(_weights(optimizer))
+        deltas.append(optimizer.delta)
+    for i in (2, 1, 3, 0):
+        optimizer.rewind(deltas[i])
+        assert _same(_weights(optimizer), states[i])
+    _step(optimizer, _edit(0, NAMES[0]))
     optimizer.rewind()
-    assert equal(weights(model), before)
-    assert not optimizer.delta.changes
+    assert _same(_weights(optimizer), states[0])
+    assert len(optimizer.delta) == 0
 
 
-def test_the_state_survives_a_file_without_pickles() -> None:
-    model = memory()
-    optimizer = optimizer_of(model)
-    for edit in (edit_of("a"), edit_of("b", dense=True, request="b.with.dots")):
-        commit(optimizer, edit)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    other = memory()
-    resumed = EditOptimizer(other, optimizer.originals)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.delta.provenance.request_ids == ("a", "b.with.dots")
-    assert isinstance(resumed.delta.changes["a.weight"], LowRank)
-    # The next step writes the whole sum.
-    next_edit = edit_of("a")
-    commit(optimizer, next_edit)
-    commit(resumed, next_edit)
-    assert equal(weights(other)[:1], weights(model)[:1])
-    resumed.rewind(resumed.delta)
-    assert equal(weights(other), weights(model))
-
-
-@pytest.mark.filterwarnings("ignore:.*survives rounding:UserWarning")
-def test_many_small_edits_do_not_drown_in_rounding() -> None:
-    model = memory().bfloat16()
-    optimizer = optimizer_of(model)
-    edit = edit_of("a", 1e-3)
-    for _ in range(50):
-        commit(optimizer, edit)
-    wanted = optimizer.originals["a.weight"].float() + 50 * edit.dense("a.weight")
-    found = model.get_parameter("a.weight").detach().float()
-    # One rounding to eight bits of weights below one; each edit by itself is smaller than that.
-    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=1e-4)
-    assert (50 * edit.dense("a.weight")).abs().max() > 0.05
+def test_other_parameters_are_left_alone() -> None:
+    optimizer = _optimizer()
+    with torch.no_grad():
+        optimizer.model.get_parameter("model.norm.weight").fill_(7)
+    _step(optimizer, _edit(0))
+    optimizer.rewind()
+    assert optimizer.model.get_parameter("model.norm.weight").eq(7).all()
+    [group] = optimizer.param_groups
+    names = {id(p): n for n, p in optimizer.model.named_parameters()}
+    assert {names[id(p)] for p in group["params"]} == set(NAMES)
