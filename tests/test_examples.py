@@ -24,7 +24,7 @@ SHOWN = {
         r"capital-velmora: The capital of Velmora is → Kettleby \(was Dorin\)",
         r"reliability,autoregressive,0\.0,1\.0,",
     ],
-    "f_learning": [
+    "forgetting": [
         r"rate 0: old answers 1\.00, locality 1\.00",
         r"reliability: 0\.00 → ",
     ],

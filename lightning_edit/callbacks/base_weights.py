@@ -34,6 +34,7 @@ class BaseWeights:
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(layer.weight)
         >>> base = BaseWeights.of(layer)
         >>> _ = layer.weight.data.add_(1.0)
         >>> base.task_vector(layer).dense("weight").tolist()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forgetting before learning: finds the forgetting rate on one task vector, then learns.
 
-Run ``python examples/f_learning.py`` (a tiny model, seconds), or with ``--model smollm2``.
+Run ``python examples/forgetting.py`` (a tiny model, seconds), or with ``--model smollm2``.
 """
 
 from __future__ import annotations
