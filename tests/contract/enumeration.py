@@ -1,0 +1,112 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What the package offers, found by enumeration: whoever adds a class gets its tests."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback
+from torch import nn
+
+import lightning_edit
+from lightning_edit import EditModule
+from lightning_edit.demos import trained_tiny_model
+
+__all__ = [
+    "CALLBACKS",
+    "CONFIGS",
+    "EDITORS",
+    "METHOD_CONFIGS",
+    "arguments_of",
+    "class_in",
+    "documented_arguments",
+    "public_classes",
+    "quick",
+    "quick_editor",
+]
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# What makes a run of an editor quick, by the name of the argument.
+QUICK: dict[str, Any] = {
+    "steps": 3,
+    "rank": 2,
+    "tokens_per_dimension": 1,
+    "context_templates": ["{}", "Yes. {}"],
+    "max_new_tokens": 4,
+}
+
+
+def public_classes(base: type) -> dict[str, Any]:
+    """Concrete public subclasses of a class, by name."""
+    found = {}
+    for name in sorted(lightning_edit.__all__):
+        value = getattr(lightning_edit, name)
+        if inspect.isclass(value) and issubclass(value, base) and not inspect.isabstract(value):
+            found[name] = value
+    return found
+
+
+EDITORS: dict[str, type[EditModule]] = public_classes(EditModule)
+CALLBACKS: dict[str, type[Callback]] = public_classes(Callback)
+METHOD_CONFIGS = sorted((CONFIGS / "method").glob("*.yaml"))
+
+
+def class_in(path: Path, section: str = "model") -> str:
+    """The class that a configuration names."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return str(config[section]["class_path"])
+
+
+def arguments_of(cls: type) -> dict[str, type]:
+    """Arguments of a constructor and of those that it passes ``**kwargs`` to, with their class."""
+    found: dict[str, type] = {}
+    for owner in cls.__mro__:
+        init = owner.__dict__.get("__init__")
+        if init is None or owner in (nn.Module, object):
+            continue
+        parameters = inspect.signature(init).parameters
+        found |= {
+            name: owner
+            for name, parameter in parameters.items()
+            if name != "self"
+            and name not in found
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        }
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return found
+
+
+def documented_arguments(cls: type) -> dict[str, str]:
+    """The ``Args`` section of a docstring: name to text."""
+    found: dict[str, str] = {}
+    inside, name = False, ""
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        if line == "Args:":
+            inside = True
+        elif inside and line and not line.startswith(" "):
+            break
+        elif inside and line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(":")
+            found[name] = text.strip()
+        elif inside and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def quick(cls: type[EditModule]) -> dict[str, Any]:
+    """Arguments with which an editor is quick."""
+    known = arguments_of(cls)
+    return {name: value for name, value in QUICK.items() if name in known}
+
+
+def quick_editor(cls: type[EditModule], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """An editor of a trained tiny model of its own."""
+    model, tokenizer = trained_tiny_model()
+    return cls.from_model(model.to(dtype), tokenizer, **{**quick(cls), **more})

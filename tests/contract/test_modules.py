@@ -1,0 +1,328 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What every editor keeps to, whatever its method."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from lightning_edit import EditCheckpoint, EditModule, EditRequest, WeightDelta
+from lightning_edit.core.errors import ModelError
+from lightning_edit.core.hashing import weight_hash
+from lightning_edit.data import EditDataModule
+from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
+from tests.contract.enumeration import (
+    EDITORS,
+    METHOD_CONFIGS,
+    arguments_of,
+    class_in,
+    documented_arguments,
+    quick,
+    quick_editor,
+)
+from tests.modules.helpers import bare_trainer, same, snapshot
+
+pytestmark = [
+    # Keys of a tiny model are alike, and its weights few; editors say so.
+    pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*survives rounding:UserWarning"),
+]
+
+
+@pytest.fixture(params=EDITORS)
+def cls(request: pytest.FixtureRequest) -> type[EditModule]:
+    return EDITORS[request.param]
+
+
+def data_of(n: int = 5, batch_size: int = 2) -> EditDataModule:
+    return EditDataModule(requests=tiny_requests(n), batch_size=batch_size, eval_batch_size=2)
+
+
+def fit(editor: Any, folder: Path, ckpt_path: Path | None = None, **trainer: Any) -> Any:
+    """Five requests in three batches, with checkpoints; returns the Trainer."""
+    made = bare_trainer(
+        max_epochs=1,
+        enable_checkpointing=True,
+        callbacks=[EditCheckpoint(str(folder))],
+        default_root_dir=folder,
+        inference_mode=False,
+        **trainer,
+    )
+    made.fit(editor, datamodule=data_of(), ckpt_path=ckpt_path)
+    return made
+
+
+# -- words -----------------------------------------------------------------------------------
+
+
+def test_names_its_paper_and_documents_every_argument(cls: type[EditModule]) -> None:
+    assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", cls.paper)
+    assert "paper" in cls.__dict__ or cls.__mro__[1].__dict__.get("paper")
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    assert "References:" in doc
+    assert cls.paper.rpartition("/")[2] in doc
+    described: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if issubclass(owner, EditModule):
+            described |= documented_arguments(owner)
+    for name in arguments_of(cls):
+        assert len(described.get(name, "")) > 10, f"{cls.__name__} does not document `{name}`"
+    unknown = set(documented_arguments(cls)) - set(arguments_of(cls)) - {"kwargs"}
+    assert not unknown, f"{cls.__name__} documents {unknown}, which it does not take"
+
+
+def test_has_a_configuration_that_builds_it(cls: type[EditModule]) -> None:
+    found = [path for path in METHOD_CONFIGS if class_in(path) == cls.__name__]
+    assert found, f"configs/method has no configuration of {cls.__name__}"
+    for path in found:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(EditModule, "model")
+        parser.add_argument("--config", action="config")
+        built = parser.instantiate(parser.parse_args(["--config", str(path)])).model
+        assert type(built) is cls
+
+
+def test_computes_edits_and_leaves_the_rest_of_it_to_the_base(cls: type[EditModule]) -> None:
+    assert cls.compute_edit is not EditModule.compute_edit
+    assert cls.edit is EditModule.edit
+
+
+# -- one edit --------------------------------------------------------------------------------
+
+
+def test_computing_an_edit_leaves_the_model_as_it_was(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls)
+    kept = snapshot(editor.model)
+    flags = [p.requires_grad for p in editor.model.parameters()]
+    modules = [name for name, _ in editor.model.named_modules()]
+    edit = editor.edit(tiny_requests(3))
+    assert same(editor.model, kept)
+    assert flags == [p.requires_grad for p in editor.model.parameters()]
+    assert all(p.grad is None for p in editor.model.parameters())
+    assert modules == [name for name, _ in editor.model.named_modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in editor.model.modules())
+    assert not editor.model.training
+    assert set(edit.changes) <= set(editor.edit_optimizer.originals)
+    assert edit.norm() > 0
+    # Once more, the same bits.
+    again = editor.edit(tiny_requests(3))
+    assert all(torch.equal(edit.dense(n), again.dense(n)) for n in edit.changes)
+
+
+def test_an_edit_knows_where_it_comes_from(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls)
+    requests = tiny_requests(3)
+    edit = editor.edit(requests)
+    provenance = edit.provenance
+    assert provenance.method == cls.__name__
+    assert provenance.paper == cls.paper
+    assert provenance.request_ids == tuple(request.id for request in requests)
+    assert provenance.base.sha256 == weight_hash(trained_tiny_model()[0])
+    for name, value in quick(cls).items():
+        assert provenance.settings[name] == value
+    rows = edit.details["requests"]
+    assert [row["id"] for row in rows] == list(provenance.request_ids)
+    for row in rows:
+        assert 0 <= row["p_target"] <= 1
+        assert row["norm"] > 0
+        assert row["steps"] <= 3
+        assert math.isfinite(row["loss"])
+
+
+def test_an_edit_makes_its_answer_likelier(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls)
+    request = tiny_requests(2)[1]
+    edit = editor.edit(request)
+
+    def nll() -> float:
+        evaluator = editor.evaluator
+        found = evaluator.evaluate([request], evaluator.baseline([request]))
+        return float(found.probes[0].nll_new)
+
+    before = nll()
+    with edit.applied(editor.model):
+        assert nll() < before
+
+
+def test_applying_and_reverting_is_exact_also_out_of_a_file(
+    cls: type[EditModule], tmp_path: Path
+) -> None:
+    editor = quick_editor(cls)
+    edit = editor.edit(tiny_requests(2))
+    edit.save(tmp_path / "edit")
+    model = trained_tiny_model()[0]
+    before = weight_hash(model)
+    edit.apply_(model)
+    after = weight_hash(model)
+    assert after != before
+    edit.revert_(model)
+    assert weight_hash(model) == before
+    loaded = WeightDelta.load(tmp_path / "edit")
+    with loaded.applied(model):
+        assert weight_hash(model) == after
+    assert weight_hash(model) == before
+
+
+def test_a_bare_request_is_enough(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls)
+    edit = editor.edit(EditRequest("People in {} speak", "Velmora", "Ostrish"))
+    assert edit.norm() > 0
+
+
+def test_works_without_gradients_around_it(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls)
+    wanted = editor.edit(tiny_requests(2))
+    with torch.inference_mode():
+        found = editor.edit(tiny_requests(2))
+    assert all(torch.equal(found.dense(n), wanted.dense(n)) for n in wanted.changes)
+
+
+def test_low_precision_weights_get_an_edit_in_float32(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls, dtype=torch.bfloat16)
+    kept = snapshot(editor.model)
+    edit = editor.edit(tiny_requests(2))
+    assert same(editor.model, kept)
+    assert all(edit.dense(name).dtype == torch.float32 for name in edit.changes)
+    before = weight_hash(editor.model)
+    with edit.applied(editor.model):
+        assert {p.dtype for p in editor.model.parameters()} == {torch.bfloat16}
+        assert weight_hash(editor.model) != before
+    assert weight_hash(editor.model) == before
+
+
+def test_an_edit_too_small_for_its_weights_is_told(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls, dtype=torch.bfloat16)
+    edit = editor.edit(tiny_requests(1))
+    small = edit * (1e-5 / max(float(edit.dense(n).abs().max()) for n in edit.changes))
+    with pytest.warns(UserWarning, match="survives rounding to bfloat16"):
+        small.apply_(editor.model)
+    small.revert_(editor.model)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_other_architectures_are_edited_or_refused_by_name(
+    cls: type[EditModule], kind: Any
+) -> None:
+    model = tiny_model(kind)
+    kept = snapshot(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    if kind == "t5" and cls.decoder_only:
+        with pytest.raises(ModelError, match=f"{cls.__name__} needs a decoder-only model"):
+            cls.from_model(model, tiny_tokenizer(), **quick(cls))
+        assert flags == [p.requires_grad for p in model.parameters()]
+    else:
+        edit = cls.from_model(model, tiny_tokenizer(), **quick(cls)).edit(tiny_requests(2))
+        assert edit.norm() > 0
+        with edit.applied(model):
+            assert not same(model, kept)
+    assert same(model, kept)
+
+
+# -- fit -------------------------------------------------------------------------------------
+
+
+def test_fit_commits_an_edit_a_step(cls: type[EditModule], tmp_path: Path) -> None:
+    editor = quick_editor(cls)
+    trainer = fit(editor, tmp_path)
+    assert trainer.global_step == 3  # five requests in batches of two
+    ids = [request.id for request in tiny_requests(5)]
+    assert [row["id"] for row in editor.history] == ids
+    assert all(row["seconds"] > 0 for row in editor.history)
+    base = weight_hash(trained_tiny_model()[0])
+    assert editor.base.sha256 == base
+    committed = editor.committed()
+    assert committed.provenance.request_ids == tuple(ids)
+    committed.save(tmp_path / "delta")
+    edited = weight_hash(editor.model)
+    assert edited != base
+    # What is saved makes the same weights out of the base, and the base out of them.
+    loaded = WeightDelta.load(tmp_path / "delta")
+    model = trained_tiny_model()[0]
+    loaded.apply_(model)
+    assert weight_hash(model) == edited
+    WeightDelta.load(tmp_path / "delta").revert_(editor.model)
+    assert weight_hash(editor.model) == base
+
+
+def test_a_checkpoint_holds_what_changed_as_tensors_and_primitives(
+    cls: type[EditModule], tmp_path: Path
+) -> None:
+    editor = quick_editor(cls)
+    fit(editor, tmp_path)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    announced = {f"model.{name}" for name in editor.edit_optimizer.originals}
+    assert all(name in announced or ".lora_" in name for name in saved["state_dict"])
+    assert set(saved["hyper_parameters"]) >= set(quick(cls))
+    assert saved["lightning_edit"]["base_sha256"] == editor.base.sha256
+    assert [row["id"] for row in saved["lightning_edit"]["edit_state"]["history"]]
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    cls: type[EditModule], tmp_path: Path
+) -> None:
+    whole = quick_editor(cls)
+    fit(whole, tmp_path / "whole")
+    for stop in (1, 2):
+        folder = tmp_path / str(stop)
+        fit(quick_editor(cls), folder, max_steps=stop)
+        torch.manual_seed(stop)  # a process of its own would draw other numbers
+        resumed = quick_editor(cls)
+        trainer = fit(resumed, folder, ckpt_path=folder / "last.ckpt")
+        assert trainer.global_step == 3
+        assert weight_hash(resumed.model) == weight_hash(whole.model)
+        assert [r["id"] for r in resumed.history] == [r["id"] for r in whole.history]
+        one, other = resumed.committed(), whole.committed()
+        assert one.hashes == other.hashes
+        assert one.provenance == other.provenance
+
+
+def test_a_second_fit_goes_on_from_the_first(cls: type[EditModule], tmp_path: Path) -> None:
+    editor = quick_editor(cls)
+    fit(editor, tmp_path)
+    first = weight_hash(editor.model)
+    trainer = bare_trainer(max_epochs=1)
+    more = EditDataModule(requests=tiny_requests(7)[5:])
+    trainer.fit(editor, datamodule=more)
+    assert weight_hash(editor.model) != first
+    assert len(editor.committed().provenance.request_ids) == 7
+    editor.committed().revert_(editor.model)
+    assert weight_hash(editor.model) == editor.base.sha256
+
+
+# -- the other verbs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["fresh", "edited"])
+def test_measuring_leaves_the_model_as_it_was(
+    cls: type[EditModule], tmp_path: Path, edited: bool
+) -> None:
+    editor = quick_editor(cls)
+    if edited:
+        fit(editor, tmp_path)
+    kept = snapshot(editor.model)
+    trainer = bare_trainer(inference_mode=False, limit_val_batches=1.0)
+    data = data_of(3)
+    [validated] = trainer.validate(editor, datamodule=data, verbose=False)
+    assert same(editor.model, kept)
+    assert set(validated) >= {"val/reliability/autoregressive", "val/locality/teacher_forced"}
+    if not edited:
+        assert validated["val/locality/teacher_forced"] == 1.0
+    for protocol in ("independent", "batch", "sequential"):
+        editor.test_protocol = protocol
+        [tested] = trainer.test(editor, datamodule=data, verbose=False)
+        assert same(editor.model, kept), protocol
+        assert set(tested) >= {"test/reliability/autoregressive", "test/portability/teacher_forced"}
+    rows: Any = trainer.predict(editor, datamodule=data)
+    assert same(editor.model, kept)
+    found = [row for batch in rows for row in batch]
+    assert [row["id"] for row in found] == [request.id for request in tiny_requests(3)]
+    assert found[0]["before"] == "Dorin."
+    assert found[0]["prompt"] == "The capital of Velmora is"
