@@ -48,9 +48,11 @@ from lightning_edit.evaluation.evaluator import Baseline
 from lightning_edit.forgetting import forget_, sweep_forgetting
 from lightning_edit.functional.task_vector import old_answer_residual
 from lightning_edit.metrics import edit_metrics
+from lightning_edit.metrics.reading import Reading
 
 COLUMNS = (
     "reliability/teacher_forced",
+    "reliability/teacher_forced_strict",
     "reliability/autoregressive",
     "generality/teacher_forced",
     "generality/autoregressive",
@@ -87,7 +89,9 @@ class Study:
     ) -> WeightDelta:
         """Trains the model as it stands by Lightning's own loop; returns the change."""
         rate = self.options.lr if kind is FullTuning else self.options.lora_lr
-        editor = kind.from_model(self.model, self.tokenizer, lr=rate)
+        # Only a model that has learned to stop can be read by what it writes.
+        end = self.options.autoregressive
+        editor = kind.from_model(self.model, self.tokenizer, lr=rate, end_token=end)
         trainer = Trainer(
             max_epochs=epochs or self.options.epochs,
             accelerator="cpu",
@@ -122,7 +126,7 @@ class Study:
     def measure(self) -> dict[str, float]:
         """All figures of the model as it stands."""
         evaluation = self._evaluator().evaluate(self.new, self.baseline)
-        metrics = edit_metrics(kinds=())
+        metrics = edit_metrics(kinds=(), likelihoods=True)
         evaluation.update(metrics)
         row = {key: float(value) for key, value in metrics.compute().items()}
         return {**{k: v for k, v in row.items() if not math.isnan(v)}, **self.residual()}
@@ -148,7 +152,15 @@ class Study:
         return sweep_forgetting(self.model, vector, rates, evaluate)
 
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.model, self.tokens, max_new_tokens=self.options.max_new_tokens)
+        readings: list[Reading] = ["teacher_forced"]
+        if self.options.autoregressive:
+            readings.append("autoregressive")
+        return Evaluator(
+            self.model,
+            self.tokens,
+            readings=readings,
+            max_new_tokens=self.options.max_new_tokens,
+        )
 
     def _old_probabilities(self) -> tuple[Tensor, list[bool]]:
         """P(old answer | prompt) of each pair, and whether all its tokens come first."""
@@ -272,6 +284,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora_rates", type=float, nargs="*", default=[0.7])
     parser.add_argument("--lora_ft_rates", type=float, nargs="*", default=[3.0])
     parser.add_argument("--sweep", type=float, nargs="*", default=[0.1, 0.3, 0.5, 0.7, 0.9])
+    parser.add_argument(
+        "--autoregressive",
+        action="store_true",
+        help="also read what the models write, which takes most of the time",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default="runs/f_learning.json")
