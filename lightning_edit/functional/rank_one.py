@@ -36,7 +36,7 @@ def whiten(key: Tensor, second_moment: Tensor) -> Tensor:
             f"from too few tokens for its {second_moment.shape[0]} dimensions. Use more tokens, or "
             "add a ridge."
         )
-    solved = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
+    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
     return (solved / torch.linalg.vector_norm(solved)).float()
 
 
