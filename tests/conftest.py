@@ -15,10 +15,9 @@ SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _pinned() -> Iterator[None]:
+def _pinned() -> None:
     """Each test draws the same numbers, whatever ran before it."""
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,8 @@ def whiten(key: Tensor, second_moment: Tensor) -> Tensor:
             "add a ridge."
         )
     solved: Tensor = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
-    return (solved / torch.linalg.vector_norm(solved)).float()
+    unit: Tensor = solved / torch.linalg.vector_norm(solved)
+    return unit.float()
 
 
 def rank_one_update(
