@@ -14,8 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -36,6 +41,22 @@ class EditParser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> Any:
         return super().error(message + _suggestion(message, self), ex)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a ``fit`` beside its results, once model and data are there.
+
+    Lightning saves it first, so that a misspelt model would leave a folder; and for all verbs, so
+    that a later ``test`` would replace it.
+    """
+
+    @override
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Waits."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class EditCLI(LightningCLI):
@@ -69,6 +90,7 @@ def main(args: ArgsType = None) -> EditCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"version": f"lightning_edit {__version__}"},
             parser_class=EditParser,

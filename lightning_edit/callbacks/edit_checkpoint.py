@@ -43,6 +43,7 @@ class EditCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.every_n_edits = every_n_edits
+        self._has_begun = False
 
     @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +55,7 @@ class EditCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_begun = True
         # What a resumed run begins with is in the checkpoint that it read.
         self._last_global_step_saved = trainer.global_step
         if trainer.ckpt_path is None and trainer.is_global_zero and self.dirpath is not None:
@@ -68,6 +70,8 @@ class EditCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        if not self._has_begun:
+            return
         # Saving now could keep half a step: the last committed one is on disk already.
         saved = self._last_global_step_saved
         if not saved:

@@ -1,0 +1,118 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Every configuration that is shipped parses, composes and runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import LightningDataModule
+
+from lightning_edit import EditModule, WeightDelta
+from lightning_edit.cli import EditCLI, EditParser
+from tests.contract.enumeration import CONFIGS, EDITORS, METHOD_CONFIGS, class_in, quick
+from tests.runs import TinyWorld, metrics_of, run_here
+
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+DATA_CONFIGS = sorted((CONFIGS / "data").glob("*.yaml"))
+TRAINER_CONFIGS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
+
+
+class Parsing(EditCLI):
+    """The command line without building anything."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lightning-edit", "--config", str(CONFIGS / "edit.yaml")])
+        cli = Parsing(
+            EditModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=EditParser,
+            run=False,
+        )
+    return cli.parser
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld(tmp_path_factory.mktemp("world"), n=3)
+
+
+def test_there_is_something_to_test() -> None:
+    assert {path.parent.name for path in ALL} >= {"configs", "method", "data", "trainer"}
+    assert {class_in(path) for path in METHOD_CONFIGS} == set(EDITORS)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_the_command_line_parses_it_and_prints_what_parses_again(
+    path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Verbs need a method and data; sections of their own come without.
+    others = [
+        part
+        for key, part in (("model", "method/rome.yaml"), ("data", "data/facts.yaml"))
+        if key not in sections
+        for part in ("-c", part)
+    ]
+    assert run_here(["fit", *others, "-c", str(path), "--print_config"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert run_here(["fit", "-c", str(printed), "--print_config"]) == 0
+    assert capsys.readouterr().out == printed.read_text()
+
+
+def test_every_method_composes_with_all_data_and_trainers(parser: Any) -> None:
+    for method in METHOD_CONFIGS:
+        for data in DATA_CONFIGS:
+            trainer = TRAINER_CONFIGS[len(method.stem + data.stem) % len(TRAINER_CONFIGS)]
+            words = [part for path in (trainer, method, data) for part in ("--config", str(path))]
+            parsed = parser.parse_args(words)
+            assert parsed.model.class_path == f"lightning_edit.{class_in(method)}"
+            assert parsed.data.class_path == f"lightning_edit.{class_in(data, 'data')}"
+
+
+@pytest.mark.parametrize(
+    "path", [*METHOD_CONFIGS, CONFIGS / "edit.yaml"], ids=lambda path: str(path.stem)
+)
+def test_a_method_runs_from_its_configuration(world: TinyWorld, tmp_path: Path, path: Path) -> None:
+    known = quick(EDITORS[class_in(path)])
+    # The tiny model has four layers.
+    settings = {**known, "layers": [1]}
+    words = [f"--model.{name}={json.dumps(value)}" for name, value in settings.items()]
+    words += [f"--model.model={world.model}", f"--model.cache_dir={tmp_path / 'cache'}"]
+    data = ["--data=EditDataModule", f"--data.path={world.requests}"]
+    run = tmp_path / "run"
+    trainer = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={run}"]
+    files = [CONFIGS / "trainer" / "default.yaml", path]
+    configs = [part for file in files for part in ("-c", str(file))]
+    assert run_here(["fit", *configs, *data, *words, *trainer]) == 0
+    assert metrics_of(run)["reliability/teacher_forced"]["n"] == 3
+    delta = WeightDelta.load(run / "delta")
+    assert delta.norm() > 0
+    assert delta.provenance.method == class_in(path)
+    assert (run / "config.yaml").is_file()
+
+
+def test_a_saved_configuration_repeats_the_run(world: TinyWorld, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_here(world.arguments(first)) == 0
+    words = ["fit", "-c", str(first / "config.yaml"), f"--trainer.default_root_dir={second}"]
+    assert run_here(words) == 0
+    assert WeightDelta.load(first / "delta").hashes == WeightDelta.load(second / "delta").hashes
+    assert metrics_of(first) == metrics_of(second)
