@@ -4,23 +4,17 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import (
-    ArgsType,
-    LightningArgumentParser,
-    LightningCLI,
-    SaveConfigCallback,
-)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -31,16 +25,9 @@ import lightning_edit.modules  # noqa: F401
 from lightning_edit.__about__ import __version__
 from lightning_edit.core.errors import EditError
 from lightning_edit.modules.base import EditModule
+from lightning_edit.parsing import EditParser, find_config
 
-__all__ = ["EditCLI", "find_config", "main"]
-
-
-class EditParser(LightningArgumentParser):
-    """Lightning's parser, which also suggests what a misspelt name was meant to be."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        return super().error(message + _suggestion(message, self), ex)
+__all__ = ["EditCLI", "main"]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -63,10 +50,21 @@ class EditCLI(LightningCLI):
     """Lightning's command line over editors, data and callbacks of this package."""
 
     @override
+    def before_instantiate_classes(self) -> None:
+        checkpoint = self.config.get(self.subcommand or "", self.config).get("ckpt_path")
+        if not checkpoint or checkpoint in ("last", "best", "hpc") or "://" in checkpoint:
+            return
+        if not Path(checkpoint).exists():
+            self.parser.error(
+                f"`ckpt_path`: there is no checkpoint `{checkpoint}`. Give a file that a run has "
+                "written, or `last` for the one of the run's own folder."
+            )
+
+    @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (EditError, ValueError) as error:
+        except (EditError, MisconfigurationException, ValueError) as error:
             # What a constructor refuses is a matter of the configuration, not of the program.
             self.parser.error(str(error))
 
@@ -98,6 +96,8 @@ def main(args: ArgsType = None) -> EditCLI:
             trainer_defaults={"inference_mode": False},
             args=args,
         )
+    except MisconfigurationException as error:
+        raise EditError(str(error)) from error
     except SIGTERMException:
         # Lightning's own status would be 0, as if all edits had been made.
         sys.exit(128 + signal.SIGTERM)
@@ -137,27 +137,6 @@ def _quiet_down() -> None:
         logging.getLogger(name).addFilter(concerns)
 
 
-def find_config(name: str) -> str:
-    """The file of a configuration: as named, or else the packaged one of that name.
-
-    Args:
-        name: A path, or a packaged configuration such as ``method/rome.yaml``.
-
-    Example:
-        >>> Path(find_config("method/rome.yaml")).name
-        'rome.yaml'
-    """
-    if Path(name).is_file():
-        return name
-    here = Path(__file__).parent
-    # In a wheel the configurations lie in the package, in a checkout beside it.
-    for folder in (here / "configs", here.parent / "configs"):
-        for candidate in (name, f"{name}.yaml", name.removeprefix("configs/")):
-            if (folder / candidate).is_file():
-                return str(folder / candidate)
-    return name
-
-
 def _with_packaged_configs(arguments: Sequence[str]) -> list[str]:
     found = list(arguments)
     for i, argument in enumerate(found):
@@ -166,33 +145,3 @@ def _with_packaged_configs(arguments: Sequence[str]) -> list[str]:
         elif argument.startswith("--config="):
             found[i] = f"--config={find_config(argument.removeprefix('--config='))}"
     return found
-
-
-def _suggestion(message: str, parser: LightningArgumentParser) -> str:
-    """What the names that a message complains of may have been meant to be."""
-    wrong = re.findall(r"[Oo]ption '([\w.]+)' is not accepted", message)
-    wrong += re.findall(r"does not accept option '([\w.]+)'", message)
-    wrong += re.findall(r"Expected a dot import path string: (\w+)", message)
-    wrong += re.findall(r"Import path '?(\w+)'?", message)
-    wrong += re.findall(r"(?:No such|Unrecognized|unrecognized)[^:]*: (?:--)?([\w.]+)", message)
-    known = {name.rpartition(".")[2]: name for name in _options(parser)}
-    known |= {name: name for name in _class_names()}
-    for name in wrong:
-        near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.6)
-        if near:
-            return f"\nDid you mean `{near[0]}` instead of `{name}`?"
-    return ""
-
-
-def _options(parser: LightningArgumentParser) -> Iterable[str]:
-    return [action.dest for action in parser._actions]
-
-
-def _class_names() -> list[str]:
-    names: list[str] = []
-    todo: list[Any] = [EditModule, LightningDataModule, Callback]
-    while todo:
-        for cls in type.__subclasses__(todo.pop()):
-            names.append(cls.__name__)
-            todo.append(cls)
-    return names

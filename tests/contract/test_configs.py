@@ -13,7 +13,8 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from lightning_edit import EditModule, WeightDelta
-from lightning_edit.cli import EditCLI, EditParser
+from lightning_edit.cli import EditCLI
+from lightning_edit.parsing import EditParser
 from tests.contract.enumeration import CONFIGS, EDITORS, METHOD_CONFIGS, class_in, quick
 from tests.runs import TinyWorld, metrics_of, run_here
 
