@@ -68,6 +68,18 @@ class EditCLI(LightningCLI):
             # What a constructor refuses is a matter of the configuration, not of the program.
             self.parser.error(str(error))
 
+    def before_validate(self) -> None:
+        """Has ``validate`` run although configurations of ``fit`` leave validation out."""
+        if self.trainer.limit_val_batches == 0:
+            self.trainer.limit_val_batches = 1.0
+
+    def after_predict(self) -> None:
+        """Shows the texts, which the Trainer only returns."""
+        for batch in self.trainer.predict_loop.predictions:
+            for row in batch:
+                before, after = row["before"], row["after"]
+                sys.stdout.write(f"{row['prompt']}\n  before  {before}\n  after   {after}\n")
+
 
 def main(args: ArgsType = None) -> EditCLI:
     """Runs one of the Trainer's verbs.

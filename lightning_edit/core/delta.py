@@ -413,9 +413,13 @@ def _tensors(change: Change) -> tuple[Tensor, ...]:
 
 def _add(a: Change, b: Change) -> Change:
     # Concatenated factors stay exact; past half the smaller side a dense matrix is smaller.
+    # What was read from a file lies on the CPU, what was computed, on the model's device.
+    device = _tensors(a)[0].device
     if isinstance(a, LowRank) and isinstance(b, LowRank) and 2 * (a.rank + b.rank) <= min(a.shape):
-        return LowRank(torch.cat([a.u, b.u], 1), torch.cat([a.v, b.v], 1))
-    return sum((c.dense() if isinstance(c, LowRank) else c for c in (a, b)), torch.tensor(0.0))
+        u, v = b.u.to(device), b.v.to(device)
+        return LowRank(torch.cat([a.u, u], 1), torch.cat([a.v, v], 1))
+    one, other = (c.dense() if isinstance(c, LowRank) else c for c in (a, b))
+    return one + other.to(device)
 
 
 def _full(tensor: Tensor) -> Tensor:

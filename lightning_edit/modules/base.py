@@ -369,8 +369,17 @@ class EditModule(LightningModule, ABC):
         groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
         for group in filter(None, groups):
             baseline = evaluator.baseline(group)
-            with self.edit(group).applied(self.model):
+            with self._written(self.edit(group)):
                 evaluator.evaluate(group, baseline).update(self.test_metrics)
+
+    @contextmanager
+    def _written(self, edit: WeightDelta) -> Iterator[None]:
+        """Has an edit of this very model in it; hashing all weights again would only take time."""
+        edit.apply_(self.model, check=False)
+        try:
+            yield
+        finally:
+            edit.revert_(self.model)
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -392,7 +401,7 @@ class EditModule(LightningModule, ABC):
         if self.delta.changes:
             after = self.evaluator.continuations(prompts)
         else:
-            with self.edit(batch).applied(self.model):
+            with self._written(self.edit(batch)):
                 after = self.evaluator.continuations(prompts)
         return [
             {"id": request.id, "prompt": request.prompt, "before": b, "after": a}
@@ -428,6 +437,10 @@ class EditModule(LightningModule, ABC):
                 "with."
             )
         self.load_edit_state(saved["edit_state"])
+        # The other verbs, for which Lightning restores no optimizer, have to know the edits, too.
+        for state in checkpoint.get("optimizer_states", ()):
+            if "delta" in state:
+                self.edit_optimizer.load_state_dict(state)
 
 
 def _finite(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -326,3 +326,33 @@ def test_measuring_leaves_the_model_as_it_was(
     assert [row["id"] for row in found] == [request.id for request in tiny_requests(3)]
     assert found[0]["before"] == "Dorin."
     assert found[0]["prompt"] == "The capital of Velmora is"
+
+
+def test_the_other_verbs_take_up_a_checkpoint(cls: type[EditModule], tmp_path: Path) -> None:
+    edited = quick_editor(cls)
+    fit(edited, tmp_path)
+    trainer = bare_trainer(
+        inference_mode=False,
+        limit_val_batches=1.0,
+        enable_checkpointing=True,
+        callbacks=[EditCheckpoint(str(tmp_path))],
+    )
+    data = data_of(3)
+    last = tmp_path / "last.ckpt"
+
+    def measured(verb: str, editor: Any, ckpt_path: Path | None = None) -> Any:
+        how: dict[str, Any] = {} if verb == "predict" else {"verbose": False}
+        return getattr(trainer, verb)(editor, datamodule=data, ckpt_path=ckpt_path, **how)
+
+    for verb in ("validate", "test", "predict"):
+        for protocol in ("independent", "sequential") if verb == "test" else ("independent",):
+            fresh = quick_editor(cls, test_protocol=protocol)
+            edited.test_protocol = protocol
+            assert measured(verb, fresh, last) == measured(verb, edited), (verb, protocol)
+            found, wanted = snapshot(fresh.model), snapshot(edited.model)
+            if edited.automatic_optimization:
+                # A fit ends with weights that are original + change, to the last bit.
+                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+            else:
+                assert same(fresh.model, wanted)
+            assert fresh.delta.provenance.request_ids == edited.delta.provenance.request_ids

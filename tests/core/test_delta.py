@@ -482,3 +482,18 @@ def test_a_saved_edit_on_another_base(tmp_path: Path) -> None:
     with loaded.applied(other):
         assert not _same(_weights(other), before)
     assert _same(_weights(other), before)
+
+
+def test_an_edit_out_of_a_file_is_added_to_one_on_another_device() -> None:
+    computed = WeightDelta({"w": LowRank(torch.ones(9, 1), torch.ones(9, 1)), "d": torch.ones(2)})
+    elsewhere = WeightDelta(
+        {
+            "w": LowRank(*(torch.ones(9, 1, device="meta") for _ in range(2))),
+            "d": torch.ones(2, device="meta"),
+        }
+    )
+    total = elsewhere + computed
+    low = total.changes["w"]
+    assert isinstance(low, LowRank)
+    assert low.u.device.type == low.v.device.type == "meta"
+    assert total.dense("d").device.type == "meta"
