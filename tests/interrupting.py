@@ -32,6 +32,9 @@ class Interrupt(Callback):
         place: Literal["between", "middle", "committed"] = "between",
     ) -> None:
         self.number = signal.Signals[signal_name]
+        if self.number == signal.SIGINT:
+            # Jobs in the background ignore it, and so do their children unless told otherwise.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.step = step
         self.place = place
 

@@ -64,9 +64,13 @@ class EditReport(Callback):
         self._began = 0.0
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts the clock, before other callbacks measure the unedited model."""
+        self._began = time.perf_counter()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what is about to be edited, and moves an earlier run's files aside."""
-        self._began = time.perf_counter()
         folder = self._folder(trainer)
         if isinstance(pl_module, EditModule):
             rank_zero_info(_banner(pl_module, trainer))
