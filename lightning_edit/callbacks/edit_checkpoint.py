@@ -58,12 +58,13 @@ class EditCheckpoint(ModelCheckpoint):
         self._has_begun = True
         # What a resumed run begins with is in the checkpoint that it read.
         self._last_global_step_saved = trainer.global_step
-        if trainer.ckpt_path is None and trainer.is_global_zero and self.dirpath is not None:
+        is_fresh = trainer.ckpt_path is None and not getattr(trainer, "fast_dev_run", False)
+        if is_fresh and trainer.is_global_zero and self.dirpath is not None:
             _move_aside(Path(self.dirpath))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step:
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
