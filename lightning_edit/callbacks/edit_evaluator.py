@@ -34,7 +34,8 @@ class EditEvaluator(Callback):
 
     Works with an editor, whose unedited weights it knows at any time, and with any
     LightningModule that holds a Hugging Face model, whose weights at the start of ``fit`` are the
-    unedited ones. Under several processes each asks its share of the requests.
+    unedited ones. Under several processes each asks its share of the requests. A resumed run of
+    such a module has no ``locality/kl``: whole distributions are too large for a checkpoint.
 
     Args:
         requests: What to measure by; the requests of the Trainer's datamodule when None.
@@ -84,14 +85,16 @@ class EditEvaluator(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After checkpoints are restored: measures the unedited model."""
         self.requests = self._find_requests(trainer)
-        self.after, self.rows = None, {}
+        self.after, self.rows, self.seconds = None, {}, 0.0
+        restored, self._restored = self._restored, None
+        self.sequence = list(restored["sequence"]) if restored else []
         began = time.perf_counter()
-        if self._restored is not None and not isinstance(pl_module, EditModule):
+        if restored is not None and not isinstance(pl_module, EditModule):
             # The model is trained already; what it was is in the checkpoint.
-            ids = {prompt: tuple(row) for prompt, row in self._restored["ids"].items()}
-            self._baseline = Baseline(self._restored["texts"], ids)
-            self.before = Evaluation([ScoredProbe(**row) for row in self._restored["before"]])
-            self._values_before = {k: (v, n) for k, (v, n) in self._restored["values"].items()}
+            ids = {prompt: tuple(row) for prompt, row in restored["ids"].items()}
+            self._baseline = Baseline(restored["texts"], ids)
+            self.before = Evaluation([ScoredProbe(**row) for row in restored["before"]])
+            self._values_before = {k: (v, n) for k, (v, n) in restored["values"].items()}
             return
         evaluator = self._evaluator(pl_module)
         share = self._share(self.requests)
@@ -154,6 +157,7 @@ class EditEvaluator(Callback):
             "texts": dict(self._baseline.texts),
             "ids": {prompt: list(ids) for prompt, ids in self._baseline.ids.items()},
             "values": {key: list(value) for key, value in self._values_before.items()},
+            "sequence": self.sequence,
         }
 
     @override
