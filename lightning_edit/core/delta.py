@@ -51,8 +51,9 @@ class LowRank:
         return self.u.shape[1]
 
     def dense(self) -> Tensor:
-        """The change as one matrix, [rows, columns] float32."""
-        return self.u @ self.v.T
+        """The change as one matrix, [rows, columns] float32, under mixed precision, too."""
+        with torch.autocast(self.u.device.type, enabled=False):
+            return self.u @ self.v.T
 
 
 Change = LowRank | Tensor

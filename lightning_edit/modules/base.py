@@ -153,6 +153,15 @@ class EditModule(LightningModule, ABC):
         return module
 
     @override
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise EditError(
+                f"`trainer.precision` is {self.trainer.precision!r}, by which Lightning would "
+                "convert the weights after their originals were kept. Give the editor its `dtype` "
+                "instead, such as `dtype='bfloat16'`."
+            )
+
+    @override
     def configure_model(self) -> None:
         """Loads the model once; Lightning calls this before every verb."""
         if self.model is not None:
@@ -273,12 +282,15 @@ class EditModule(LightningModule, ABC):
         """
         if isinstance(requests, EditRequest):
             requests = [requests]
-        # Tokens made under inference mode could not be saved for backward.
-        with torch.inference_mode(False), torch.enable_grad(), self._kept_weights():
+        device = next(self.model.parameters()).device
+        # Tokens made under inference mode could not be saved for backward, and a Trainer of mixed
+        # precision must not round what is computed here.
+        exact = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), exact, self._kept_weights():
             if not isinstance(requests, EditBatch):
                 check_requests(requests)
                 requests = EditBatch.from_requests(requests, self.tokens)
-            batch = requests.to(next(self.model.parameters()).device)
+            batch = requests.to(device)
             edit = self.compute_edit(batch)
         ids = tuple(request.id for request in batch.requests)
         edit.provenance = replace(self.provenance, request_ids=ids)

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_edit import EditCheckpoint, EditModule, EditRequest, WeightDelta
-from lightning_edit.core.errors import ModelError
+from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
@@ -295,6 +295,26 @@ def test_a_second_fit_goes_on_from_the_first(cls: type[EditModule], tmp_path: Pa
     assert len(editor.committed().provenance.request_ids) == 7
     editor.committed().revert_(editor.model)
     assert weight_hash(editor.model) == editor.base.sha256
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_the_trainer_may_not_convert_the_weights(cls: type[EditModule], precision: Any) -> None:
+    editor = quick_editor(cls)
+    before = weight_hash(editor.model)
+    trainer = bare_trainer(max_epochs=1, precision=precision)
+    with pytest.raises(EditError, match="Give the editor its `dtype` instead"):
+        trainer.fit(editor, datamodule=data_of())
+    assert weight_hash(editor.model) == before
+
+
+def test_mixed_precision_does_not_round_edits(cls: type[EditModule]) -> None:
+    plain, mixed = quick_editor(cls), quick_editor(cls)
+    bare_trainer(max_epochs=1).fit(plain, datamodule=data_of())
+    bare_trainer(max_epochs=1, precision="bf16-mixed").fit(mixed, datamodule=data_of())
+    if plain.automatic_optimization:  # plain training, which the Trainer's precision is meant for
+        assert weight_hash(mixed.model) != plain.base.sha256
+    else:
+        assert weight_hash(mixed.model) == weight_hash(plain.model)
 
 
 # -- the other verbs -------------------------------------------------------------------------

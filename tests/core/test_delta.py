@@ -497,3 +497,11 @@ def test_an_edit_out_of_a_file_is_added_to_one_on_another_device() -> None:
     assert isinstance(low, LowRank)
     assert low.u.device.type == low.v.device.type == "meta"
     assert total.dense("d").device.type == "meta"
+
+
+def test_mixed_precision_does_not_round_low_rank_changes() -> None:
+    change = LowRank(torch.randn(8, 2), torch.randn(6, 2))
+    wanted = change.dense()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (change.u @ change.v.T).dtype == torch.bfloat16
+        assert torch.equal(change.dense(), wanted)
