@@ -375,8 +375,9 @@ class EditModule(LightningModule, ABC):
                 baseline = evaluator.baseline(batch)
             self._tested.append((batch, baseline))
             with torch.inference_mode(False):
-                self.edit_optimizer.stage(self.edit(batch))
-                self.edit_optimizer.step()
+                for request in batch:
+                    self.edit_optimizer.stage(self.edit(request))
+                    self.edit_optimizer.step()
             return
         groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
         for group in filter(None, groups):

@@ -19,6 +19,7 @@ from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
+from lightning_edit.metrics import edit_metrics
 from tests.contract.enumeration import (
     EDITORS,
     METHOD_CONFIGS,
@@ -376,3 +377,44 @@ def test_the_other_verbs_take_up_a_checkpoint(cls: type[EditModule], tmp_path: P
             else:
                 assert same(fresh.model, wanted)
             assert fresh.delta.provenance.request_ids == edited.delta.provenance.request_ids
+
+
+def test_the_protocols_measure_what_they_are_named_after(cls: type[EditModule]) -> None:
+    requests = tiny_requests(3)
+
+    def tested(protocol: Any) -> dict[str, float]:
+        trainer = bare_trainer(inference_mode=False)
+        editor = quick_editor(cls, test_protocol=protocol)
+        data = EditDataModule(requests=requests, eval_batch_size=3)
+        [found] = trainer.test(editor, datamodule=data, verbose=False)
+        return {name.removeprefix("test/"): value for name, value in found.items()}
+
+    def by_hand(batches: list[list[EditRequest]], *, together: bool) -> dict[str, float]:
+        """Edits batch by batch, each from the base or all upon each other, and measures."""
+        editor = quick_editor(cls)
+        metrics = edit_metrics()
+        for batch in batches:
+            if not together:
+                editor.edit_optimizer.rewind()
+            editor.edit_optimizer.stage(editor.edit(batch))
+            editor.edit_optimizer.step()
+            if not together:
+                measure(editor, batch, metrics)
+        if together:
+            measure(editor, requests, metrics)
+        return {name: float(value) for name, value in metrics.compute().items()}
+
+    def measure(editor: Any, batch: list[EditRequest], metrics: Any) -> None:
+        with editor.base_weights():
+            baseline = editor.evaluator.baseline(batch)
+        editor.evaluator.evaluate(batch, baseline).update(metrics)
+
+    one_by_one = [[request] for request in requests]
+    for protocol, wanted in (
+        ("independent", by_hand(one_by_one, together=False)),
+        ("sequential", by_hand(one_by_one, together=True)),
+        ("batch", by_hand([requests], together=True)),
+    ):
+        found = tested(protocol)
+        assert found
+        assert found == {name: wanted[name] for name in found}, protocol

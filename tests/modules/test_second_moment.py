@@ -98,6 +98,17 @@ def test_negative_layers_and_repetitions(model: Any, tokens: PromptTokenizer, te
         second_moments(tree, tokens, [3], model_hash="", text=str(text))
 
 
+def test_the_pass_ends_after_the_last_layer_that_is_needed(
+    model: Any, tokens: PromptTokenizer, text: Path
+) -> None:
+    tree = ModelTree.of(model)
+    ran: list[int] = []
+    for i, block in enumerate(tree.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    second_moments(tree, tokens, [1], model_hash="", text=str(text), tokens_per_dimension=1)
+    assert set(ran) == {0, 1}
+
+
 def count_passes(model: Any) -> list[int]:
     passes: list[int] = []
     model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
