@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_edit.core.delta import LowRank, WeightDelta
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.sharding import local_shard, shard_like
 
 __all__ = ["EditOptimizer"]
 
@@ -89,7 +90,7 @@ class EditOptimizer(Optimizer):
         named = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, original in self.originals.items():
-                named[name].copy_(original)
+                local_shard(named[name]).copy_(shard_like(named[name], original))
         self.delta.write_(self.model, self.originals)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,22 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model says: batched teacher-forced scores and greedy continuations."""
 
-# Shapes: B rows, T tokens, K positions whose logits are read, V vocabulary.
+# Shapes: B prompts, R answers of more than one token, F their forced tokens, K places of an answer,
+# V vocabulary.
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 
 __all__ = ["Continuation", "Score", "continuations", "score_targets"]
 
+_T = TypeVar("_T")
+_Row = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and its answer but for the last token
+
+# A batch of this many tokens keeps a processor busy; from there on padding is what costs.
+ENOUGH_TOKENS = 128
+MAX_PADDING = 1.1  # times the tokens that are none
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
 
@@ -68,8 +76,10 @@ def score_targets(
 ) -> list[Score]:
     """Scores answers under teacher forcing, each distinct row of tokens once.
 
-    Rows are padded on the left with explicit positions, so that logits are computed for the last
-    few positions only and models with absolute positions read what they would read unpadded.
+    A decoder reads each prompt once, whatever the number of its answers, whose tokens continue from
+    the prompt's keys and values. Prompts are padded on the left with explicit positions, so that
+    logits are computed for their last position only and models with absolute positions read what
+    they would read unpadded.
 
     Args:
         model: A Hugging Face language model.
@@ -82,75 +92,154 @@ def score_targets(
         A score for each pair, in order.
     """
     # Answers of one token after the same prompt share a row.
-    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    rows: dict[_Row, list[int]] = {}
     for i, (prompt, target) in enumerate(pairs):
         rows.setdefault((tuple(prompt), tuple(target[:-1])), []).append(i)
+    run = _encoder_decoder_logits if tokens.is_encoder_decoder else _decoder_logits
     scores: list[Score | None] = [None] * len(pairs)
-    for batch in _batches(list(rows), max_tokens):
-        keep = max(len(forced) for _, forced in batch) + 1
-        logits_BKV = _last_logits(model, tokens, batch, keep)
-        width = logits_BKV.shape[1]
-        for b, row in enumerate(batch):
-            for i in rows[row]:
-                prompt, target = pairs[i]
-                n = len(target)
-                logp_nV = torch.log_softmax(logits_BKV[b, width - n :].float(), dim=-1)
-                ids = torch.tensor(list(target), device=logp_nV.device)
-                wanted = with_first is not None and with_first[i]
-                scores[i] = Score(
-                    tuple(target),
-                    tuple(logp_nV.argmax(-1).tolist()),
-                    tuple(logp_nV.gather(1, ids[:, None])[:, 0].tolist()),
-                    logp_nV[0].cpu() if wanted else None,
-                )
+    for row, logits_KV in run(model, tokens, list(rows), max_tokens):
+        logp_KV = torch.log_softmax(logits_KV.float(), dim=-1)
+        argmax = tuple(logp_KV.argmax(-1).tolist())
+        for i in rows[row]:
+            target = list(pairs[i][1])
+            ids = torch.tensor(target, device=logp_KV.device)
+            wanted = with_first is not None and with_first[i]
+            scores[i] = Score(
+                tuple(target),
+                argmax,
+                tuple(logp_KV.gather(1, ids[:, None])[:, 0].tolist()),
+                logp_KV[0].cpu() if wanted else None,
+            )
     return [score for score in scores if score is not None]
 
 
-def _batches(
-    rows: list[tuple[tuple[int, ...], tuple[int, ...]]], max_tokens: int
-) -> Iterator[list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Rows of like length together, as many as fit."""
-    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-    batch: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * (len(row[0]) + len(row[1])) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _decoder_logits(
+    model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+) -> Iterator[tuple[_Row, Tensor]]:
+    """Logits of the places of each row's answer, [K, V]: one more than it has forced tokens."""
+    from transformers import DynamicCache
 
-
-def _last_logits(
-    model: Any,
-    tokens: PromptTokenizer,
-    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-    keep: int,
-) -> Tensor:
-    """Logits of the last ``keep`` positions, right-aligned, [B, K, V]."""
     device = next(model.parameters()).device
-    if tokens.is_encoder_decoder:
-        ids, mask = pad_rows([prompt for prompt, _ in rows], tokens.pad_id)
+    keep = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    answers: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for prompt, forced in rows:
+        answers.setdefault(prompt, []).append(forced)
+    begun: list[_Begun] = []
+    for batch in _batches({prompt: len(prompt) for prompt in answers}, max_tokens, ENOUGH_TOKENS):
+        longer = [(b, forced) for b, p in enumerate(batch) for forced in answers[p] if forced]
+        ids, mask = (part.to(device) for part in pad_rows(batch, tokens.pad_id, side="left"))
+        cache = DynamicCache() if longer else None
+        logits_BV = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **keep,
+        ).logits[:, -1]
+        for b, prompt in enumerate(batch):
+            if () in answers[prompt]:
+                yield (prompt, ()), logits_BV[b : b + 1]
+        if cache is not None:
+            owner = torch.tensor([b for b, _ in longer], device=device)
+            named = [(batch[b], forced) for b, forced in longer]
+            layers = [(layer.keys[owner], layer.values[owner]) for layer in cache.layers]
+            begun.append(_Begun(named, logits_BV[owner], mask[owner], layers))
+        # Few tokens at once would take as long as many: all weights are read for them.
+        if sum(len(forced) for part in begun for _, forced in part.rows) >= ENOUGH_TOKENS:
+            yield from _go_on(model, tokens, begun, max_tokens)
+            begun = []
+    if begun:
+        yield from _go_on(model, tokens, begun, max_tokens)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Rows whose prompts have been read, each with a copy of what the prompt left.
+
+    Args:
+        rows: R prompts and forced tokens.
+        first: Logits of the prompts' last positions, [R, V].
+        mask: Attention masks of the prompts, padded on the left, [R, P].
+        layers: Keys and values of each layer, [R, heads, P, width of a head].
+    """
+
+    rows: list[_Row]
+    first: Tensor
+    mask: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+
+def _go_on(
+    model: Any, tokens: PromptTokenizer, parts: Sequence[_Begun], max_tokens: int
+) -> Iterator[tuple[_Row, Tensor]]:
+    """Reads the forced tokens of answers whose prompts have been read."""
+    from transformers import DynamicCache
+
+    rows = [row for part in parts for row in part.rows]
+    width = max(part.mask.shape[1] for part in parts)
+
+    def joined(tensors: Sequence[Tensor], behind: int) -> Tensor:
+        """Rows below one another, filled up on the left of their positions."""
+        fill = (0, 0) * behind
+        return torch.cat([pad(t, (*fill, width - t.shape[-1 - behind], 0)) for t in tensors])
+
+    layers = [
+        (joined([k for k, _ in layer], 1), joined([v for _, v in layer], 1))
+        for layer in zip(*(part.layers for part in parts), strict=True)
+    ]
+    first_RV = torch.cat([part.first for part in parts])
+    mask_RP = joined([part.mask for part in parts], 0)
+    lengths = {r: len(forced) for r, (_, forced) in enumerate(rows)}
+    for chosen in _batches(lengths, max_tokens, ENOUGH_TOKENS // 4):
+        index = torch.tensor(chosen, device=mask_RP.device)
+        cache = DynamicCache()
+        for i, (keys, values) in enumerate(layers):
+            cache.update(keys[index], values[index], i)
+        ids, more = pad_rows([rows[r][1] for r in chosen], tokens.pad_id)
+        mask = torch.cat([mask_RP[index], more.to(index.device)], 1)
+        logits_RFV = model(
+            input_ids=ids.to(index.device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1)[:, width:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        for r, rest_FV in zip(chosen, logits_RFV, strict=True):
+            yield rows[r], torch.cat([first_RV[r : r + 1], rest_FV[: len(rows[r][1])]])
+
+
+def _encoder_decoder_logits(
+    model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+) -> Iterator[tuple[_Row, Tensor]]:
+    """Logits of the places of each row's answer, [K, V]: one more than it has forced tokens."""
+    device = next(model.parameters()).device
+    lengths = {row: len(row[0]) + len(row[1]) for row in rows}
+    for batch in _batches(lengths, max_tokens, ENOUGH_TOKENS):
+        ids, mask = pad_rows([prompt for prompt, _ in batch], tokens.pad_id)
         # A label for each forced token and one more; the decoder's inputs are made from them.
-        labels, label_mask = pad_rows(
-            [[*forced, tokens.pad_id] for _, forced in rows], IGNORE_INDEX
-        )
-        logits = model(
+        labels, _ = pad_rows([[*forced, tokens.pad_id] for _, forced in batch], IGNORE_INDEX)
+        logits_BKV = model(
             input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
         ).logits
-        lengths = label_mask.sum(1).tolist()
-        width = logits.shape[1]
-        return torch.stack([torch.roll(logits[b], width - n, 0) for b, n in enumerate(lengths)])
-    ids, mask = pad_rows([[*p, *f] for p, f in rows], tokens.pad_id, side="left")
-    arguments = {"logits_to_keep": keep} if _keeps_logits(model) else {}
-    logits_BKV: Tensor = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device),
-        use_cache=False,
-        **arguments,
-    ).logits
-    return logits_BKV[:, -keep:]
+        for row, logits_KV in zip(batch, logits_BKV, strict=True):
+            yield row, logits_KV[: len(row[1]) + 1]
+
+
+def _batches(lengths: Mapping[_T, int], max_tokens: int, enough: int) -> Iterator[list[_T]]:
+    """Items of like length together: with little padding once there are enough tokens."""
+    batch: list[_T] = []
+    filled = 0  # tokens that are no padding
+    for item, length in sorted(lengths.items(), key=lambda entry: entry[1]):
+        padded = (len(batch) + 1) * length
+        loose = filled >= enough and padded > MAX_PADDING * (filled + length)
+        if batch and (loose or padded > max_tokens):
+            yield batch
+            batch, filled = [], 0
+        batch.append(item)
+        filled += length
+    if batch:
+        yield batch
 
 
 def _keeps_logits(model: Any) -> bool:

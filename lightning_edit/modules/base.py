@@ -23,6 +23,7 @@ from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.optim import EditOptimizer
@@ -244,7 +245,8 @@ class EditModule(LightningModule, ABC):
         with self._kept_weights():
             with torch.no_grad():
                 for name, parameter in self._edited_parameters().items():
-                    parameter.copy_(self.edit_optimizer.originals[name])
+                    original = self.edit_optimizer.originals[name]
+                    local_shard(parameter).copy_(shard_like(parameter, original))
             yield
 
     @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.demos import tiny_tokenizer, trained_tiny_model, world_sentences
+from lightning_edit.evaluation import scoring
 from lightning_edit.evaluation.scoring import continuations, score_targets
 from tests import zoo
 
@@ -77,6 +78,42 @@ def test_small_batches_change_nothing() -> None:
     parts = score_targets(model, tokens, pairs, max_tokens=1)
     for a, b in zip(whole, parts, strict=True):
         assert a.log_probs == pytest.approx(b.log_probs, abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", zoo.DECODERS)
+def test_answers_go_on_from_prompts_of_several_batches(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build(kind)
+    tokens = PromptTokenizer(tiny_tokenizer())
+    words = ["Velmora", "green", "Kettleby", "Ivory Bay", "Ostrane"]
+    pairs = [
+        (tokens.prompt("The capital of Velmora is" + " the" * n), tokens.target("x", word + tail))
+        for n, word in enumerate(words)
+        for tail in ("", " has a flag", " has")
+    ]
+    whole = score_targets(model, tokens, pairs)
+    # Each prompt by itself, all of their answers together, and answers in many small batches.
+    for enough in (4, 10**6):
+        monkeypatch.setattr(scoring, "ENOUGH_TOKENS", enough)
+        for a, b in zip(whole, score_targets(model, tokens, pairs, max_tokens=24), strict=True):
+            assert a.log_probs == pytest.approx(b.log_probs, abs=2e-5)
+            assert a.argmax == b.argmax
+
+
+def test_prompts_are_read_once_for_all_their_answers() -> None:
+    model = zoo.build("llama")
+    tokens = PromptTokenizer(tiny_tokenizer())
+    prompt = tokens.prompt("The capital of Velmora is")
+    targets = [tokens.target("x", text) for text in ("Dorin", "Ivory Bay", "Ostrane has a flag")]
+    read: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    score_targets(model, tokens, [(prompt, target) for target in targets])
+    handle.remove()
+    longer = [target[:-1] for target in targets if len(target) > 1]
+    assert read == [len(prompt), len(longer) * max(map(len, longer))]
 
 
 def test_continuations_give_what_the_world_says() -> None:
