@@ -92,6 +92,9 @@ class EditModule(LightningModule, ABC):
         self.test_metrics = edit_metrics("test/")
         #: Figures of each committed edit, in order: ``id``, ``seconds`` and the method's own.
         self.history: list[dict[str, Any]] = []
+        #: Precision of passes that a method may round, from the Trainer's ``bf16-mixed`` or the
+        #: caller's autocast; None for that of the weights.
+        self.pass_dtype: torch.dtype | None = None
         #: Whether all processes hold the same batch, whose work they may share out.
         self.shares_batches = False
         self._tested: list[tuple[list[EditRequest], Baseline]] = []
@@ -285,8 +288,12 @@ class EditModule(LightningModule, ABC):
         if isinstance(requests, EditRequest):
             requests = [requests]
         device = next(self.model.parameters()).device
-        # Tokens made under inference mode could not be saved for backward, and a Trainer of mixed
-        # precision must not round what is computed here.
+        mixed = torch.is_autocast_enabled(device.type)
+        found = torch.get_autocast_dtype(device.type) if mixed else None
+        # Gradients would leave the range of float16, for which a Trainer scales its losses.
+        self.pass_dtype = found if found == torch.bfloat16 else None
+        # Tokens made under inference mode could not be saved for backward, and what a method does
+        # not compute in `pass_dtype` must not be rounded.
         exact = torch.autocast(device.type, enabled=False)
         with torch.inference_mode(False), torch.enable_grad(), exact, self._kept_weights():
             if not isinstance(requests, EditBatch):

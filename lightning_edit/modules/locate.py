@@ -197,15 +197,17 @@ class LocateModule(EditModule):
         tree, tokens = self.tree, self.tokens
         templates = self.templates
         requests = [batch.requests[i] for i in mine]
+
+        def optimize() -> TargetValues:
+            return optimize_target_values(
+                tree, tokens, layer, requests, templates, self.settings, dtype=self.pass_dtype
+            )
+
         if world == 1:
-            return optimize_target_values(tree, tokens, layer, requests, templates, self.settings)
+            return optimize()
         site = tree.mlp_out(layer)
         device = next(self.model.parameters()).device
-        found = (
-            optimize_target_values(tree, tokens, layer, requests, templates, self.settings)
-            if mine
-            else None
-        )
+        found = optimize() if mine else None
 
         def gathered(part: Tensor | None, *shape: int) -> Tensor:
             whole = torch.zeros(count, *shape, device=device)

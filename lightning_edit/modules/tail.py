@@ -13,16 +13,18 @@ a cache of keys and values, computed once; what follows runs again from the edit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.evaluation.attention import short_attention
 
 __all__ = ["Tail", "frozen", "split_rows"]
 
@@ -105,6 +107,8 @@ class Tail:
         prefix: Cached keys and values of the positions before.
         inside: The change goes through the edited block, since something stands between its MLP
             and the residual stream (a norm after the MLP, as in Gemma 2).
+        dtype: Precision of the matrix products if lower than the model's; see :meth:`lower`.
+        matrices: Copies of modules' matrices in that precision.
     """
 
     tree: ModelTree
@@ -115,6 +119,8 @@ class Tail:
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
     prefix: _Prefix
     inside: bool
+    dtype: torch.dtype | None = None
+    matrices: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def capture(
@@ -223,16 +229,48 @@ class Tail:
             Residual stream after the last block, [N, Q, D].
         """
         state, calls = self.state, self.calls
-        if self.inside:
-            block, args, kwargs = calls[0]
-            with _added(self.tree.mlp(self.layer), change):
-                state = _tensor(block(state, *args, **kwargs))
-            calls = calls[1:]
-        else:
-            state = torch.cat([state[:, :1] + change[:, None].to(state.dtype), state[:, 1:]], 1)
-        for block, args, kwargs in calls:
-            state = _tensor(block(state, *args, **kwargs))
+        with short_attention(state.device, self.dtype or state.dtype), self._precision():
+            if self.inside:
+                with _added(self.tree.mlp(self.layer), change):
+                    state = self._run(*calls[0], state)
+                calls = calls[1:]
+            else:
+                first = state[:, :1] + change[:, None].to(state.dtype)
+                state = torch.cat([first, state[:, 1:]], 1)
+            for call in calls:
+                state = self._run(*call, state)
         return state
+
+    def lower(self, dtype: torch.dtype) -> Tail:
+        """The tail with matrix products in a lower precision, as autocast would have them.
+
+        Matrices are converted here, once, where autocast would do it in every pass. The residual
+        stream, norms and all sums of :meth:`logits` stay as they are.
+        """
+        modules = [block for block, _, _ in self.calls]
+        if self.tree.lm_head is not None:
+            modules.append(self.tree.lm_head)
+        matrices = {
+            module: {
+                name: parameter.detach().to(dtype)
+                for name, parameter in module.named_parameters()
+                if parameter.ndim == 2 and parameter.dtype == torch.float32
+            }
+            for module in modules
+        }
+        return replace(self, dtype=dtype, matrices=matrices)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        on = self.dtype is not None
+        return torch.autocast(self.state.device.type, dtype=self.dtype, enabled=on)
+
+    def _run(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor
+    ) -> Tensor:
+        lowered = self.matrices.get(module)
+        if not lowered:
+            return _tensor(module(state, *args, **kwargs))
+        return _tensor(functional_call(module, lowered, (state, *args), kwargs))
 
     def logits(self, state: Tensor) -> Tensor:
         """Next-token logits of hidden states [..., D], as float32 [..., V]."""
@@ -243,7 +281,8 @@ class Tail:
                 f"{type(self.tree.model).__name__} has no projection to the vocabulary. "
                 "Load it with AutoModelForCausalLM."
             )
-        logits: Tensor = self.tree.lm_head(state).float()
+        with self._precision():
+            logits = self._run(self.tree.lm_head, (), {}, state).float()
         config = getattr(self.tree.model, "config", None)
         for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
             logits = logits * (getattr(config, name, None) or 1.0) ** power
@@ -272,15 +311,13 @@ class Tail:
             (block, pick(args), {name: pick(v, name) for name, v in kwargs.items()})
             for block, args, kwargs in self.calls
         ]
-        return Tail(
-            self.tree,
-            self.layer,
-            self.keys[rows],
-            self.values[rows],
-            self.state[rows],
-            calls,
-            prefix,
-            self.inside,
+        return replace(
+            self,
+            keys=self.keys[rows],
+            values=self.values[rows],
+            state=self.state[rows],
+            calls=calls,
+            prefix=prefix,
         )
 
     def _difference(self, rows: Sequence[Sequence[int]], splits: Sequence[int]) -> float:

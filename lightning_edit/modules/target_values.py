@@ -89,6 +89,7 @@ def optimize_target_values(
     templates: Sequence[str],
     settings: TargetValueSettings,
     on_step: Callable[[int, float], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TargetValues:
     """Finds the MLP outputs that make a model say the new answers.
 
@@ -106,6 +107,8 @@ def optimize_target_values(
         templates: T context templates, the first of them ``"{}"``; each ends in ``{}``.
         settings: How to optimize.
         on_step: Called after each pass with the pass and the mean probability of the targets.
+        dtype: Precision of the passes' matrix products, if lower than the model's. Keys, values,
+            the sums of losses and δ itself stay in float32.
 
     Returns:
         Target values in the order of the requests.
@@ -119,7 +122,9 @@ def optimize_target_values(
     """
     turns = _turns(tokens, requests, settings.max_rows // (len(templates) + 1))
     found = [
-        _optimize(tree, tokens, layer, [requests[e] for e in turn], templates, settings, on_step)
+        _optimize(
+            tree, tokens, layer, [requests[e] for e in turn], templates, settings, on_step, dtype
+        )
         for turn in turns
     ]
     order = [e for turn in turns for e in turn]
@@ -206,9 +211,12 @@ def _optimize(
     templates: Sequence[str],
     settings: TargetValueSettings,
     on_step: Callable[[int, float], None] | None,
+    dtype: torch.dtype | None,
 ) -> TargetValues:
     rows = _make_rows(tokens, requests, templates, settings.kl_prompt)
     tail = Tail.capture(tree, layer, rows.ids, rows.splits, tokens.pad_id)
+    if dtype is not None:
+        tail = tail.lower(dtype)
     device = tail.state.device
     count, width = len(requests), len(templates)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
@@ -128,6 +129,31 @@ def test_gradients_are_those_of_the_whole_model(kind: str) -> None:
     assert wanted[0].norm() > 1e-3
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
     assert not found[1:].any()  # rows do not see each other
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "falcon"])
+def test_lower_precision_is_that_of_autocast(kind: str) -> None:
+    model = zoo.build(kind)
+    tail = Tail.capture(ModelTree.of(model), 1, ROWS, SPLITS, pad_id=0)
+    low = tail.lower(torch.bfloat16)
+    change = torch.randn(len(ROWS), model.config.hidden_size, requires_grad=True)
+    with frozen(model), sdpa_kernel(SDPBackend.MATH):
+        exact = tail.logits(tail.hidden(change))
+        found = low.logits(low.hidden(change))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            # What nothing is stored for is converted in the pass.
+            wanted = tail.logits(tail.hidden(change))
+        (gradient,) = torch.autograd.grad(found[0, :2].square().mean(), change)
+        (whole,) = torch.autograd.grad(exact[0, :2].square().mean(), change)
+    assert found.dtype == torch.float32
+    # The residual stream stays exact, and the matrices are rounded.
+    assert 0 < (found - exact).norm() < 0.05 * exact.norm()
+    torch.testing.assert_close(
+        found, wanted, rtol=0.02, atol=0.02 * exact.detach().abs().max().item()
+    )
+    assert (gradient - whole).norm() < 0.1 * whole.norm()
+    assert low.select(torch.tensor([1])).matrices is low.matrices
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def build(kind: str, **sizes: Any) -> Any:

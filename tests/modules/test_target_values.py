@@ -140,6 +140,18 @@ def test_a_batch_is_its_parts_in_any_order_and_size() -> None:
     torch.testing.assert_close(shuffled.values, whole.values[order], rtol=1e-4, atol=1e-5)
 
 
+def test_lower_precision_rounds_passes_and_nothing_else() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=7, lr=0.2)
+    exact = batched(model, REQUESTS, settings)
+    rough = batched(model, REQUESTS, settings, dtype=torch.bfloat16)
+    assert torch.equal(rough.keys, exact.keys)
+    assert torch.equal(rough.outputs, exact.outputs)
+    assert rough.deltas.dtype == torch.float32
+    for a, b in zip(rough.deltas, exact.deltas, strict=True):
+        assert 0 < (a - b).norm() < 0.1 * b.norm()
+
+
 def test_one_pass_measures_and_changes_nothing() -> None:
     model = zoo.build("gpt2")
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
