@@ -1,9 +1,10 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Forgetting before learning on one process, or on two that hold a half of each weight.
+"""Forgetting before learning on one process, or on two with whole or with half weights.
 
-Usage: ``python -m torch.distributed.run --standalone --nproc-per-node=2 forget.py FOLDER``, where
-the folder has a task vector in ``vector``. Writes weights and task vectors beside it.
+Usage: ``python -m torch.distributed.run --standalone --nproc-per-node=2 forget.py FOLDER KIND``,
+where the folder has a task vector in ``vector`` and the kind is ``ddp`` or ``sharded``. Writes
+weights and task vectors beside it.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ class Sharded(Foreign):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-def run(folder: Path, processes: int) -> dict[str, Tensor]:
+def run(folder: Path, processes: int, strategy: str = "auto") -> dict[str, Tensor]:
     """Weights after each way of forgetting, gathered."""
     found: dict[str, Tensor] = {}
 
     def fit(name: str, data: Any, *callbacks: Callback, resume: Path | None = None) -> None:
-        module = Sharded(*trained_tiny_model())
-        settings: dict[str, Any] = {"devices": processes, "limit_val_batches": 0}
-        if processes > 1:
-            settings["strategy"] = ModelParallelStrategy(
-                data_parallel_size=processes, tensor_parallel_size=1
-            )
+        sharded = strategy == "sharded"
+        module = (Sharded if sharded else Foreign)(*trained_tiny_model())
+        parallel = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+        settings: dict[str, Any] = {
+            "devices": processes,
+            "limit_val_batches": 0,
+            "strategy": parallel if sharded else strategy,
+        }
         trainer = quiet_trainer(
             *callbacks,
             max_epochs=3,
@@ -78,6 +81,6 @@ def run(folder: Path, processes: int) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    weights = run(Path(sys.argv[1]), processes=2)
+    weights = run(Path(sys.argv[1]), 2, sys.argv[2])
     rank = torch.distributed.get_rank()
     save_file(weights, Path(sys.argv[1], f"weights-{rank}"))

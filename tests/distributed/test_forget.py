@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that lie in parts on two processes forget as those on one."""
+"""Two processes, with whole weights or with parts of them, forget as one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from tests.distributed import forget
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-def test_sharded_weights_forget_as_whole_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_forget_as_one(tmp_path: Path, strategy: str) -> None:
     fit(foreign(), data_of(old=True), SaveTaskVector(str(tmp_path / "vector")))
     script = Path(forget.__file__)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(script, tmp_path),
+            *(script, tmp_path, strategy),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
         capture_output=True,
