@@ -85,9 +85,12 @@ class EditReport(Callback):
         evaluators = [c for c in callbacks if isinstance(c, EditEvaluator)]
         for evaluator in evaluators:
             evaluator.finish(pl_module)
-        if not trainer.is_global_zero or _is_dry(trainer):
+        if _is_dry(trainer):
             return
+        # By every process, since sharded weights are gathered by all of them together.
         delta = pl_module.committed() if isinstance(pl_module, EditModule) else None
+        if not trainer.is_global_zero:
+            return
         saved = delta is not None and self.save_delta
         if delta is not None and saved:
             delta.save(folder / "delta", originals=self.originals)
