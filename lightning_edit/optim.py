@@ -54,7 +54,7 @@ class EditOptimizer(Optimizer):
 
     def rewind(self, delta: WeightDelta | None = None) -> None:
         """Goes back to an earlier sum of edits: to none, or to one that :attr:`delta` was."""
-        self.delta = delta or WeightDelta({})
+        self.delta = WeightDelta({}) if delta is None else delta
         self._rewrite()
 
     @property
@@ -105,6 +105,7 @@ class EditOptimizer(Optimizer):
             "state": {},
             "param_groups": [],
             "delta": tensors,
+            "carried": dict(self.delta.carried),
             "request_ids": list(self.delta.provenance.request_ids),
         }
 
@@ -125,3 +126,7 @@ class EditOptimizer(Optimizer):
             self.delta.provenance, request_ids=tuple(state_dict.get("request_ids", ()))
         )
         self.delta = WeightDelta(changes, provenance)
+        device = next(self.model.parameters()).device
+        self.delta.carried = {
+            name: tensor.to(device) for name, tensor in state_dict.get("carried", {}).items()
+        }

@@ -236,3 +236,61 @@ def test_other_parameters_are_left_alone() -> None:
     [group] = optimizer.param_groups
     names = {id(p): n for n, p in optimizer.model.named_parameters()}
     assert {names[id(p)] for p in group["params"]} == set(NAMES)
+
+
+# -- what a method carries from edit to edit ---------------------------------------------------
+
+
+def _counted(count: int) -> WeightDelta:
+    edit = _edit(count)
+    edit.carried = {"count": torch.tensor(count), "first": torch.tensor(1)}
+    return edit
+
+
+def test_a_step_takes_over_what_the_edit_carries_and_rewinding_gives_it_back() -> None:
+    optimizer = _optimizer()
+    assert optimizer.delta.carried == {}
+    optimizer.stage(_counted(1))
+    assert optimizer.delta.carried == {}  # staged is not committed
+    optimizer.step()
+    early = optimizer.delta
+    _step(optimizer, 0.5 * _counted(2))  # a callback may have scaled it
+    assert optimizer.delta.carried == {"count": torch.tensor(2), "first": torch.tensor(1)}
+    _step(optimizer, _edit(3))  # an edit that carries nothing forgets nothing
+    assert int(optimizer.delta.carried["count"]) == 2
+    optimizer.rewind(early)
+    assert int(optimizer.delta.carried["count"]) == 1
+    optimizer.rewind()
+    assert optimizer.delta.carried == {}
+
+
+def test_what_is_carried_comes_back_with_a_checkpoint(tmp_path: Path) -> None:
+    optimizer = _optimizer()
+    _step(optimizer, _counted(1), _counted(2))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    resumed = _optimizer()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.delta.carried == optimizer.delta.carried
+
+
+def test_a_step_that_fails_takes_over_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = _optimizer()
+    _step(optimizer, _counted(1))
+    optimizer.stage(_counted(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightDelta, "write_", _interrupted_once(WeightDelta.write_))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert int(optimizer.delta.carried["count"]) == 1
+
+
+def _interrupted_once(write: Any) -> Any:
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        write(*args)
+
+    return interrupted

@@ -101,6 +101,9 @@ class WeightDelta(Edit):
         self.hashes: dict[str, tuple[str, str]] = dict(hashes or {})
         #: Figures of the computation, such as target values and losses; not saved.
         self.details: dict[str, Any] = {}
+        #: What the method goes on from once this edit is committed, such as running statistics;
+        #: of a sum, what its last part left. Kept in checkpoints, not in an edit's files.
+        self.carried: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         parts = ", ".join(
@@ -160,7 +163,9 @@ class WeightDelta(Edit):
             changes[name] = _add(changes[name], change) if name in changes else change
         ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
         provenance = replace(self.provenance, request_ids=tuple(ids))
-        return type(self)(changes, provenance, {**other.originals, **self.originals})
+        total = type(self)(changes, provenance, {**other.originals, **self.originals})
+        total.carried = {**self.carried, **other.carried}
+        return total
 
     def __mul__(self, factor: float) -> Self:
         changes: dict[str, Change] = {
@@ -169,7 +174,9 @@ class WeightDelta(Edit):
             else change * factor
             for name, change in self.changes.items()
         }
-        return type(self)(changes, self.provenance, self.originals)
+        scaled = type(self)(changes, self.provenance, self.originals)
+        scaled.carried = dict(self.carried)
+        return scaled
 
     __rmul__ = __mul__
 

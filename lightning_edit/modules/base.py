@@ -39,7 +39,8 @@ class EditModule(LightningModule, ABC):
 
     A subclass writes one method, :meth:`compute_edit`, and where it edits, :meth:`edited_names`.
     It must not override :meth:`edit`, ``training_step``, ``configure_model`` or the checkpoint
-    hooks; what a method carries from edit to edit goes into :meth:`edit_state`.
+    hooks; what a method carries from edit to edit goes into the edit, and comes back as
+    :attr:`carried` once that is committed.
 
     The verbs of the Trainer have editing meanings. ``fit`` commits edits, one optimizer step a
     batch of requests; ``validate`` measures the model as it stands; ``test`` makes edits, measures
@@ -124,12 +125,22 @@ class EditModule(LightningModule, ABC):
         return list(range(len(tree.blocks)))
 
     def edit_state(self) -> dict[str, Any]:
-        """What the method carries from edit to edit, as tensors and primitives."""
+        """What a checkpoint keeps beside the edits, as tensors and primitives."""
         return {"history": self.history}
 
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`edit_state` returned in an earlier run."""
         self.history = [dict(row) for row in state["history"]]
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """What the last committed edit left for the next one, by name; empty before the first.
+
+        A method reads it in :meth:`compute_edit` and leaves new tensors in ``edit.carried``, which
+        the optimizer takes over with the edit: an edit that is never committed changes no later
+        one, one that is taken back takes this back, and a resumed run has it.
+        """
+        return self.delta.carried
 
     # -- a model -----------------------------------------------------------------------------
 
