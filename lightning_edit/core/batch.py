@@ -110,9 +110,6 @@ class PromptTokenizer:
     def subject_last(self, text: str, subject: str, prefix: str = "") -> tuple[list[int], int]:
         """Tokens of ``prefix + text`` and the index of the token that ends the subject.
 
-        The subject's last character is found by offsets, after templating: merges over its
-        boundary, quotes and scripts without spaces are no obstacle.
-
         Args:
             text: A prompt that holds the subject; its first occurrence counts.
             subject: Text of the subject.
@@ -120,6 +117,26 @@ class PromptTokenizer:
 
         Returns:
             Token ids of the whole row and an index into them.
+
+        Raises:
+            RequestError: If the subject is not in the text, or the chat template changes the text.
+        """
+        ids, inside = self.subject_range(text, subject, prefix)
+        return ids, inside[-1]
+
+    def subject_range(self, text: str, subject: str, prefix: str = "") -> tuple[list[int], range]:
+        """Tokens of ``prefix + text`` and the indices of those that hold the subject.
+
+        The subject's characters are found by offsets, after templating: merges over its
+        boundaries, quotes and scripts without spaces are no obstacle.
+
+        Args:
+            text: A prompt that holds the subject; its first occurrence counts.
+            subject: Text of the subject.
+            prefix: Context put before the prompt.
+
+        Returns:
+            Token ids of the whole row and a range of indices into them.
 
         Raises:
             RequestError: If the subject is not in the text, or the chat template changes the text.
@@ -142,7 +159,7 @@ class PromptTokenizer:
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
         if not inside:
             raise RequestError(f"No token of {rendered!r} covers the subject {subject!r}.")
-        return ids, inside[-1]
+        return ids, range(inside[0], inside[-1] + 1)
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         # A chat template writes its own special tokens.
