@@ -48,10 +48,12 @@ if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule as EditModule
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
+    from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
     from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
     from lightning_edit.modules.rome import ROME as ROME
+    from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
 
 _HOMES = {
     "CounterFact": "data",
@@ -69,6 +71,7 @@ _HOMES = {
     "FineTune": "modules.fine_tune",
     "FullTuning": "modules.full_tuning",
     "Generality": "metrics",
+    "KN": "modules.kn",
     "KnowEdit": "data",
     "Known1000": "data",
     "LoRA": "modules.lora",
@@ -87,6 +90,7 @@ _HOMES = {
     "Reliability": "metrics",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
+    "UltraEdit": "modules.ultra_edit",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",
     "ZsRE": "data",

@@ -5,12 +5,15 @@
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.fine_tune import FineTune
 from lightning_edit.modules.full_tuning import FullTuning
+from lightning_edit.modules.kn import KN
 from lightning_edit.modules.loc_ft import LocFT
 from lightning_edit.modules.lora import LoRA
 from lightning_edit.modules.lora_tuning import LoRATuning
 from lightning_edit.modules.rome import ROME
+from lightning_edit.modules.ultra_edit import UltraEdit
 
 __all__ = [
+    "KN",
     "ROME",
     "EditModule",
     "FineTune",
@@ -18,4 +21,5 @@ __all__ = [
     "LoRA",
     "LoRATuning",
     "LocFT",
+    "UltraEdit",
 ]
