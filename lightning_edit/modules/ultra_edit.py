@@ -1,0 +1,315 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""UltraEdit: lifelong editing by normalized gradients and one ridge regression."""
+
+# Shapes: N target tokens of all requests, I inputs and O outputs of an edited projection.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
+from lightning_edit.core.delta import Change, LowRank, WeightDelta
+from lightning_edit.core.errors import EditError, LocatorError
+from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, WeightSite
+from lightning_edit.functional.ultra_edit import (
+    Normalizer,
+    normalize,
+    ridge_update,
+    update_normalizer,
+)
+from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.target_loss import row_means, target_nll, target_probabilities
+
+__all__ = ["UltraEdit"]
+
+# Of the depth: the upper part, as in the paper; the ends are where the default model holds most.
+FIRST, LAST = 0.75, 0.97
+
+
+class UltraEdit(EditModule):
+    """Lifelong editing without subjects, search or training: one gradient and one regression.
+
+    At every target token the inputs h of the edited projections and the gradients g at their
+    outputs are taken in one pass. A running normalizer, shared by the projections of one shape and
+    carried over all edits of a run, turns them into h̃ and g̃. Then V = −lr ‖h̃‖² g̃ and
+    ΔWᵀ = (Hᵀ H + λ I)⁻¹ Hᵀ V, where H are the inputs as they were. No gradient of a weight is ever
+    made.
+
+    What is carried is the normalizer alone. It advances when an edit is committed: an edit that is
+    only computed, or applied by hand, changes no later one.
+
+    Give it many requests at once (the paper: 100), since the normalizer knows only what it has
+    seen. The size of V goes by the sizes of the model and of its activations, so ``lr`` must be
+    found for each model: the paper has 1e-6 for models of 7 billion parameters, and the default
+    suits the default model.
+
+    Args:
+        model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
+        layers: Layers to edit; negative ones count from the end. Those from 0.75 to 0.97 of the
+            depth if None.
+        modules: Projections to edit in each layer: ``mlp_in`` (gate and up projection where the
+            MLP is gated), ``mlp_out``, ``attention_in``, ``attention_out``, or a projection's own
+            name, such as ``up_proj``. A mapping gives each of them layers of its own. ``mlp_in``
+            if None.
+        lr: Scale of the update.
+        ridge: λ of the regression.
+        micro_batch_size: Requests in a pass; they are sorted by length. A gradient is of the mean
+            loss of its pass.
+        eps: ε of the normalizer.
+        biased_variance: Let the normalizer add variances as the authors' code does; its figures
+            then depend on ``micro_batch_size``.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+
+    References:
+        UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models,
+        arXiv 2505.14679, section 4.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.14679"
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        layers: list[int] | None = None,
+        modules: list[str] | dict[str, list[int]] | None = None,
+        lr: float = 1e-4,
+        ridge: float = 1.0,
+        micro_batch_size: int = 10,
+        eps: float = torch.finfo(torch.float32).eps,
+        biased_variance: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, layers, **kwargs)
+        for name, value in (("lr", lr), ("ridge", ridge), ("eps", eps)):
+            if not value > 0:
+                raise ValueError(f"`{name}` is expected to be above 0, but got {value}.")
+        if micro_batch_size < 1:
+            raise ValueError(
+                f"`micro_batch_size` is expected to be at least 1, but got {micro_batch_size}."
+            )
+        if isinstance(modules, Mapping) and layers is not None:
+            raise ValueError(
+                "`modules` gives each projection its layers, and `layers` gives others. Leave "
+                "`layers` out, or list the projections only."
+            )
+        self.projections = modules if modules is not None else ["mlp_in"]
+        self.lr = lr
+        self.ridge = ridge
+        self.micro_batch_size = micro_batch_size
+        self.eps = eps
+        self.biased_variance = biased_variance
+
+    @override
+    def default_layers(self, tree: ModelTree) -> list[int]:
+        last = len(tree.blocks) - 1
+        return list(range(min(round(FIRST * last), last), round(LAST * last) + 1))
+
+    def sites(self, tree: ModelTree) -> list[WeightSite]:
+        """The projections to edit, in the order of the forward pass, each once.
+
+        Raises:
+            LocatorError: If a layer does not exist or has no such projection.
+        """
+        found: dict[str, WeightSite] = {}
+        for word in self.projections:
+            if isinstance(self.projections, Mapping):
+                layers: Sequence[int] = self.projections[word]
+            else:
+                layers = self.layers if self.layers is not None else self.default_layers(tree)
+            for layer in layers:
+                found |= {site.name: site for site in _named_sites(tree, layer, word)}
+        order = {name: i for i, (name, _) in enumerate(tree.model.named_parameters())}
+        sites = sorted(found.values(), key=lambda site: order[site.name])
+        if not sites:
+            raise LocatorError("`modules` and `layers` name no projection. Give at least one.")
+        return sites
+
+    @override
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return [site.name for site in self.sites(tree)]
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        tree = self.tree
+        sites = self.sites(tree)
+        parts, order, losses = self._capture(tree, sites, batch)
+        normalizers = self._normalizers(sites)
+        for part in parts:
+            for site in sites:
+                key = _shape_key(site)
+                rows = torch.cat(part[site.name], 1)
+                if self.biased_variance and len(rows) < 2:
+                    raise EditError(
+                        "A pass has a single target token, which has no variance, as "
+                        "`biased_variance` would have it. Turn that off, or raise "
+                        "`micro_batch_size` or the number of requests."
+                    )
+                normalizers[key] = update_normalizer(
+                    normalizers.get(key), rows, biased_variance=self.biased_variance
+                )
+        if any(int(normalizer.total) < 2 for normalizer in normalizers.values()):
+            raise EditError(
+                "The first edit has a single target token in a single projection, from which "
+                "nothing can be normalized. Give more requests at once, or edit more projections."
+            )
+        changes: dict[str, Change] = {}
+        details: dict[str, dict[str, Tensor]] = {
+            name: {}
+            for name in ("keys", "gradients", "normalized_keys", "normalized_gradients", "values")
+        }
+        for site in sites:
+            keys, gradients = (
+                torch.cat([part[site.name][i] for part in parts])[order] for i in range(2)
+            )
+            rows = normalize(
+                torch.cat([keys, gradients], 1), normalizers[_shape_key(site)], self.eps
+            )
+            inputs, outputs = rows.tensor_split([site.in_features], 1)
+            values = -self.lr * inputs.square().sum(1, keepdim=True) * outputs
+            change = ridge_update(keys, values, self.ridge)
+            if isinstance(change, Tensor):
+                changes[site.name] = site.orient(change).contiguous()
+            else:
+                changes[site.name] = LowRank(*(change[::-1] if site.transposed else change))
+            figures = (keys, gradients, inputs, outputs, values)
+            for name, figure in zip(details, figures, strict=True):
+                details[name][site.name] = figure
+        edit = WeightDelta(changes)
+        norm = edit.norm()
+        if not norm < float("inf"):
+            raise EditError("The update is not finite. Nothing was written. Lower `lr`.")
+        edit.carried = {
+            f"{key}.{name}": tensor
+            for key, normalizer in normalizers.items()
+            for name, tensor in normalizer._asdict().items()
+        }
+        probabilities = self._probabilities_after(tree, batch, edit)
+        edit.details = {
+            **details,
+            "requests": [
+                {
+                    "id": request.id,
+                    "loss": losses[e],
+                    "steps": 1,
+                    "p_target": probabilities[e],
+                    "norm": norm,
+                }
+                for e, request in enumerate(batch.requests)
+            ],
+        }
+        return edit
+
+    def _normalizers(self, sites: Sequence[WeightSite]) -> dict[str, Normalizer]:
+        """What earlier edits left, by the shape of the projections."""
+        carried = self.carried
+        device = next(self.model.parameters()).device
+        return {
+            key: Normalizer(*(carried[f"{key}.{name}"].to(device) for name in Normalizer._fields))
+            for key in dict.fromkeys(map(_shape_key, sites))
+            if f"{key}.total" in carried
+        }
+
+    def _capture(
+        self, tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch
+    ) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], Tensor, list[float]]:
+        """Inputs [n, I] and gradients at outputs [n, O] of each pass, by the parameter's name.
+
+        Beside them the order in which tokens of all passes follow the batch's labels, [N], and the
+        loss of each request.
+        """
+        lengths = batch.attention_mask.sum(1)
+        by_length: list[int] = torch.argsort(lengths, stable=True).tolist()
+        is_target = batch.labels != IGNORE_INDEX
+        numbers = torch.full_like(batch.labels, -1)
+        numbers[is_target] = torch.arange(int(is_target.sum()), device=numbers.device)
+        parts, places, losses = [], [], [0.0] * len(batch)
+        for start in range(0, len(batch), self.micro_batch_size):
+            chosen = by_length[start : start + self.micro_batch_size]
+            part = batch.select(chosen)
+            with _recorded(self.model, sites) as seen:
+                nll = target_nll(tree, part)
+            outputs = [seen[site.name][1] for site in sites]
+            gradients = torch.autograd.grad(nll.mean(), outputs)
+            rows, columns = torch.nonzero(part.labels != IGNORE_INDEX, as_tuple=True)
+            at = columns if tree.is_encoder_decoder else columns - 1
+            taken = {}
+            for site, gradient in zip(sites, gradients, strict=True):
+                inputs = seen[site.name][0]
+                taken[site.name] = (
+                    inputs.reshape(len(part), -1, site.in_features)[rows, at].float(),
+                    gradient.reshape(len(part), -1, site.out_features)[rows, at].float(),
+                )
+            parts.append(taken)
+            places.append(numbers[chosen][rows, columns])
+            for e, mean in zip(chosen, row_means(nll.detach(), part.labels).tolist(), strict=True):
+                losses[e] = mean
+        return parts, torch.argsort(torch.cat(places)), losses
+
+    def _probabilities_after(
+        self, tree: ModelTree, batch: EditBatch, edit: WeightDelta
+    ) -> list[float]:
+        """The targets' probabilities with the edit; the base class puts the weights back."""
+        with torch.no_grad():
+            for name in edit.changes:
+                parameter = self.model.get_parameter(name)
+                parameter.copy_(parameter.float() + edit.dense(name))
+        return target_probabilities(tree, batch)
+
+
+def _named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
+    """The projections of a layer that a kind or a name stands for."""
+    if word in get_args(ModuleKind):
+        found = getattr(tree, word)(layer)
+        return [found] if isinstance(found, WeightSite) else list(found)
+    known: list[WeightSite] = []
+    for kind in get_args(ModuleKind):
+        known += Locator(layers=[layer], module=kind).sites(tree.model)
+    names = {site.module_name.rpartition(".")[2]: site for site in known}
+    if word not in names:
+        raise LocatorError(
+            f"`modules` names {word!r}, which layer {layer} of {type(tree.model).__name__} does "
+            f"not have. Choose from {', '.join((*get_args(ModuleKind), *names))}."
+        )
+    return [names[word]]
+
+
+def _shape_key(site: WeightSite) -> str:
+    return f"normalizer.{site.out_features}x{site.in_features}"
+
+
+@contextmanager
+def _recorded(
+    model: nn.Module, sites: Sequence[WeightSite]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Records inputs and outputs of projections inside a ``with`` block, by parameter.
+
+    The outputs alone take part in the gradient: weights are frozen, and the base class gives them
+    their flags back.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for site in sites:
+        site.parameter(model).requires_grad_(False)
+
+        def record(
+            _: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = site.name
+        ) -> Tensor:
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            seen[name] = (args[0].detach(), output)
+            # A copy goes on, since some models (Falcon) add to the output in place.
+            return output.clone()
+
+        handles.append(site.module(model).register_forward_hook(record))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
