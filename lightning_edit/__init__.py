@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_edit.__about__ import __version__
 
 if TYPE_CHECKING:
+    from lightning_edit.callbacks.causal_tracing import CausalTracing as CausalTracing
     from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
     from lightning_edit.callbacks.edit_evaluator import EditEvaluator as EditEvaluator
     from lightning_edit.callbacks.edit_report import EditReport as EditReport
@@ -45,18 +46,25 @@ if TYPE_CHECKING:
     from lightning_edit.metrics import Reliability as Reliability
     from lightning_edit.models import load_model as load_model
     from lightning_edit.models import load_tokenizer as load_tokenizer
+    from lightning_edit.modules.alpha_edit import AlphaEdit as AlphaEdit
     from lightning_edit.modules.base import EditModule as EditModule
+    from lightning_edit.modules.emmet import EMMET as EMMET
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
     from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
+    from lightning_edit.modules.memit import MEMIT as MEMIT
+    from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
 
 _HOMES = {
+    "AlphaEdit": "modules.alpha_edit",
+    "CausalTracing": "callbacks.causal_tracing",
     "CounterFact": "data",
+    "EMMET": "modules.emmet",
     "EditBatch": "core.batch",
     "EditCheckpoint": "callbacks.edit_checkpoint",
     "EditDataModule": "data",
@@ -79,6 +87,7 @@ _HOMES = {
     "LocFT": "modules.loc_ft",
     "Locality": "metrics",
     "Locator": "core.locator",
+    "MEMIT": "modules.memit",
     "MQuAKE": "data",
     "OldNewPairs": "data",
     "OldThenNew": "data",
@@ -87,6 +96,7 @@ _HOMES = {
     "PromptTokenizer": "core.batch",
     "QAEdit": "data",
     "ROME": "modules.rome",
+    "RROME": "modules.r_rome",
     "Reliability": "metrics",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",

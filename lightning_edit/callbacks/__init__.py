@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Behaviors that any Trainer can take on."""
 
+from lightning_edit.callbacks.causal_tracing import CausalTracing
 from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
 from lightning_edit.callbacks.edit_report import EditReport
@@ -10,6 +11,7 @@ from lightning_edit.callbacks.save_task_vector import SaveTaskVector
 from lightning_edit.callbacks.task_vector_forgetting import TaskVectorForgetting
 
 __all__ = [
+    "CausalTracing",
     "EditCheckpoint",
     "EditEvaluator",
     "EditProgressBar",

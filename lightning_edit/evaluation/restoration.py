@@ -1,0 +1,362 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Corrupted copies of a prompt's run, and what putting parts of the clean run into them gives.
+
+What a restoration at token t and layer l cannot change is not run again. The copies' states below
+l are known from the corrupted run; their positions before t lie in a cache of keys and values; of
+the vocabulary only the last position is asked. All restorations of one token go upward in one
+batch, which each joins at its own layer.
+"""
+
+# Shapes: S noisy copies, N subject tokens, T tokens, Q = T - t tokens from the restored one on,
+# P restorations, R = P * S rows, D hidden, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.errors import ModelError
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.evaluation.attention import short_attention
+
+__all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
+
+Kind = Literal["hidden", "mlp", "attention"]
+KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attention")
+# Largest relative difference of logits that rounding in float32 accounts for.
+MAX_DIFFERENCE = 1e-2
+# Rows whose whole vocabulary is held at once.
+HEAD_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What is put back: outputs of blocks, MLPs or attentions of the layers from start to stop.
+
+    Args:
+        kind: ``hidden`` for a block's output, ``mlp`` or ``attention`` for that of a part of it.
+        start: The first layer.
+        stop: One more than the last layer.
+    """
+
+    kind: Kind
+    start: int
+    stop: int
+
+    @property
+    def entry(self) -> int:
+        """The first block whose run differs from the corrupted one."""
+        return self.start + 1 if self.kind == "hidden" else self.start
+
+
+class CorruptedRun:
+    """A prompt's clean run and its copies with noise on the subject, ready for restorations.
+
+    Args:
+        tree: A decoder-only model, in eval mode.
+        ids: The prompt's T tokens.
+        subject: The subject's tokens.
+        noise: Added to the subject's embeddings in each copy, [S, N, D].
+
+    Raises:
+        ModelError: If the model has an encoder, or its blocks cannot be run on their own.
+    """
+
+    def __init__(self, tree: ModelTree, ids: Sequence[int], subject: range, noise: Tensor) -> None:
+        name = type(tree.model).__name__
+        if tree.is_encoder_decoder or tree.lm_head is None or tree.input_embeddings is None:
+            raise ModelError(
+                f"Causal tracing needs a decoder-only model with token embeddings and a "
+                f"projection to the vocabulary, but {name} is none. Choose another model."
+            )
+        self.tree, self.subject = tree, subject
+        self.samples = noise.shape[0]
+        self._device = next(tree.blocks[0].parameters()).device
+        self._ids_T = torch.tensor(list(ids), device=self._device)
+        self._noise = noise
+        #: What enters each block, and what leaves the last one: clean, then the copies,
+        #: [1 + S, T, D] each.
+        self._states: list[Tensor] = []
+        #: Clean outputs of the parts of each block, [T, D] each.
+        self._clean: dict[Kind, list[Tensor]] = {}
+        try:
+            with torch.no_grad():
+                self._capture()
+                logits_RV = self._logits(self._states[-1][:, -1])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
+            if isinstance(reason, torch.OutOfMemoryError):
+                raise
+            raise ModelError(
+                f"The blocks of {name} cannot be run on their own ({type(reason).__name__}: "
+                f"{reason}), so its facts cannot be traced. Choose another model."
+            ) from reason
+        probabilities_RV = logits_RV.softmax(-1)
+        #: The token that the clean model answers with.
+        self.answer = int(probabilities_RV[0].argmax())
+        #: Its probability in the clean run, and its mean over the corrupted copies.
+        self.high = float(probabilities_RV[0, self.answer])
+        self.low = float(probabilities_RV[1:, self.answer].mean())
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares running the blocks alone with running the model, for the corrupted copies.
+
+        Raises:
+            ModelError: If the model does more than pass states from block to block.
+        """
+        model: Any = self.tree.model
+        nothing = Restoration("mlp", 0, 0)
+        found_SV = self._logits(self._run(self.subject.start, [nothing])[:, -1])
+        with noisy_embeddings(self.tree, self.subject, self._noise, first=0):
+            rows = self._ids_T.expand(self.samples, -1)
+            own_SV = model(input_ids=rows, use_cache=False).logits[:, -1].float()
+        error = float((found_SV - own_SV).norm() / own_SV.norm())
+        limit = MAX_DIFFERENCE if self._states[0].dtype == torch.float32 else 10 * MAX_DIFFERENCE
+        if not error < limit:
+            raise ModelError(
+                f"The blocks of {type(model).__name__}, run on their own, give logits that differ "
+                f"by {error:.0%} from the model's, so its facts cannot be traced. Choose another "
+                "model."
+            )
+
+    @torch.no_grad()
+    def restore(self, token: int, restorations: Sequence[Restoration]) -> Tensor:
+        """Mean probability of the answer over the copies, with one token's states put back.
+
+        Args:
+            token: The token, from the subject's first one on; before it nothing is corrupted.
+            restorations: P of them, run in one batch of P * S rows.
+
+        Returns:
+            One probability a restoration, [P] float32.
+        """
+        order = sorted(range(len(restorations)), key=lambda i: restorations[i].entry)
+        state_RQD = self._run(token, [restorations[i] for i in order])
+        last_RD = state_RQD[:, -1]
+        parts = [last_RD[at : at + HEAD_ROWS] for at in range(0, len(last_RD), HEAD_ROWS)]
+        found_R = torch.cat([self._logits(part).softmax(-1)[:, self.answer] for part in parts])
+        means_P = found_R.view(-1, self.samples).mean(1)
+        scores_P = torch.empty_like(means_P)
+        scores_P[torch.tensor(order)] = means_P
+        return scores_P
+
+    def _run(self, t: int, restorations: Sequence[Restoration]) -> Tensor:
+        """Final states [R, Q, D] of restorations in the order of their entries."""
+        tree, states = self.tree, self._states
+        arguments = self._arguments(t)
+        state = states[0][:0, t:]
+        joined = 0
+        for i in range(len(tree.blocks) + 1):
+            joining = [r for r in restorations if r.entry == i]
+            if joining:
+                fresh = states[i][1:, t:].repeat(len(joining), 1, 1)
+                for n, restoration in enumerate(joining):
+                    if restoration.kind == "hidden":
+                        fresh[n * self.samples : (n + 1) * self.samples, 0] = states[i][0, t]
+                state = torch.cat([state, fresh])
+                joined += len(joining)
+            if i < len(tree.blocks) and joined:
+                with self._restored(i, t, restorations[:joined]):
+                    state = self._block(i, t, state, *arguments[i])
+        return state
+
+    def _block(
+        self, i: int, t: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        prefix = _Prefix(i, *(part[1:, :, :t] for part in self._cache[i]))
+        args, kwargs = _with_cache(args, kwargs, prefix)
+        if kwargs.get("alibi") is not None:  # of each row's heads
+            kwargs["alibi"] = kwargs["alibi"].repeat(state.shape[0], 1, 1)
+        with short_attention(state.device, state.dtype):
+            return _tensor(self.tree.blocks[i](state, *args, **kwargs))
+
+    @contextmanager
+    def _restored(self, i: int, t: int, restorations: Sequence[Restoration]) -> Iterator[None]:
+        """Has the clean outputs of a block's parts in the rows that restore them."""
+        with ExitStack() as stack:
+            for kind in ("mlp", "attention"):
+                covered = [r.kind == kind and r.start <= i < r.stop for r in restorations]
+                if any(covered):
+                    rows_R = torch.tensor(covered, device=self._device)
+                    rows_R = rows_R.repeat_interleave(self.samples)
+                    put = _put(rows_R, self._clean[kind][i][t])
+                    stack.enter_context(_hooked(self._part(kind, i), put))
+            yield
+
+    def _part(self, kind: Kind, layer: int) -> nn.Module:
+        # The last projection: what contains it adds the residual stream in some models (Bloom).
+        tree = self.tree
+        site = tree.mlp_out(layer) if kind == "mlp" else tree.attention_out(layer)
+        return site.module(tree.model)
+
+    def _capture(self) -> None:
+        from transformers import DynamicCache
+
+        tree, blocks = self.tree, self.tree.blocks
+        model: Any = tree.model
+        cache = DynamicCache()
+        rows = self._ids_T.expand(1 + self.samples, -1)
+        with ExitStack() as stack:
+            recorder = stack.enter_context(_Recorder(tree))
+            for kind in ("mlp", "attention"):
+                outputs = self._clean[kind] = []
+                for i in range(len(blocks)):
+                    keep = _keep(outputs, 1 + self.samples)
+                    stack.enter_context(_hooked(self._part(kind, i), keep))
+            stack.enter_context(noisy_embeddings(tree, self.subject, self._noise))
+            model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+        self._states = recorder.states
+        #: Keys and values of all rows in each layer.
+        self._cache = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _arguments(self, t: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the model gives each block for the tokens from t on, in a batch of one row."""
+        from transformers import DynamicCache
+
+        model: Any = self.tree.model
+        cache = DynamicCache()
+        if t:
+            for i, (keys, values) in enumerate(self._cache):
+                cache.update(keys[:1, :, :t], values[:1, :, :t], i)
+        positions = torch.arange(len(self._ids_T), device=self._device)[None]
+        with _Recorder(self.tree) as recorder:
+            model.base_model(
+                input_ids=self._ids_T[None, t:],
+                attention_mask=torch.ones_like(positions),
+                position_ids=positions[:, t:],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return recorder.arguments
+
+    def _logits(self, state: Tensor) -> Tensor:
+        """Next-token logits of hidden states [R, D], as float32 [R, V]."""
+        tree = self.tree
+        if tree.final_norm is not None:
+            state = tree.final_norm(state)
+        logits: Tensor = tree.lm_head(state).float()  # type: ignore[misc]
+        config = getattr(tree.model, "config", None)
+        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
+            logits = logits * (getattr(config, name, None) or 1.0) ** power
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@contextmanager
+def noisy_embeddings(
+    tree: ModelTree, subject: range, noise: Tensor, first: int = 1
+) -> Iterator[None]:
+    """Adds noise to the subject's embeddings inside a ``with`` block.
+
+    Args:
+        tree: Where the embedding is.
+        subject: The subject's tokens.
+        noise: One draw a row, [S, N, D].
+        first: Rows before this one stay clean.
+    """
+
+    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[first:, subject.start : subject.stop] += noise.to(output)
+        return output
+
+    if tree.input_embeddings is None:
+        raise ModelError(f"{type(tree.model).__name__} has no token embeddings to corrupt.")
+    with _hooked(tree.input_embeddings, add):
+        yield
+
+
+class _Prefix:
+    """A layer's keys and values before the restored token, once for each set of copies."""
+
+    def __init__(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self._layer, self._keys, self._values = layer, keys, values
+        self.is_compileable = False
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """The prefix's keys and values with the new ones behind them."""
+        sets = key.shape[0] // self._keys.shape[0]
+        keys, values = (part.repeat(sets, 1, 1, 1) for part in (self._keys, self._values))
+        return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions in the prefix."""
+        return self._keys.shape[-2]
+
+
+class _Recorder:
+    """Records what enters each block, and what leaves the last one."""
+
+    def __init__(self, tree: ModelTree) -> None:
+        self.states: list[Tensor] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._blocks = tree.blocks
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Recorder:
+        for block in self._blocks:
+            self._hooks.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._hooks.append(self._blocks[-1].register_forward_hook(self._leave))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        self.states.append(args[0] if args else kwargs.pop("hidden_states"))
+        self.arguments.append((tuple(args[1:]), kwargs))
+
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.states.append(_tensor(output))
+
+
+def _keep(outputs: list[Tensor], rows: int) -> Callable[..., None]:
+    # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
+    # output to the MLP's in place.
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        outputs.append(output.reshape(rows, -1, output.shape[-1])[0].clone())
+
+    return keep
+
+
+def _put(rows_R: Tensor, clean_D: Tensor) -> Callable[..., Tensor]:
+    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        moved = output.reshape(rows_R.shape[0], -1, output.shape[-1]).clone()
+        moved[rows_R, 0] = clean_D
+        return moved.reshape(output.shape)
+
+    return put
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    """A module's output: some return a tuple around it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _with_cache(
+    args: tuple[Any, ...], kwargs: dict[str, Any], prefix: _Prefix
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from transformers import Cache
+
+    def swap(value: Any) -> Any:
+        return prefix if isinstance(value, Cache) else value
+
+    return tuple(swap(a) for a in args), {name: swap(v) for name, v in kwargs.items()}
