@@ -258,10 +258,12 @@ class _Rows:
 
     def _scale(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows = args[0].reshape(-1, args[0].shape[-1])
-        whole = rows[:1] if rows.requires_grad else rows[:1].detach().requires_grad_()
+        count = len(self._points)
+        whole, earlier, _ = rows.split([1, len(rows) - 1 - count, count])
+        if not whole.requires_grad:
+            whole = whole.detach().requires_grad_()
         # Exactly a multiple of the unchanged row, whatever the rounding of its copies.
         scaled = (self._points * whole.detach().float()).to(rows.dtype).requires_grad_()
         self.whole.append(whole)
         self.scaled.append(scaled)
-        earlier = rows[1 : len(rows) - len(scaled)]
         return (torch.cat([whole, earlier, scaled]).reshape(args[0].shape), *args[1:])
