@@ -31,6 +31,7 @@ from lightning_edit.functional.retention import (
     edits_held,
     forgetting,
     retention_area,
+    retention_by_age,
 )
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "ngram_entropy",
     "normalize_answer",
     "retention_area",
+    "retention_by_age",
     "token_accuracy",
     "token_f1",
     "wilson_interval",

@@ -16,7 +16,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["average_retention", "early_retention", "edits_held", "forgetting", "retention_area"]
+__all__ = [
+    "average_retention",
+    "early_retention",
+    "edits_held",
+    "forgetting",
+    "retention_area",
+    "retention_by_age",
+]
 
 
 def average_retention(retention: Tensor, steps: Sequence[int] | None = None) -> Tensor:
@@ -89,6 +96,32 @@ def early_retention(retention: Tensor, m: int, steps: Sequence[int] | None = Non
             f"`m` is expected to lie between 1 and the {int(counts[-1])} edits made, but got {m}."
         )
     return float(values[-1, :m].mean())
+
+
+def retention_by_age(retention: Tensor, steps: Sequence[int] | None = None) -> Tensor:
+    r"""Mean reliability of an edit when it is a edits old, :math:`\frac1n \sum_t R(t, t - a)`.
+
+    The sum is over the n rows after which there is an edit of that age; the newest has the age 0.
+
+    Args:
+        retention: Retention matrix, shape [S, K].
+        steps: Number of edits made at each row, rising, at most K; 1, 2, … S when left out.
+
+    Returns:
+        Float64 tensor of as many entries as edits were made in the end.
+
+    Raises:
+        ValueError: If shapes and steps do not fit, or an entry that counts is nan.
+
+    Example:
+        >>> retention_by_age(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    values, made, counts = _checked(retention, steps)
+    ages = counts[:, None] - 1 - torch.arange(values.shape[1])
+    most = int(counts[-1])
+    sums = torch.zeros(most, dtype=torch.float64).index_add(0, ages[made], values[made])
+    return sums / torch.bincount(ages[made], minlength=most)
 
 
 def edits_held(

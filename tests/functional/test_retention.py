@@ -15,6 +15,7 @@ from lightning_edit.functional import (
     edits_held,
     forgetting,
     retention_area,
+    retention_by_age,
 )
 
 NAN = math.nan
@@ -100,3 +101,15 @@ def test_wrong_matrices_and_steps() -> None:
             early_retention(values, m)
     with pytest.raises(ValueError, match="`steps`"):
         retention_area(torch.ones(0))
+
+
+def test_by_age_against_loops() -> None:
+    r = matrix(3, 6)
+    found = retention_by_age(torch.tensor(r, dtype=torch.float64), STEPS)
+    for age in range(6):
+        seen = [row[t - 1 - age] for row, t in zip(r, STEPS, strict=True) if t > age]
+        assert found[age].item() == pytest.approx(sum(seen) / len(seen))
+    assert len(found) == 6
+    # What was not made yet does not count, whatever stands there.
+    early = torch.tensor([[1.0, NAN, NAN], [0.5, 0.25, NAN]])
+    assert retention_by_age(early).tolist() == [0.625, 0.5]
