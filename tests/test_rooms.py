@@ -23,7 +23,20 @@ EVERYTHING = sorted(
 HEADER = "# Copyright the lightning_edit developers.\n# SPDX-License-Identifier: Apache-2.0\n"
 OPTIONAL = {"rich", "peft", "matplotlib", "datasets", "gguf", "ruamel", "shtab"}
 # Shared bases and building blocks: a module that is no method.
-METHODS = {"fine_tune", "full_tuning", "kn", "loc_ft", "lora", "lora_tuning", "rome"}
+METHODS = {
+    "alpha_edit",
+    "emmet",
+    "fine_tune",
+    "full_tuning",
+    "kn",
+    "loc_ft",
+    "lora",
+    "lora_tuning",
+    "memit",
+    "r_rome",
+    "rome",
+    "ultra_edit",
+}
 
 
 def name_of(path: Path) -> str:
@@ -132,8 +145,9 @@ def test_callbacks_import_the_base_of_the_methods_at_most(path: Path) -> None:
 def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
-    shared = {"activation_paths", "adapter_layers", "base", "descent", "locate", "second_moment", "tail"}
-    shared |= {"target_loss", "target_values", "tuning"}
+    shared = {"activation_paths", "adapter_layers", "base", "descent", "key_pass", "locate"}
+    shared |= {"mass_edit", "rank_one", "second_moment", "tail", "target_loss", "target_values"}
+    shared |= {"tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
     assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
 

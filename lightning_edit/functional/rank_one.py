@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_edit.functional.least_squares import factorize
+
 __all__ = ["rank_one_update", "whiten"]
 
 
@@ -29,14 +31,7 @@ def whiten(key: Tensor, second_moment: Tensor) -> Tensor:
         >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2)).tolist()
         [1.0, 0.0]
     """
-    factor, failed = torch.linalg.cholesky_ex(second_moment.double())
-    if int(failed):
-        raise ValueError(
-            "`second_moment` is expected to be positive definite, but it is singular: it was made "
-            f"from too few tokens for its {second_moment.shape[0]} dimensions. Use more tokens, or "
-            "add a ridge."
-        )
-    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
+    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factorize(second_moment))[:, 0]
     unit: Tensor = solved / torch.linalg.vector_norm(solved)
     return unit.float()
 

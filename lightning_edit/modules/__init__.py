@@ -2,19 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Editors as LightningModules."""
 
+from lightning_edit.modules.alpha_edit import AlphaEdit
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.emmet import EMMET
 from lightning_edit.modules.fine_tune import FineTune
 from lightning_edit.modules.full_tuning import FullTuning
 from lightning_edit.modules.kn import KN
 from lightning_edit.modules.loc_ft import LocFT
 from lightning_edit.modules.lora import LoRA
 from lightning_edit.modules.lora_tuning import LoRATuning
+from lightning_edit.modules.memit import MEMIT
+from lightning_edit.modules.r_rome import RROME
 from lightning_edit.modules.rome import ROME
 from lightning_edit.modules.ultra_edit import UltraEdit
 
 __all__ = [
+    "EMMET",
     "KN",
+    "MEMIT",
     "ROME",
+    "RROME",
+    "AlphaEdit",
     "EditModule",
     "FineTune",
     "FullTuning",

@@ -46,7 +46,8 @@ class LocateModule(EditModule):
         kl_factor: Factor of the divergence on the anchor prompt.
         kl_prompt: Anchor prompt; ``{}`` stands for the subject.
         context_templates: Texts that end in ``{}``, where the prompt goes, the first of them
-            ``"{}"``. Sampled from the unedited model when None.
+            ``"{}"``. In lists of their own, each list counts as much as another when keys are
+            averaged. Sampled from the unedited model when None.
         second_moment: A safetensors file with C = E[k kᵀ] of each layer under the name of the
             projection (such as ``model.layers.7.mlp.down_proj``). Estimated when None.
         second_moment_text: A text file to estimate second moments from; without it the unedited
@@ -59,6 +60,8 @@ class LocateModule(EditModule):
     """
 
     decoder_only: ClassVar[bool] = True
+    #: Whether sampled contexts together count as much as the bare prompt.
+    groups_contexts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class LocateModule(EditModule):
         clamp_norm_factor: float = 4.0,
         kl_factor: float = 0.0625,
         kl_prompt: str = "{} is a",
-        context_templates: list[str] | None = None,
+        context_templates: list[str] | list[list[str]] | None = None,
         second_moment: str | None = None,
         second_moment_text: str | None = None,
         tokens_per_dimension: int = 4,
@@ -79,17 +82,7 @@ class LocateModule(EditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        for template in context_templates or ():
-            if not template.endswith("{}"):
-                raise ValueError(
-                    f"`context_templates`: {template!r} is expected to end in {{}}, where the "
-                    "prompt goes, since the target follows it."
-                )
-        if context_templates and context_templates[0] != "{}":
-            raise ValueError(
-                "`context_templates`: the first is expected to be '{}', the bare prompt, in which "
-                f"the new value is stored, but got {context_templates[0]!r}. Put '{{}}' before it."
-            )
+        groups = _grouped(context_templates) if context_templates else None
         if "{}" not in kl_prompt:
             raise ValueError(
                 f"`kl_prompt` is expected to hold {{}} for the subject, but got {kl_prompt!r}."
@@ -105,7 +98,7 @@ class LocateModule(EditModule):
         self.tokens_per_dimension = tokens_per_dimension
         self.ridge = ridge
         self.seed = seed
-        self._templates = list(context_templates) if context_templates else None
+        self._groups = groups
         self._moments: dict[int, Tensor] = {}
 
     @override
@@ -126,12 +119,35 @@ class LocateModule(EditModule):
         return Locator(layers=layers).sites(tree.model)
 
     @property
-    def templates(self) -> list[str]:
+    def template_groups(self) -> list[list[str]]:
         """Contexts that a prompt is put into; sampled from the unedited model on first use."""
-        if self._templates is None:
+        if self._groups is None:
             with self.base_weights():
-                self._templates = ["{}", *sample_templates(self.model, self.tokens, self.seed)]
-        return self._templates
+                self._groups = self.sample_contexts()
+        return self._groups
+
+    @property
+    def templates(self) -> list[str]:
+        """All context templates; the first is the bare prompt."""
+        return [template for group in self.template_groups for template in group]
+
+    def sample_contexts(self) -> list[list[str]]:
+        """Contexts from the unedited model, as the papers sample them."""
+        if self.groups_contexts:
+            long = CONTEXT_LENGTHS[-1:]
+            sampled = sample_templates(self.model, self.tokens, self.seed, 1, long)
+            return [["{}"], sampled]
+        return [["{}", *sample_templates(self.model, self.tokens, self.seed)]]
+
+    def mean_keys(self, keys: Tensor) -> Tensor:
+        """Keys averaged over the templates of each group, then over groups: [..., T, M] → [..., M].
+
+        References:
+            arXiv 2210.07229, section 4.3, for groups; arXiv 2202.05262, equation 3, for one.
+        """
+        groups = self.template_groups
+        weights = [1 / (len(groups) * len(group)) for group in groups for _ in group]
+        return torch.einsum("...tm,t->...m", keys, torch.tensor(weights, device=keys.device))
 
     def set_second_moment(self, layer: int, moment: Tensor) -> None:
         """Gives C = E[k kᵀ] of a layer, [M, M], instead of estimating it.
@@ -239,16 +255,49 @@ class LocateModule(EditModule):
     @override
     def edit_state(self) -> dict[str, Any]:
         # A resumed run holds an edited model, from which other contexts would be sampled.
-        return {**super().edit_state(), "context_templates": self.templates}
+        return {**super().edit_state(), "context_templates": self.template_groups}
 
     @override
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
         super().load_edit_state(state)
-        self._templates = [str(template) for template in state["context_templates"]]
+        self._groups = _grouped(state["context_templates"])
+
+
+def _grouped(templates: Sequence[str] | Sequence[list[str]]) -> list[list[str]]:
+    """Context templates in groups.
+
+    Raises:
+        ValueError: If one does not end where the prompt goes, or the first is not the bare prompt.
+    """
+    flat = [item for item in templates if isinstance(item, str)]
+    groups = [flat] if flat else [[str(template) for template in group] for group in templates]
+    if flat and len(flat) < len(templates):
+        raise ValueError(
+            "`context_templates` is expected to be a list of texts or a list of lists of texts, "
+            "but it mixes them. Put every text into a list."
+        )
+    for template in (template for group in groups for template in group):
+        if not template.endswith("{}"):
+            raise ValueError(
+                f"`context_templates`: {template!r} is expected to end in {{}}, where the "
+                "prompt goes, since the target follows it."
+            )
+    if not all(groups) or groups[0][0] != "{}":
+        first = groups[0][0] if groups[0] else groups[0]
+        raise ValueError(
+            "`context_templates`: the first is expected to be '{}', the bare prompt, in which "
+            f"the new value is stored, but got {first!r}. Put '{{}}' before it, and leave no "
+            "group empty."
+        )
+    return groups
 
 
 def sample_templates(
-    model: Any, tokens: PromptTokenizer, seed: int, per_kind: int = 2
+    model: Any,
+    tokens: PromptTokenizer,
+    seed: int,
+    per_kind: int = 2,
+    lengths: Sequence[int] = CONTEXT_LENGTHS,
 ) -> list[str]:
     """Short contexts for a prompt, written by the model.
 
@@ -257,15 +306,16 @@ def sample_templates(
         tokens: Its tokenizer.
         seed: Seed of the samples.
         per_kind: Contexts of each opening and length.
+        lengths: Tokens of a context.
 
     Returns:
-        Twenty templates such as ``"The first thing. {}"``.
+        Templates, twenty by default, such as ``"The first thing. {}"``.
     """
     rows = [tokens.tokenizer(word, add_special_tokens=False)["input_ids"] for word in OPENINGS]
     device = next(model.parameters()).device
     templates = []
     with seeded(seed), torch.no_grad():
-        for length in CONTEXT_LENGTHS:
+        for length in lengths:
             for row in rows:
                 start = torch.tensor([row] * per_kind, device=device)
                 written = model.generate(

@@ -2,30 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """ROME: rank-one model editing."""
 
-# Shapes: E requests, T templates, D hidden, M inputs of the edited projection.
-
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.core.batch import EditBatch
-from lightning_edit.core.delta import LowRank, WeightDelta
-from lightning_edit.core.errors import EditError, LocatorError
-from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.functional.rank_one import rank_one_update, whiten
-from lightning_edit.modules.locate import LocateModule
+from lightning_edit.modules.rank_one import RankOneModule
+from lightning_edit.modules.target_values import TargetValues
 
 __all__ = ["ROME"]
 
-# Below this cosine of u and k the update is large and hits other keys: the collapse of ROME.
-SMALL_DIVISOR = 0.1
 
-
-class ROME(LocateModule):
+class ROME(RankOneModule):
     """Rank-one model editing: stores one key-value pair in one MLP, smallest change first.
 
     With k the key of the subject, averaged over context templates, v* the target value and C the
@@ -40,53 +30,5 @@ class ROME(LocateModule):
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.05262"
 
     @override
-    def sites(self, tree: ModelTree) -> list[WeightSite]:
-        sites = super().sites(tree)
-        if len(sites) != 1:
-            raise LocatorError(
-                f"ROME edits one layer, but `layers` names {len(sites)}. Give one, or choose a "
-                "method that spreads an edit over layers."
-            )
-        return sites
-
-    @override
-    def compute_edit(self, batch: EditBatch) -> WeightDelta:
-        tree = self.tree
-        [site] = self.sites(tree)
-        found = self.target_values(batch, site.layer)
-        moment = self.second_moment(site.layer)
-        weight = site.read(self.model)
-        change = torch.zeros(site.out_features, site.in_features, device=weight.device)
-        left, right, rows = [], [], []
-        for e, request in enumerate(batch.requests):
-            key_TM = found.keys[e]
-            direction = whiten(key_TM.mean(0), moment)
-            # Later requests see what earlier ones of the batch wrote.
-            residual = found.deltas[e] - change @ key_TM[0]
-            u, v, divisor = rank_one_update(residual, direction, key_TM[0])
-            cosine = float(divisor / torch.linalg.vector_norm(key_TM[0]))
-            if abs(cosine) < SMALL_DIVISOR:
-                rank_zero_warn(
-                    f"Request {request.id!r}: the update direction and the key have a cosine of "
-                    f"only {cosine:.3f}, so the update is large and may damage other facts. "
-                    "Add context templates, or edit another layer."
-                )
-            change += u @ v.T
-            left.append(u)
-            right.append(v)
-            rows.append(
-                {
-                    "id": request.id,
-                    "norm": float(torch.linalg.vector_norm(u)),
-                    "loss": found.losses[e][-1]["total"],
-                    "steps": len(found.losses[e]),
-                    "p_target": found.probabilities[e],
-                }
-            )
-        if not bool(torch.isfinite(change).all()):
-            raise EditError("The update is not finite. Nothing was written.")
-        factors = (torch.cat(left, 1), torch.cat(right, 1))
-        u_all, v_all = factors[::-1] if site.transposed else factors
-        edit = WeightDelta({site.name: LowRank(u_all, v_all)})
-        edit.details = {"requests": rows, "target_values": found, "layer": site.layer}
-        return edit
+    def pair(self, found: TargetValues, e: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mean_keys(found.keys[e]), found.keys[e, 0], found.deltas[e]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
 
-__all__ = ["Tail", "frozen", "split_rows"]
+__all__ = ["Place", "Tail", "frozen", "split_rows"]
+
+Place = Literal["mlp", "block"]
 
 # Largest relative difference of logits that rounding in float32 accounts for.
 MAX_DIFFERENCE = 1e-2
@@ -101,7 +103,8 @@ class Tail:
         tree: Where the model's parts are.
         layer: The edited layer.
         keys: Input of the edited projection at column 0, [N, M].
-        values: Output of the edited projection at column 0, [N, D].
+        values: What changes at column 0, as it was, [N, D]: the edited projection's output, or the
+            residual stream behind its block.
         state: Residual stream that enters the first block of :attr:`calls`, [N, Q, D].
         calls: Blocks to run, each with the arguments that it got in the captured pass.
         prefix: Cached keys and values of the positions before.
@@ -130,6 +133,7 @@ class Tail:
         rows: Sequence[Sequence[int]],
         splits: Sequence[int],
         pad_id: int,
+        place: Place = "mlp",
     ) -> Tail:
         """Runs the rows once through the whole model and keeps what later runs need.
 
@@ -142,12 +146,13 @@ class Tail:
             rows: Token ids of N rows.
             splits: Index of the subject's last token in each row.
             pad_id: Fills the gaps.
+            place: What changes at column 0: the output of the ``mlp``, or that of its ``block``.
 
         Raises:
             ModelError: If the model's blocks cannot be run on their own.
         """
         try:
-            tail = cls._capture(tree, layer, rows, splits, pad_id)
+            tail = cls._capture(tree, layer, rows, splits, pad_id, place)
             error = tail._difference(rows, splits)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
             if isinstance(reason, torch.OutOfMemoryError):
@@ -175,6 +180,7 @@ class Tail:
         rows: Sequence[Sequence[int]],
         splits: Sequence[int],
         pad_id: int,
+        place: Place,
     ) -> Tail:
         from transformers import DynamicCache
 
@@ -213,17 +219,18 @@ class Tail:
             )
             blocks = [*enumerate(tree.blocks)][layer:]
             tail.calls = [(b, *_replace_cache(seen.arguments[i], prefix)) for i, b in blocks]
-            if tail._adds_up(seen.entry.get(layer + 1, seen.last)):
-                tail.inside = False
-                tail.state = seen.entry.get(layer + 1, seen.last)
-                tail.calls = tail.calls[1:]
+            after = seen.entry.get(layer + 1, seen.last)
+            if place == "block":
+                tail.values = after[:, 0].clone()
+            if place == "block" or tail._adds_up(after):
+                tail.inside, tail.state, tail.calls = False, after, tail.calls[1:]
         return tail
 
     def hidden(self, change: Tensor) -> Tensor:
         """Final hidden states, before the last norm, with a change of the MLP's output.
 
         Args:
-            change: Added to the edited layer's MLP output at column 0, [N, D].
+            change: Added to :attr:`values` at column 0, [N, D].
 
         Returns:
             Residual stream after the last block, [N, Q, D].

@@ -22,7 +22,7 @@ from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
-from lightning_edit.modules.tail import Tail, frozen
+from lightning_edit.modules.tail import Place, Tail, frozen
 
 __all__ = ["TargetValueSettings", "TargetValues", "optimize_target_values"]
 
@@ -43,6 +43,7 @@ class TargetValueSettings:
         stop_loss: A request is finished once its loss is below.
         kl_prompt: Anchor prompt; ``{}`` stands for the subject.
         max_rows: Rows optimized at once; more requests are taken in turns.
+        place: What changes: the output of the layer's ``mlp``, or that of the whole ``block``.
     """
 
     steps: int = 20
@@ -53,6 +54,7 @@ class TargetValueSettings:
     stop_loss: float = 5e-2
     kl_prompt: str = "{} is a"
     max_rows: int = 512
+    place: Place = "mlp"
 
 
 @dataclass
@@ -61,7 +63,8 @@ class TargetValues:
 
     Args:
         keys: Input of the edited projection at the subject's last token, [E, T, M].
-        outputs: Output of the projection there, before the edit, [E, T, D].
+        outputs: What changes there, before the edit: the projection's output, or the residual
+            stream behind the block, [E, T, D].
         deltas: v* minus the output for the first template, [E, D].
         losses: Of each request a list, one entry a forward pass, of ``total``, ``nll``, ``kl``
             and ``wd`` in nats (``kl`` and ``wd`` with their factors).
@@ -214,7 +217,7 @@ def _optimize(
     dtype: torch.dtype | None,
 ) -> TargetValues:
     rows = _make_rows(tokens, requests, templates, settings.kl_prompt)
-    tail = Tail.capture(tree, layer, rows.ids, rows.splits, tokens.pad_id)
+    tail = Tail.capture(tree, layer, rows.ids, rows.splits, tokens.pad_id, settings.place)
     if dtype is not None:
         tail = tail.lower(dtype)
     device = tail.state.device

@@ -48,6 +48,8 @@ def editor_of(model: Any = None, **settings: Any) -> ROME:
     [
         ({"context_templates": ["{}", "Yes."]}, r"`context_templates`: 'Yes\.' .* end in \{\}"),
         ({"context_templates": ["Yes. {}"]}, r"`context_templates`: the first .* '\{\}'"),
+        ({"context_templates": ["{}", ["Yes. {}"]]}, "`context_templates` .* mixes them"),
+        ({"context_templates": [["{}"], []]}, "`context_templates`: .* leave no group empty"),
         ({"kl_prompt": "It is a"}, r"`kl_prompt` .* \{\}"),
         ({"steps": 0}, "`steps` .* at least 1, but got 0"),
         ({"tokens_per_dimension": 0}, "`tokens_per_dimension` .* at least 1, but got 0"),
@@ -96,10 +98,10 @@ def test_templates_are_sampled_once_from_the_unedited_model() -> None:
     editor.edit_optimizer.step()
     edited = snapshot(model)
     assert sample_templates(model, editor.tokens, seed=3) != wanted[1:]
-    editor._templates = None
+    editor._groups = None
     assert editor.templates == wanted
     assert same(model, edited)
-    assert editor.templates is editor.templates
+    assert editor.template_groups is editor.template_groups
 
 
 def test_sampled_templates_have_the_lengths_of_the_paper_and_leave_the_seed_alone() -> None:
@@ -117,7 +119,12 @@ def test_sampled_templates_have_the_lengths_of_the_paper_and_leave_the_seed_alon
 def test_pinned_templates_are_taken_as_they_are() -> None:
     editor = editor_of(context_templates=["{}", "Yes. {}"])
     assert editor.templates == ["{}", "Yes. {}"]
-    assert editor.edit_state()["context_templates"] == ["{}", "Yes. {}"]
+    assert editor.edit_state()["context_templates"] == [["{}", "Yes. {}"]]
+    nested = editor_of(context_templates=[["{}"], ["Yes. {}", "No. {}"]])
+    assert nested.templates == ["{}", "Yes. {}", "No. {}"]
+    keys_TM = torch.tensor([[8.0], [1.0], [3.0]])
+    assert nested.mean_keys(keys_TM).tolist() == [5.0]  # a half of 8, a quarter of 1 and of 3
+    assert editor.mean_keys(keys_TM[:2]).tolist() == [4.5]
 
 
 def test_the_state_carries_templates_to_a_resumed_run() -> None:

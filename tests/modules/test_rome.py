@@ -151,7 +151,7 @@ def test_an_update_that_hits_other_keys_is_told() -> None:
     unit = key / key.norm()
     lopsided = 10 * torch.outer(unit, unit) + 1e-3 * torch.eye(len(key))
     editor.set_second_moment(1, lopsided)
-    editor._templates = ["{}", "Yes. {}"]
+    editor._groups = [["{}", "Yes. {}"]]
     with pytest.warns(UserWarning, match=f"Request '{request.id}'.*cosine of only"):
         editor.edit(request)
 
@@ -168,7 +168,7 @@ def test_an_update_that_is_not_finite_is_not_written(monkeypatch: pytest.MonkeyP
     editor = editor_of(model)
     kept = snapshot(model)
     monkeypatch.setattr(
-        "lightning_edit.modules.rome.rank_one_update",
+        "lightning_edit.modules.rank_one.rank_one_update",
         lambda r, u, k: (torch.full((len(r), 1), torch.inf), u[:, None], u @ k),
     )
     with pytest.raises(EditError, match="not finite"):

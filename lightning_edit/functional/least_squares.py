@@ -1,0 +1,227 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The closed form of MEMIT and its kin: many pairs into one linear memory, by ridge regression."""
+
+# Shapes: n pairs to write, N keys with those of earlier edits, M inputs and D outputs of the edited
+# matrix W [D, M], P protected directions.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "factorize",
+    "key_strengths",
+    "projected_update",
+    "protected_directions",
+    "ridge_update",
+]
+
+
+def factorize(second_moment: Tensor) -> Tensor:
+    """The Cholesky factor of C, made once for all edits of a layer.
+
+    Args:
+        second_moment: C = E[k kᵀ], [M, M], positive definite.
+
+    Returns:
+        Lower triangular factor, [M, M] float64.
+
+    Raises:
+        ValueError: If C is not positive definite in float64.
+
+    Example:
+        >>> factorize(torch.eye(2) * 4).tolist()
+        [[2.0, 0.0], [0.0, 2.0]]
+    """
+    factor, failed = torch.linalg.cholesky_ex(second_moment.double())
+    if int(failed):
+        raise ValueError(
+            "`second_moment` is expected to be positive definite, but it is singular: it was made "
+            f"from too few tokens for its {second_moment.shape[0]} dimensions. Use more tokens, or "
+            "add a ridge."
+        )
+    found: Tensor = factor
+    return found
+
+
+def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
+    """Strengths q = kᵀ C⁻¹ k of keys: alone, a key's pair is written to the share q / (q + λ).
+
+    Args:
+        keys: K, [M, N].
+        factor: Cholesky factor of C, [M, M] float64.
+
+    Returns:
+        q, [N] float64.
+
+    Example:
+        >>> key_strengths(torch.eye(2) * 3, torch.eye(2).double()).tolist()
+        [9.0, 9.0]
+    """
+    half = torch.linalg.solve_triangular(factor, keys.double(), upper=False)
+    strengths: Tensor = half.square().sum(0)
+    return strengths
+
+
+def ridge_update(
+    keys: Tensor,
+    residuals: Tensor,
+    factor: Tensor,
+    weight: float,
+    old_gram: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The factors of ΔW = R Kᵀ (λ C + A Aᵀ)⁻¹, which stores pairs and spares what C stands for.
+
+    A are the keys of this edit, K, and of all before it, whose pairs keep what they have. With few
+    keys their own system is solved: for A = K, ΔW = R (λ I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹; with more keys
+    than inputs, that of the inputs.
+
+    Args:
+        keys: A, earlier keys first, [M, N].
+        residuals: R, what the memory lacks at the last n of the keys, [D, n].
+        factor: Cholesky factor of C, [M, M] float64; see :func:`factorize`.
+        weight: λ, how many keys C counts for; 0 stores the pairs exactly where that can be done.
+        old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
+
+    Returns:
+        Left factor [D, n] and right factor [M, n], float32.
+
+    Raises:
+        ValueError: If λ is 0 and the keys depend on each other.
+
+    Example:
+        >>> u, v = ridge_update(torch.eye(2), torch.eye(2), torch.eye(2).double(), 1.0)
+        >>> (u @ v.T).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+
+    References:
+        Mass-Editing Memory in a Transformer, arXiv 2210.07229, equation 14.
+    """
+    keys64 = keys.double()
+    inputs, pairs = keys.shape
+    if pairs <= inputs and old_gram is None:
+        whitened = torch.cholesky_solve(keys64, factor)
+        right = _spread(whitened, keys64.T @ whitened, weight)
+    else:
+        system = weight * (factor @ factor.T) + keys64 @ keys64.T
+        system = system if old_gram is None else system + old_gram.double()
+        right = torch.cholesky_solve(keys64, _cholesky(system, weight))
+    return residuals.float(), right[:, pairs - residuals.shape[1] :].float()
+
+
+def protected_directions(
+    second_moment: Tensor, threshold: float | None = None, share: float = 0.7
+) -> tuple[Tensor, float]:
+    """Directions in which keys of other facts lie: leading eigenvectors of C.
+
+    Args:
+        second_moment: C = E[k kᵀ], [M, M].
+        threshold: Eigenvalues from which directions are protected. It depends on the model's
+            scale; the authors use 0.02.
+        share: Without a threshold, the share of C's trace that the protected directions hold.
+
+    Returns:
+        Orthonormal columns Q, [M, P] float32, and the relative gap between the last protected and
+        the first free eigenvalue: where it is tiny, rounding decides on which side they fall.
+
+    Raises:
+        ValueError: If nothing is left free.
+
+    Example:
+        >>> q, gap = protected_directions(torch.diag(torch.tensor([3.0, 1.0])), threshold=2.0)
+        >>> q.abs().tolist(), round(gap, 2)
+        ([[1.0], [0.0]], 0.67)
+
+    References:
+        AlphaEdit, arXiv 2410.02355, section 3.2.
+    """
+    values, vectors = torch.linalg.eigh(second_moment.double())
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if threshold is not None:
+        count = int((values >= threshold).sum())
+    else:
+        held = values.cumsum(0) / values.sum()
+        count = int((held < share).sum()) + 1
+    if count >= len(values):
+        raise ValueError(
+            f"All {len(values)} directions of the keys would be protected, so that nothing can be "
+            "written. Raise `nullspace_threshold`, or lower `protected_share`."
+        )
+    gap = float((values[count - 1] - values[count]) / values[count - 1]) if count else 1.0
+    return vectors[:, :count].float(), gap
+
+
+def projected_update(
+    keys: Tensor,
+    residuals: Tensor,
+    protected: Tensor,
+    weight: float,
+    old_gram: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The factors of ΔW = R Kᵀ P (P A Aᵀ P + λ I)⁻¹, which leaves protected directions alone.
+
+    P projects on what is orthogonal to the protected directions, and A are the keys of this edit,
+    K, and of all before it. The system of the keys or of the inputs is solved, whichever is
+    smaller.
+
+    Args:
+        keys: A, earlier keys first, [M, N].
+        residuals: R of the last n of the keys, [D, n]; the others keep what they have.
+        protected: Q, orthonormal columns, [M, P].
+        weight: λ, the ridge.
+        old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
+
+    Returns:
+        Left factor [D, n] and right factor [M, n], float32.
+
+    Raises:
+        ValueError: If λ is 0 and the projected keys depend on each other.
+
+    Example:
+        >>> q = torch.tensor([[1.0], [0.0]])
+        >>> u, v = projected_update(torch.ones(2, 1), torch.ones(1, 1), q, 1.0)
+        >>> (u @ v.T).tolist()
+        [[0.0, 0.5]]
+
+    References:
+        AlphaEdit, arXiv 2410.02355, equation 14.
+    """
+    directions = protected.double()
+
+    def project(columns: Tensor) -> Tensor:
+        return columns - directions @ (directions.T @ columns)
+
+    projected = project(keys.double())
+    inputs, pairs = keys.shape
+    if pairs <= inputs and old_gram is None:
+        right = _spread(projected, projected.T @ projected, weight)
+    else:
+        system = projected @ projected.T
+        if old_gram is not None:
+            system = system + project(project(old_gram.double()).T)
+        system.diagonal().add_(weight)
+        right = torch.cholesky_solve(projected, _cholesky(system, weight))
+    return residuals.float(), right[:, pairs - residuals.shape[1] :].float()
+
+
+def _spread(columns: Tensor, gram: Tensor, weight: float) -> Tensor:
+    """Columns (gram + λ I)⁻¹, [M, N]."""
+    system = gram.clone()
+    system.diagonal().add_(weight)
+    return torch.cholesky_solve(columns.T, _cholesky(system, weight)).T
+
+
+def _cholesky(system: Tensor, weight: float) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal().square()
+    # By rounding, a singular system may pass with a pivot that means nothing.
+    if int(failed) or float(pivots.min()) < 1e-13 * float(system.diagonal().max()):
+        raise ValueError(
+            f"The keys of the edits depend on each other, which a weight of {weight:g} cannot make "
+            "up for: two requests may be about the same subject. Raise it, or edit them one after "
+            "another."
+        )
+    found: Tensor = factor
+    return found

@@ -1,0 +1,145 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of several layers while these are edited one after another."""
+
+# Shapes: N rows, T positions up to the subject's last token, D hidden, M inputs of the edited
+# projection.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.batch import pad_rows
+from lightning_edit.core.locator import ModelTree
+
+__all__ = ["KeyPass"]
+
+
+class _Stop(Exception):  # noqa: N818  # control flow, not an error
+    """Ends a forward pass at the last block that is needed."""
+
+
+@dataclass
+class KeyPass:
+    """Rows that end at the subject's last token, ready to run between the edited layers.
+
+    What lies below the first edited layer is run once. An edit of a layer changes every position
+    above it, so :meth:`keys` runs on from the last layer that was passed.
+
+    Args:
+        tree: Where the model's parts are.
+        layers: Edited layers, in order.
+        state: Residual stream that enters the block :attr:`at`, [N, T, D].
+        at: The block that is run next.
+        calls: Further arguments of each block from the first to the last edited layer.
+    """
+
+    tree: ModelTree
+    layers: list[int]
+    state: Tensor
+    at: int
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @classmethod
+    @torch.no_grad()
+    def capture(
+        cls, tree: ModelTree, layers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int
+    ) -> KeyPass:
+        """Runs the rows once up to the last edited layer.
+
+        Args:
+            tree: A decoder-only model.
+            layers: Edited layers.
+            rows: Token ids of N rows, each cut behind the subject's last token.
+            pad_id: Fills the gaps on the left.
+        """
+        layers = sorted({tree.index(layer) for layer in layers})
+        model: Any = tree.model
+        device = next(tree.blocks[0].parameters()).device
+        ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        states: list[Tensor] = []
+
+        def enter(layer: int) -> Any:
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                kwargs = dict(kwargs)
+                state = args[0] if args else kwargs.pop("hidden_states")
+                if layer == layers[0]:
+                    states.append(state)
+                calls[layer] = (tuple(args[1:]), kwargs)
+                if layer == layers[-1]:
+                    raise _Stop
+
+            return record
+
+        hooks = [
+            tree.blocks[layer].register_forward_pre_hook(enter(layer), with_kwargs=True)
+            for layer in range(layers[0], layers[-1] + 1)
+        ]
+        try:
+            model.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                use_cache=False,
+            )
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return cls(tree, list(layers), states[0], layers[0], calls)
+
+    @torch.no_grad()
+    def keys(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys of a layer, and what the last edited layer makes of the rows.
+
+        Layers are asked in order; weights of those before may have changed since.
+
+        Args:
+            layer: An edited layer.
+
+        Returns:
+            Input of its edited projection at the subject's last token, [N, M]; output of the last
+            edited layer's projection there, [N, D]; residual stream behind its block, [N, D]; all
+            float32.
+        """
+        for i in range(self.at, layer):
+            self.state = self._block(i, self.state)
+        self.at = layer
+        seen: dict[str, Tensor] = {}
+
+        def take_key(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+            seen["key"] = self._last(args[0])
+
+        def take_value(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen["value"] = self._last(output)
+
+        state, model = self.state, self.tree.model
+        hooks = [
+            self.tree.mlp_out(layer).module(model).register_forward_hook(take_key),
+            self.tree.mlp_out(self.layers[-1]).module(model).register_forward_hook(take_value),
+        ]
+        try:
+            for i in range(layer, self.layers[-1] + 1):
+                state = self._block(i, state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen["key"], seen["value"], state[:, -1].float()
+
+    def _block(self, i: int, state: Tensor) -> Tensor:
+        args, kwargs = self.calls[i]
+        output = self.tree.blocks[i](state, *args, **kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def _last(self, activations: Tensor) -> Tensor:
+        # Some models flatten batch and positions before the MLP.
+        rows = self.state.shape[0]
+        return activations.reshape(rows, -1, activations.shape[-1])[:, -1].float().clone()
