@@ -84,6 +84,9 @@ class ActivationPaths:
             prompt: Tokens of the prompt.
             answer: Tokens of the answer that are read before the last one is predicted.
 
+        Raises:
+            ModelError: If the model cannot be run over cached keys and values.
+
         Example:
             >>> from lightning_edit.demos import tiny_model
             >>> paths = ActivationPaths.capture(ModelTree.of(tiny_model()), [5, 6, 7], [8])
@@ -97,7 +100,7 @@ class ActivationPaths:
         ids = torch.tensor([list(prompt)], device=device)
         inputs: dict[str, Any] = {}
         cache: Any = DynamicCache()
-        with torch.no_grad():
+        with torch.no_grad(), _explained(model):
             if tree.is_encoder_decoder:
                 mask = torch.ones_like(ids)
                 encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
@@ -158,7 +161,7 @@ class ActivationPaths:
         model: Any = self.tree.model
         dtype = next(self.tree.blocks[0].parameters()).dtype
         short = short_attention(self.ids.device, dtype)
-        with frozen(model), short, rows.growing(self.tree, layers):
+        with _explained(model), frozen(model), short, rows.growing(self.tree, layers):
             logits = model(**self._arguments(position, position + 1, cache)).logits
         logits = logits.reshape(-1, logits.shape[-1])
         self._check(logits[0].detach().float(), self.logits[k])
@@ -205,6 +208,21 @@ class ActivationPaths:
             )
 
 
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Turns what a model of another make stumbles over into an error that says so."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
+        if isinstance(reason, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot be run on its last token over cached keys and values "
+            f"({type(reason).__name__}: {reason}). Choose another model, or a method that needs no "
+            "attribution, such as FineTune or LoRA."
+        ) from reason
+
+
 class _Rows:
     """The rows of one pass: the unchanged one, and behind it those that joined it."""
 
@@ -243,8 +261,8 @@ class _Rows:
                 same = state[:1].detach().expand(len(self._points), *state.shape[1:])
                 state = torch.cat([state, same])
             kwargs = dict(kwargs)
-            if isinstance(kwargs.get("alibi"), Tensor):  # of each row's heads
-                kwargs["alibi"] = kwargs["alibi"].repeat(state.shape[0], 1, 1)
+            if isinstance(alibi := kwargs.get("alibi"), Tensor):  # of each row's heads
+                kwargs["alibi"] = alibi.repeat(state.shape[0], *[1] * (alibi.ndim - 1))
             for cache in self._caches:
                 if i < len(cache.layers) and cache.layers[i].is_initialized:
                     layer = cache.layers[i]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import Change, LowRank, WeightDelta
 from lightning_edit.core.errors import EditError, ModelError, RequestError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
@@ -185,8 +185,16 @@ class KN(EditModule):
 
         Raises:
             EditError: If no neuron is above the threshold.
+            ModelError: If the model is not loaded yet, or cannot be run over cached keys and
+                values.
         """
-        tree, tokens = self.tree, self.tokens
+        tokens = self.tokens
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._find(request, self.tree, tokens)
+
+    def _find(
+        self, request: EditRequest, tree: ModelTree, tokens: PromptTokenizer
+    ) -> KnowledgeNeurons:
         layers = [site.layer for site in self.sites(tree)]
         points = integration_points(self.steps)
         answer = self._answer_tokens(request.prompt, request.target_old or "")

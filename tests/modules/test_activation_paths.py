@@ -99,15 +99,24 @@ def test_rows_that_are_too_many_climb_in_parts(monkeypatch: pytest.MonkeyPatch) 
     compare("llama", PROMPT, torch.linspace(0, 1, 4), range(LAYERS))
 
 
-def test_alibi_is_of_every_row() -> None:
-    from transformers import BloomConfig, BloomForCausalLM
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["Bloom", "Falcon", "Mistral"])
+def test_biases_and_windows_are_of_every_row(kind: str, attention: str) -> None:
+    import transformers
 
-    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1)
-    tree = ModelTree.of(BloomForCausalLM(config).eval())
-    points = torch.linspace(0, 1, 3)
-    found = ActivationPaths.capture(tree, PROMPT).gradients(0, 3, [0, 1], points)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"sliding_window": 3, "num_key_value_heads": 2} if kind == "Mistral" else {}
+    if kind == "Bloom":
+        sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+        attention = "eager"  # the only one it has
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, alibi=True, initializer_range=0.1, attn_implementation=attention, **sizes
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    tree, points, prompt = ModelTree.of(model), torch.linspace(0, 1, 3), [*PROMPT, 40, 3, 8]
+    found = ActivationPaths.capture(tree, prompt).gradients(0, 3, [0, 1], points)
     for layer in (0, 1):
-        _, gradients = plain(tree, PROMPT, 0, 3, layer, points)
+        _, gradients = plain(tree, prompt, 0, 3, layer, points)
         assert (found.gradients[layer] - gradients).norm() < 1e-4 * gradients.norm()
 
 
@@ -137,3 +146,10 @@ def test_a_model_that_hands_on_something_else_is_refused() -> None:
         paths.gradients(0, 3, [0, 1], torch.linspace(0, 1, 3))
     hook.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_that_cannot_be_run_so_is_told() -> None:
+    model: Any = build("t5")
+    model.prepare_decoder_input_ids_from_labels = None
+    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration cannot be run .*TypeError"):
+        ActivationPaths.capture(ModelTree.of(model), PROMPT)
