@@ -38,9 +38,10 @@ class CausalTracing(Callback):
     """Traces the known facts before ``fit``'s first step or ``validate``, and proposes layers.
 
     Works with an editor and with any LightningModule that holds a Hugging Face model and its
-    tokenizer. Only facts count whose ``target_old`` the model gives. Under several processes each
-    traces its share of them. Writes ``causal_tracing.json`` and, with matplotlib, the heat maps
-    ``causal_tracing.png``. A resumed fit, whose model is changed already, is not traced again.
+    tokenizer, in the Trainer's precision. Only facts count whose ``target_old`` the model gives.
+    Under several processes each traces its share of them. Writes ``causal_tracing.json`` and, with
+    matplotlib, the heat maps ``causal_tracing.png``. A resumed fit, whose model is changed
+    already, is not traced again.
 
     Args:
         requests: Facts to trace; the requests of the Trainer's datamodule when None.
@@ -110,7 +111,7 @@ class CausalTracing(Callback):
         subjects = [request.subject for request in requests]
         rank, world = trainer.global_rank, trainer.world_size
         rank_zero_info(f"Tracing {len(requests)} facts")  # which takes a while
-        with evaluating(model):
+        with evaluating(model), trainer.precision_plugin.forward_context():
             # The noise is that of all facts, whoever traces them.
             deviation = subject_deviation(ModelTree.of(model), tokens, subjects)
             share = requests[rank::world]

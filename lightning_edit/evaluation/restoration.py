@@ -112,12 +112,12 @@ class CorruptedRun:
         """
         model: Any = self.tree.model
         nothing = Restoration("mlp", 0, 0)
-        found_SV = self._logits(self._run(self.subject.start, [nothing])[:, -1])
+        found_SV = self._logits(self._run(self.subject.start, [nothing]))
         with noisy_embeddings(self.tree, self.subject, self._noise, first=0):
             rows = self._ids_T.expand(self.samples, -1)
             own_SV = model(input_ids=rows, use_cache=False).logits[:, -1].float()
         error = float((found_SV - own_SV).norm() / own_SV.norm())
-        limit = MAX_DIFFERENCE if self._states[0].dtype == torch.float32 else 10 * MAX_DIFFERENCE
+        limit = MAX_DIFFERENCE if self._precision() == torch.float32 else 10 * MAX_DIFFERENCE
         if not error < limit:
             raise ModelError(
                 f"The blocks of {type(model).__name__}, run on their own, give logits that differ "
@@ -136,35 +136,34 @@ class CorruptedRun:
         Returns:
             One probability a restoration, [P] float32.
         """
-        order = sorted(range(len(restorations)), key=lambda i: restorations[i].entry)
-        state_RQD = self._run(token, [restorations[i] for i in order])
-        last_RD = state_RQD[:, -1]
+        last_RD = self._run(token, restorations)
         parts = [last_RD[at : at + HEAD_ROWS] for at in range(0, len(last_RD), HEAD_ROWS)]
         found_R = torch.cat([self._logits(part).softmax(-1)[:, self.answer] for part in parts])
-        means_P = found_R.view(-1, self.samples).mean(1)
-        scores_P = torch.empty_like(means_P)
-        scores_P[torch.tensor(order)] = means_P
-        return scores_P
+        return found_R.view(-1, self.samples).mean(1).cpu()
 
     def _run(self, t: int, restorations: Sequence[Restoration]) -> Tensor:
-        """Final states [R, Q, D] of restorations in the order of their entries."""
-        tree, states = self.tree, self._states
+        """States of the last position after the last block, [R, D]."""
+        tree, states, samples = self.tree, self._states, self.samples
+        entries, trunks = _forks(restorations)
         arguments = self._arguments(t)
         state = states[0][:0, t:]
-        joined = 0
+        joined: list[int] = []
         for i in range(len(tree.blocks) + 1):
-            joining = [r for r in restorations if r.entry == i]
-            if joining:
-                fresh = states[i][1:, t:].repeat(len(joining), 1, 1)
-                for n, restoration in enumerate(joining):
-                    if restoration.kind == "hidden":
-                        fresh[n * self.samples : (n + 1) * self.samples, 0] = states[i][0, t]
-                state = torch.cat([state, fresh])
-                joined += len(joining)
+            joining = [n for n, entry in enumerate(entries) if entry == i]
+            fresh = [states[i][1:, t:].clone() for _ in joining]
+            for n, rows in zip(joining, fresh, strict=True):
+                if trunks[n] != n:
+                    at = joined.index(trunks[n]) * samples
+                    rows[:] = state[at : at + samples]
+                elif restorations[n].kind == "hidden":
+                    rows[:, 0] = states[i][0, t]
+            state = torch.cat([state, *fresh])
+            joined += joining
             if i < len(tree.blocks) and joined:
-                with self._restored(i, t, restorations[:joined]):
+                with self._restored(i, t, [restorations[n] for n in joined]):
                     state = self._block(i, t, state, *arguments[i])
-        return state
+        order = torch.tensor(joined, device=self._device).argsort()
+        return state[:, -1].reshape(len(joined), samples, -1)[order].view(len(state), -1)
 
     def _block(
         self, i: int, t: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,7 +172,7 @@ class CorruptedRun:
         args, kwargs = _with_cache(args, kwargs, prefix)
         if kwargs.get("alibi") is not None:  # of each row's heads
             kwargs["alibi"] = kwargs["alibi"].repeat(state.shape[0], 1, 1)
-        with short_attention(state.device, state.dtype):
+        with short_attention(state.device, self._precision()):
             return _tensor(self.tree.blocks[i](state, *args, **kwargs))
 
     @contextmanager
@@ -188,6 +187,13 @@ class CorruptedRun:
                     put = _put(rows_R, self._clean[kind][i][t])
                     stack.enter_context(_hooked(self._part(kind, i), put))
             yield
+
+    def _precision(self) -> torch.dtype:
+        """Precision of matrix products: the caller's autocast's, or else the weights'."""
+        kind = self._device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self._states[0].dtype
 
     def _part(self, kind: Kind, layer: int) -> nn.Module:
         # The last projection: what contains it adds the residual stream in some models (Bloom).
@@ -270,6 +276,26 @@ def noisy_embeddings(
         raise ModelError(f"{type(tree.model).__name__} has no token embeddings to corrupt.")
     with _hooked(tree.input_embeddings, add):
         yield
+
+
+def _forks(restorations: Sequence[Restoration]) -> tuple[list[int], list[int]]:
+    """Where each restoration leaves what has run already, and from which other one (or itself).
+
+    Windows that start together are one until the shorter ends.
+    """
+    entries, trunks = [], []
+    for n, one in enumerate(restorations):
+        alike = [
+            m
+            for m, other in enumerate(restorations)
+            if one.kind != "hidden"
+            and (other.kind, other.start) == (one.kind, one.start)
+            and one.stop > one.start
+        ]
+        trunk = max(alike, key=lambda m: restorations[m].stop, default=n)
+        trunks.append(trunk)
+        entries.append(one.entry if trunk == n else one.stop)
+    return entries, trunks
 
 
 class _Prefix:

@@ -125,6 +125,16 @@ def test_only_the_first_requests_are_traced_and_own_ones_can_be_given(tmp_path: 
     assert [fact.id for fact in tracing.result.facts] == [r.id for r in tiny_requests(2)]
 
 
+def test_the_precision_is_the_trainers(tmp_path: Path) -> None:
+    tracing = CausalTracing(**FEW)
+    trainer = quiet_trainer(tracing, default_root_dir=tmp_path, precision="bf16-mixed")
+    trainer.fit(foreign(), datamodule=data_of(n=1))
+    assert tracing.result is not None
+    found, exact = tracing.result.facts[0], wanted_of(1).facts[0]
+    assert found.high != exact.high
+    assert found.high == pytest.approx(exact.high, abs=0.05)
+
+
 def test_unknown_facts_are_named(tmp_path: Path) -> None:
     fact = tiny_requests(1)[0]
     wrong = EditRequest(fact.prompt, fact.subject, "Dorin", "Kettleby", id="wrong")

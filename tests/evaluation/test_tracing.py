@@ -346,6 +346,35 @@ def test_blocks_before_the_restored_layer_are_not_run(monkeypatch: pytest.Monkey
     assert rows == {1: SAMPLES * 3, 2: 2 * SAMPLES * 3}
 
 
+def test_windows_that_start_together_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = corrupted(zoo.build("llama"))
+    windows = [Restoration("mlp", 0, stop) for stop in (1, 3, 2, 3)]
+    alone = [float(run.restore(6, [window])) for window in windows]
+    rows: list[int] = []
+    block = CorruptedRun._block
+
+    def counted(self: CorruptedRun, i: int, t: int, state: Tensor, *rest: Any) -> Tensor:
+        rows.append(state.shape[0] // SAMPLES)
+        return block(self, i, t, state, *rest)
+
+    monkeypatch.setattr(restoration.CorruptedRun, "_block", counted)
+    assert run.restore(6, windows).tolist() == pytest.approx(alone, abs=1e-7)
+    assert len({round(score, 7) for score in alone}) == 3
+    assert rows == [1, 2, 3]
+
+
+def test_mixed_precision_is_that_of_the_caller() -> None:
+    model, tokenizer = trained_tiny_model()
+    exact = traced(1).facts[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        settings = TracingSettings(window=2)
+        tokens = PromptTokenizer(tokenizer)
+        rounded = trace_facts(model, tokens, tiny_requests(1), settings).facts[0]
+    assert rounded.high != exact.high
+    for kind in KINDS:
+        torch.testing.assert_close(rounded.scores[kind], exact.scores[kind], rtol=0, atol=0.05)
+
+
 def test_heat_maps_show_tokens_with_the_subject_starred() -> None:
     pytest.importorskip("matplotlib")
     result = traced()
