@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_edit.callbacks.edit_evaluator import EditEvaluator as EditEvaluator
     from lightning_edit.callbacks.edit_report import EditReport as EditReport
     from lightning_edit.callbacks.progress import EditProgressBar as EditProgressBar
+    from lightning_edit.callbacks.retention_curve import RetentionCurve as RetentionCurve
     from lightning_edit.callbacks.save_task_vector import SaveTaskVector as SaveTaskVector
     from lightning_edit.callbacks.task_vector_forgetting import (
         TaskVectorForgetting as TaskVectorForgetting,
@@ -98,6 +99,7 @@ _HOMES = {
     "ROME": "modules.rome",
     "RROME": "modules.r_rome",
     "Reliability": "metrics",
+    "RetentionCurve": "callbacks.retention_curve",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "UltraEdit": "modules.ultra_edit",

@@ -7,6 +7,7 @@ from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
 from lightning_edit.callbacks.edit_report import EditReport
 from lightning_edit.callbacks.progress import EditProgressBar
+from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.callbacks.save_task_vector import SaveTaskVector
 from lightning_edit.callbacks.task_vector_forgetting import TaskVectorForgetting
 
@@ -16,6 +17,7 @@ __all__ = [
     "EditEvaluator",
     "EditProgressBar",
     "EditReport",
+    "RetentionCurve",
     "SaveTaskVector",
     "TaskVectorForgetting",
 ]
