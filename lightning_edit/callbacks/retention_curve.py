@@ -37,7 +37,7 @@ __all__ = ["RetentionCurve"]
 
 
 class RetentionCurve(Callback):
-    """Follows a sequence of edits: are the earlier ones still there, and what did they cost?
+    """Follows a sequence of edits: which earlier ones still hold, and what all of them cost.
 
     After every so many edits of ``fit``, or of ``test`` with the sequential protocol, all edits
     made so far are asked for together, teacher-forced, and one counts as held when every token of
