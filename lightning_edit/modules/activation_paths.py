@@ -166,8 +166,6 @@ class ActivationPaths:
         logits = logits.reshape(-1, logits.shape[-1])
         self._check(logits[0].detach().float(), self.logits[k])
         probabilities, gradient = probability_gradient(logits, token)
-        if not has_whole:
-            gradient[0] = 0
         leaves = rows.scaled + (rows.whole if has_whole else [])
         found = torch.autograd.grad(logits, leaves, gradient)
         gradients = torch.stack(found[: len(layers)])

@@ -15,6 +15,7 @@ from lightning_edit import KN, EditRequest, load_model, load_tokenizer
 from lightning_edit.core.delta import LowRank
 from lightning_edit.core.errors import EditError, LocatorError, ModelError, RequestError
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
+from lightning_edit.modules.kn import KnowledgeNeurons
 from tests.zoo import build
 
 STEPS = 4
@@ -53,8 +54,10 @@ def plain_scores(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
     return torch.stack(scores)
 
 
-def pairs(layers: Tensor, indices: Tensor) -> set[tuple[int, int]]:
-    return set(zip(layers.tolist(), indices.tolist(), strict=True))
+def activations_of(found: KnowledgeNeurons) -> dict[tuple[int, int], float]:
+    """Activation of each neuron, by its layer and index."""
+    places = zip(found.layers.tolist(), found.indices.tolist(), strict=True)
+    return dict(zip(places, found.activations.tolist(), strict=True))
 
 
 # -- finding -----------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def test_neurons_are_those_of_the_plain_computation() -> None:
     torch.testing.assert_close(found.attributions[0], scores, rtol=1e-3, atol=1e-6)
     wanted = torch.nonzero(scores > 0.2 * scores.max())
     assert 0 < len(wanted) < 100
-    assert pairs(found.layers, found.indices) == pairs(wanted[:, 0], wanted[:, 1])
+    assert set(activations_of(found)) == {(int(layer), int(i)) for layer, i in wanted}
     torch.testing.assert_close(found.scores, scores[found.layers, found.indices], rtol=1e-3, atol=0)
 
 
@@ -94,18 +97,24 @@ def test_refinement_counts_prompts() -> None:
         editor_of().find(replace(request, prompt=prompt))
         for prompt in (request.prompt, *request.rephrases)
     ]
-    sets = [pairs(found.layers, found.indices) for found in alone]
+    sets = [set(activations_of(found)) for found in alone]
     wanted = {pair for pair in set.union(*sets) if sum(pair in one for one in sets) >= 2}
     assert wanted
     assert wanted != sets[0]
     found = editor_of(refine_prompts="rephrases").find(request)
-    assert pairs(found.layers, found.indices) == wanted
+    assert set(activations_of(found)) == wanted
     assert found.attributions.shape[0] == 3
+    # Scores and signs are those of the request's own prompt.
+    torch.testing.assert_close(found.scores, found.attributions[0][found.layers, found.indices])
+    own, here = activations_of(alone[0]), activations_of(found)
+    shared = own.keys() & here.keys()
+    assert shared
+    assert all(here[place] == pytest.approx(own[place], rel=1e-5) for place in shared)
     listed = [prompt.replace(request.subject, "{}") for prompt in request.rephrases]
     same = editor_of(refine_prompts=listed).find(replace(request, rephrases=()))
-    assert pairs(same.layers, same.indices) == wanted
+    assert set(activations_of(same)) == wanted
     every = editor_of(refine_prompts=listed, refine_share=0.9).find(request)
-    assert pairs(every.layers, every.indices) == set.intersection(*sets)
+    assert set(activations_of(every)) == set.intersection(*sets)
 
 
 def test_thresholds_and_layers_can_be_set() -> None:
@@ -228,7 +237,7 @@ def test_columns_are_scaled(operation: Any, kind: Any) -> None:
     requests = tiny_requests(2)
     edit = editor.edit(requests)
     found = edit.details["neurons"]
-    both = pairs(found[0].layers, found[0].indices) | pairs(found[1].layers, found[1].indices)
+    both = set(activations_of(found[0])) | set(activations_of(found[1]))
     assert len(both) < len(found[0]) + len(found[1])  # what is shared is scaled once
     before = {site.layer: site.read(model).clone() for site in editor.sites(editor.tree)}
     with edit.applied(model):
