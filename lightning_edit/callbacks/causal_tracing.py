@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
@@ -118,11 +118,6 @@ class CausalTracing(Callback):
             mine = trace_facts(model, tokens, share, self.settings, deviation=deviation)
         self.result = result = _gather(mine, requests, world)
         rank_zero_info(_summary(result, self.count))
-        if not result.facts:
-            rank_zero_warn(
-                f"CausalTracing: the model gives the old answer of none of the {len(requests)} "
-                "requests, so there is nothing to trace. Give facts that it knows."
-            )
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self._write(folder, result)
 
@@ -175,7 +170,7 @@ def _summary(result: TracingResult, count: int) -> str:
     facts = result.facts
     known = f"CausalTracing · {len(facts)} of {len(facts) + len(result.unknown)} facts known"
     if not facts:
-        return known
+        return f"{known}; give some whose `target_old` the model says"
     high, low = (sum(getattr(f, name) for f in facts) / len(facts) for name in ("high", "low"))
     lines = [f"{known} · p(answer) {high:.3f}, with the subject corrupted {low:.3f}"]
     for kind, what in (("hidden", "hidden state"), ("mlp", "MLPs"), ("attention", "attentions")):

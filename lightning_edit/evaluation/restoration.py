@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.core.errors import ModelError
+from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
 
@@ -75,6 +75,20 @@ class CorruptedRun:
                 f"Causal tracing needs a decoder-only model with token embeddings and a "
                 f"projection to the vocabulary, but {name} is none. Choose another model."
             )
+        try:
+            #: The modules whose outputs are restored. The last projections, since what contains
+            #: them adds the residual stream in some models (Bloom).
+            self._parts: dict[Kind, list[nn.Module]] = {
+                "mlp": [tree.mlp_out(i).module(tree.model) for i in range(len(tree.blocks))],
+                "attention": [
+                    tree.attention_out(i).module(tree.model) for i in range(len(tree.blocks))
+                ],
+            }
+        except LocatorError as reason:
+            raise ModelError(
+                f"Causal tracing restores the outputs of MLPs and attentions, which {name} has "
+                f"not in every layer. {reason}"
+            ) from reason
         self.tree, self.subject = tree, subject
         self.samples = noise.shape[0]
         self._device = next(tree.blocks[0].parameters()).device
@@ -179,13 +193,13 @@ class CorruptedRun:
     def _restored(self, i: int, t: int, restorations: Sequence[Restoration]) -> Iterator[None]:
         """Has the clean outputs of a block's parts in the rows that restore them."""
         with ExitStack() as stack:
-            for kind in ("mlp", "attention"):
+            for kind, parts in self._parts.items():
                 covered = [r.kind == kind and r.start <= i < r.stop for r in restorations]
                 if any(covered):
                     rows_R = torch.tensor(covered, device=self._device)
                     rows_R = rows_R.repeat_interleave(self.samples)
                     put = _put(rows_R, self._clean[kind][i][t])
-                    stack.enter_context(_hooked(self._part(kind, i), put))
+                    stack.enter_context(_hooked(parts[i], put))
             yield
 
     def _precision(self) -> torch.dtype:
@@ -195,26 +209,19 @@ class CorruptedRun:
             return torch.get_autocast_dtype(kind)
         return self._states[0].dtype
 
-    def _part(self, kind: Kind, layer: int) -> nn.Module:
-        # The last projection: what contains it adds the residual stream in some models (Bloom).
-        tree = self.tree
-        site = tree.mlp_out(layer) if kind == "mlp" else tree.attention_out(layer)
-        return site.module(tree.model)
-
     def _capture(self) -> None:
         from transformers import DynamicCache
 
-        tree, blocks = self.tree, self.tree.blocks
+        tree = self.tree
         model: Any = tree.model
         cache = DynamicCache()
         rows = self._ids_T.expand(1 + self.samples, -1)
         with ExitStack() as stack:
             recorder = stack.enter_context(_Recorder(tree))
-            for kind in ("mlp", "attention"):
+            for kind, parts in self._parts.items():
                 outputs = self._clean[kind] = []
-                for i in range(len(blocks)):
-                    keep = _keep(outputs, 1 + self.samples)
-                    stack.enter_context(_hooked(self._part(kind, i), keep))
+                for part in parts:
+                    stack.enter_context(_hooked(part, _keep(outputs, 1 + self.samples)))
             stack.enter_context(noisy_embeddings(tree, self.subject, self._noise))
             model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
         self._states = recorder.states

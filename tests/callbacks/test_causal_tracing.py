@@ -135,12 +135,13 @@ def test_the_precision_is_the_trainers(tmp_path: Path) -> None:
     assert found.high == pytest.approx(exact.high, abs=0.05)
 
 
-def test_unknown_facts_are_named(tmp_path: Path) -> None:
+def test_unknown_facts_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fact = tiny_requests(1)[0]
     wrong = EditRequest(fact.prompt, fact.subject, "Dorin", "Kettleby", id="wrong")
     trainer = quiet_trainer(CausalTracing(**FEW), default_root_dir=tmp_path)
-    with pytest.warns(UserWarning, match="old answer of none of the 1 requests"):
+    with caplog.at_level(logging.INFO):
         trainer.fit(foreign(), datamodule=EditDataModule(requests=[wrong]))
+    assert "0 of 1 facts known; give some whose `target_old` the model says" in caplog.text
     saved = json.loads((tmp_path / "causal_tracing.json").read_text(encoding="utf-8"))
     assert (saved["facts"], saved["unknown"], saved["proposed_layers"]) == ([], ["wrong"], [])
     assert not (tmp_path / "causal_tracing.png").exists()

@@ -168,6 +168,8 @@ def test_what_no_restoration_can_change_is_the_corrupted_run() -> None:
 def test_models_that_cannot_be_run_by_blocks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is none"):
         corrupted(tiny_model("t5"))
+    with pytest.raises(ModelError, match="MixtralForCausalLM has not in every layer"):
+        corrupted(zoo.build("mixtral"))
     model = zoo.build("llama")
     run, _ = corrupted(model)
     block = ModelTree.of(model).blocks[1]
