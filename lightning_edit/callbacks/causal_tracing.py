@@ -20,6 +20,7 @@ from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.heat_map import plot_tracing
+from lightning_edit.evaluation.restoration import Kind
 from lightning_edit.evaluation.tracing import (
     POSITIONS,
     FactTrace,
@@ -32,6 +33,13 @@ from lightning_edit.evaluation.tracing import (
 from lightning_edit.modules.base import EditModule
 
 __all__ = ["CausalTracing"]
+
+# Where facts are recalled and where they are fetched (section 2.2 of the paper).
+SITES: tuple[tuple[Kind, str, str], ...] = (
+    ("hidden", "hidden state", "last subject token"),
+    ("mlp", "MLPs", "last subject token"),
+    ("attention", "attentions", "last token"),
+)
 
 
 class CausalTracing(Callback):
@@ -173,11 +181,11 @@ def _summary(result: TracingResult, count: int) -> str:
         return f"{known}; give some whose `target_old` the model says"
     high, low = (sum(getattr(f, name) for f in facts) / len(facts) for name in ("high", "low"))
     lines = [f"{known} · p(answer) {high:.3f}, with the subject corrupted {low:.3f}"]
-    for kind, what in (("hidden", "hidden state"), ("mlp", "MLPs"), ("attention", "attentions")):
-        average = result.average(kind)  # type: ignore[arg-type]
-        row, layer = divmod(int(average.nan_to_num(-1).argmax()), average.shape[1])
-        peak = float(average[row, layer])
-        lines.append(f"  {what:<12}  {peak:+.3f} at the {POSITIONS[row]}, layer {layer}")
+    for kind, what, position in SITES:
+        effects_L = result.average(kind)[POSITIONS.index(position)]
+        layer = int(effects_L.argmax())
+        peak = float(effects_L[layer])
+        lines.append(f"  {what:<12}  {peak:+.3f} at the {position}, layer {layer}")
     return "\n".join([*lines, f"Layers to try  {_proposed(result, count)}"])
 
 

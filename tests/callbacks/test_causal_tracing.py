@@ -71,6 +71,11 @@ def test_a_fit_is_traced_before_its_first_step(
     torch.testing.assert_close(scores, fact.scores["mlp"], rtol=0, atol=1e-5)
     assert f"Layers to try  {saved['proposed_layers']}" in caplog.text
     assert "3 of 3 facts known" in caplog.text
+    effects = torch.stack(
+        [f.indirect_effect("mlp")[f.subject_range[1] - 1] for f in wanted_of(3).facts]
+    )
+    peak = f"{float(effects.mean(0).max()):+.3f} at the last subject token"
+    assert f"MLPs          {peak}, layer {int(effects.mean(0).argmax())}" in caplog.text
 
 
 def test_validate_traces_the_model_as_it_stands(tmp_path: Path) -> None:
@@ -181,10 +186,29 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_the_command_line_traces(tmp_path: Path) -> None:
     world = TinyWorld(tmp_path, n=2)
     run = tmp_path / "run"
-    words = ["validate", *world.arguments(run)[1:], "-c", "trainer/trace"]
-    words += ["--trainer.callbacks.samples=2"]
-    assert run_here(words) == 0
+    words = ["-c", "trainer/trace", "--trainer.callbacks.samples=2"]
+    assert run_here(world.arguments(run, *words, verb="validate")) == 0
     assert {path.name for path in run.iterdir()} >= FILES
     saved = json.loads((run / "causal_tracing.json").read_text(encoding="utf-8"))
     assert saved["settings"]["samples"] == 2
     assert [fact["id"] for fact in saved["facts"]] == [r.id for r in tiny_requests(2)]
+
+
+def test_two_processes_share_the_facts_and_write_the_same_once(tmp_path: Path) -> None:
+    world = TinyWorld(tmp_path, n=3)
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ["-c", "trainer/trace", "--trainer.callbacks.samples=2"]
+    assert run_here(world.arguments(one, *words, verb="validate")) == 0
+    ran = world.run(two, *words, "-c", "trainer/ddp", verb="validate")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("Saved  ") == 1
+    texts = [(run / "causal_tracing.json").read_text(encoding="utf-8") for run in (one, two)]
+    first, second = map(json.loads, texts)
+    assert [fact["id"] for fact in second["facts"]] == [r.id for r in tiny_requests(3)]
+    for a, b in zip(first.pop("facts"), second.pop("facts"), strict=True):
+        for kind in KINDS:
+            torch.testing.assert_close(
+                torch.tensor(b["scores"][kind]), torch.tensor(a["scores"][kind]), rtol=0, atol=2e-6
+            )
+    assert second["settings"] == first["settings"]
+    assert second["proposed_layers"] == first["proposed_layers"]
