@@ -67,6 +67,8 @@ def plot_retention(
     cost = curve.twinx()
     shown = [value if math.isfinite(value) else math.nan for value in perplexity]
     cost.plot([0, *steps], [perplexity_before, *shown], color="tab:red", linestyle="--")
-    cost.set_yscale("log")
+    known = [value for value in (perplexity_before, *shown) if math.isfinite(value)]
+    if known and max(known) > 10 * min(known):
+        cost.set_yscale("log")
     cost.set_ylabel("perplexity on prose", color="tab:red")
     return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -25,7 +26,7 @@ from lightning_edit.functional.ultra_edit import (
     update_normalizer,
 )
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.target_loss import row_means, target_nll, target_probabilities
+from lightning_edit.modules.target_loss import row_means, target_nll
 
 __all__ = ["UltraEdit"]
 
@@ -139,12 +140,12 @@ class UltraEdit(EditModule):
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         tree = self.tree
         sites = self.sites(tree)
-        parts, order, losses = self._capture(tree, sites, batch)
+        passes, order = self._capture(tree, sites, batch)
         normalizers = self._normalizers(sites)
-        for part in parts:
+        for one in passes:
             for site in sites:
                 key = _shape_key(site)
-                rows = torch.cat(part[site.name], 1)
+                rows = torch.cat(one.taken[site.name], 1)
                 if self.biased_variance and len(rows) < 2:
                     raise EditError(
                         "A pass has a single target token, which has no variance, as "
@@ -166,7 +167,7 @@ class UltraEdit(EditModule):
         }
         for site in sites:
             keys, gradients = (
-                torch.cat([part[site.name][i] for part in parts])[order] for i in range(2)
+                torch.cat([one.taken[site.name][i] for one in passes])[order] for i in range(2)
             )
             rows = normalize(
                 torch.cat([keys, gradients], 1), normalizers[_shape_key(site)], self.eps
@@ -190,7 +191,8 @@ class UltraEdit(EditModule):
             for key, normalizer in normalizers.items()
             for name, tensor in normalizer._asdict().items()
         }
-        probabilities = self._probabilities_after(tree, batch, edit)
+        losses = {e: x for one in passes for e, x in zip(one.chosen, one.losses, strict=True)}
+        probabilities = self._probabilities_after(tree, passes, edit)
         edit.details = {
             **details,
             "requests": [
@@ -218,22 +220,18 @@ class UltraEdit(EditModule):
 
     def _capture(
         self, tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch
-    ) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], Tensor, list[float]]:
-        """Inputs [n, I] and gradients at outputs [n, O] of each pass, by the parameter's name.
-
-        Beside them the order in which tokens of all passes follow the batch's labels, [N], and the
-        loss of each request.
-        """
+    ) -> tuple[list[_Pass], Tensor]:
+        """All passes, and the order in which their tokens follow the batch's labels, [N]."""
         lengths = batch.attention_mask.sum(1)
         by_length: list[int] = torch.argsort(lengths, stable=True).tolist()
         is_target = batch.labels != IGNORE_INDEX
         numbers = torch.full_like(batch.labels, -1)
         numbers[is_target] = torch.arange(int(is_target.sum()), device=numbers.device)
-        parts, places, losses = [], [], [0.0] * len(batch)
+        passes, places = [], []
         for start in range(0, len(batch), self.micro_batch_size):
             chosen = by_length[start : start + self.micro_batch_size]
             part = batch.select(chosen)
-            with _recorded(self.model, sites) as seen:
+            with _recorded(self.model, sites) as seen, _output_below(tree, sites) as below:
                 nll = target_nll(tree, part)
             outputs = [seen[site.name][1] for site in sites]
             gradients = torch.autograd.grad(nll.mean(), outputs)
@@ -246,21 +244,49 @@ class UltraEdit(EditModule):
                     inputs.reshape(len(part), -1, site.in_features)[rows, at].float(),
                     gradient.reshape(len(part), -1, site.out_features)[rows, at].float(),
                 )
-            parts.append(taken)
+            losses = row_means(nll.detach(), part.labels).tolist()
+            passes.append(_Pass(chosen, part, taken, losses, below))
             places.append(numbers[chosen][rows, columns])
-            for e, mean in zip(chosen, row_means(nll.detach(), part.labels).tolist(), strict=True):
-                losses[e] = mean
-        return parts, torch.argsort(torch.cat(places)), losses
+        return passes, torch.argsort(torch.cat(places))
 
+    @torch.no_grad()
     def _probabilities_after(
-        self, tree: ModelTree, batch: EditBatch, edit: WeightDelta
-    ) -> list[float]:
-        """The targets' probabilities with the edit; the base class puts the weights back."""
-        with torch.no_grad():
-            for name in edit.changes:
-                parameter = self.model.get_parameter(name)
-                parameter.copy_(parameter.float() + edit.dense(name))
-        return target_probabilities(tree, batch)
+        self, tree: ModelTree, passes: Sequence[_Pass], edit: WeightDelta
+    ) -> dict[int, float]:
+        """The targets' probabilities with the edit; the base class puts the weights back.
+
+        Blocks below the edited ones say what they said before, so they are not run again.
+        """
+        for name in edit.changes:
+            parameter = self.model.get_parameter(name)
+            parameter.copy_(parameter.float() + edit.dense(name))
+        found: dict[int, float] = {}
+        for one in passes:
+            with _skipped(one.below):
+                nll = target_nll(tree, one.batch)
+            means = torch.exp(-row_means(nll, one.batch.labels)).tolist()
+            found |= dict(zip(one.chosen, means, strict=True))
+        return found
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass over some requests of a batch left.
+
+    Args:
+        chosen: Their places in the batch, n of them.
+        batch: The requests.
+        taken: Inputs [t, I] and gradients at outputs [t, O] at their t target tokens, by the
+            parameter's name.
+        losses: Mean loss of each request.
+        below: The blocks below the edited ones, each with the output of the last of them.
+    """
+
+    chosen: list[int]
+    batch: EditBatch
+    taken: dict[str, tuple[Tensor, Tensor]]
+    losses: list[float]
+    below: dict[nn.Module, Any]
 
 
 def _named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
@@ -313,3 +339,35 @@ def _recorded(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
+    """Records what the block below the edited ones returns, for each block from there down."""
+    below = tree.blocks[: min(site.layer for site in sites)]
+    seen: dict[nn.Module, Any] = {}
+
+    def record(_: nn.Module, __: Any, output: Any) -> None:
+        seen.update(dict.fromkeys(below, output))
+
+    handles = [block.register_forward_hook(record) for block in below[-1:]]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
+    """Has blocks return what is given inside a ``with`` block, without running them."""
+    kept = {block: vars(block).get("forward") for block in below}
+    for block, output in below.items():
+        block.forward = lambda *_, output=output, **__: output
+    try:
+        yield
+    finally:
+        for block, own in kept.items():
+            del block.forward
+            if own is not None:  # some libraries wrap it
+                block.forward = own

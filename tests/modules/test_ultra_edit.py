@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_edit import EditRequest, UltraEdit, WeightDelta
 from lightning_edit.core.delta import LowRank
 from lightning_edit.core.errors import EditError, LocatorError
+from lightning_edit.core.locator import ModelTree
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from tests import zoo
@@ -284,3 +285,31 @@ def test_it_teaches_the_tiny_world_what_it_is_told() -> None:
     trainer.fit(editor, datamodule=EditDataModule(requests=requests, batch_size=6))
     assert autoregressive(editor, requests, "reliability") == 1.0
     assert [row["id"] for row in editor.history[-6:]] == [request.id for request in requests]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_probabilities_are_those_of_the_edited_model_though_not_all_of_it_is_run(kind: str) -> None:
+    model = zoo.build(kind)
+    editor = editor_of(model, layers=[2], micro_batch_size=2, lr=1e-2)
+    requests = tiny_requests(3)
+    edit = editor.edit(requests)
+    assert not any("forward" in vars(module) for module in model.modules())
+    tokens = editor.tokens
+    with edit.applied(model), torch.no_grad():
+        for row, request in zip(edit.details["requests"], requests, strict=True):
+            target = tokens.target(request.prompt, request.target_new)
+            nll = torch.stack(plain_nll(model, tokens.prompt(request.prompt), target))
+            assert row["p_target"] == pytest.approx(float(torch.exp(-nll.mean())), rel=1e-3)
+
+
+def test_blocks_below_the_edited_ones_are_run_once() -> None:
+    model = zoo.build("llama")
+    runs = dict.fromkeys(range(3), 0)
+    for layer in runs:
+
+        def count(*_: Any, layer: int = layer) -> None:
+            runs[layer] += 1
+
+        ModelTree.of(model).mlp(layer).register_forward_hook(count)
+    editor_of(model, layers=[1]).edit(tiny_requests(3))
+    assert runs == {0: 1, 1: 2, 2: 2}
