@@ -6,16 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
+from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import Change, LowRank, WeightDelta
 from lightning_edit.core.errors import EditError, LocatorError
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, WeightSite
@@ -26,7 +24,7 @@ from lightning_edit.functional.ultra_edit import (
     update_normalizer,
 )
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.target_loss import row_means, target_nll
+from lightning_edit.modules.gradient_passes import gradient_passes, probabilities_now
 
 __all__ = ["UltraEdit"]
 
@@ -140,7 +138,7 @@ class UltraEdit(EditModule):
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         tree = self.tree
         sites = self.sites(tree)
-        passes, order = self._capture(tree, sites, batch)
+        passes, order = gradient_passes(tree, sites, batch, self.micro_batch_size)
         normalizers = self._normalizers(sites)
         for one in passes:
             for site in sites:
@@ -192,7 +190,8 @@ class UltraEdit(EditModule):
             for name, tensor in normalizer._asdict().items()
         }
         losses = {e: x for one in passes for e, x in zip(one.chosen, one.losses, strict=True)}
-        probabilities = self._probabilities_after(tree, passes, edit)
+        self._write(edit)
+        probabilities = probabilities_now(tree, passes)
         edit.details = {
             **details,
             "requests": [
@@ -218,75 +217,12 @@ class UltraEdit(EditModule):
             if f"{key}.total" in carried
         }
 
-    def _capture(
-        self, tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch
-    ) -> tuple[list[_Pass], Tensor]:
-        """All passes, and the order in which their tokens follow the batch's labels, [N]."""
-        lengths = batch.attention_mask.sum(1)
-        by_length: list[int] = torch.argsort(lengths, stable=True).tolist()
-        is_target = batch.labels != IGNORE_INDEX
-        numbers = torch.full_like(batch.labels, -1)
-        numbers[is_target] = torch.arange(int(is_target.sum()), device=numbers.device)
-        passes, places = [], []
-        for start in range(0, len(batch), self.micro_batch_size):
-            chosen = by_length[start : start + self.micro_batch_size]
-            part = batch.select(chosen)
-            with _recorded(self.model, sites) as seen, _output_below(tree, sites) as below:
-                nll = target_nll(tree, part)
-            outputs = [seen[site.name][1] for site in sites]
-            gradients = torch.autograd.grad(nll.mean(), outputs)
-            rows, columns = torch.nonzero(part.labels != IGNORE_INDEX, as_tuple=True)
-            at = columns if tree.is_encoder_decoder else columns - 1
-            taken = {}
-            for site, gradient in zip(sites, gradients, strict=True):
-                inputs = seen[site.name][0]
-                taken[site.name] = (
-                    inputs.reshape(len(part), -1, site.in_features)[rows, at].float(),
-                    gradient.reshape(len(part), -1, site.out_features)[rows, at].float(),
-                )
-            losses = row_means(nll.detach(), part.labels).tolist()
-            passes.append(_Pass(chosen, part, taken, losses, below))
-            places.append(numbers[chosen][rows, columns])
-        return passes, torch.argsort(torch.cat(places))
-
     @torch.no_grad()
-    def _probabilities_after(
-        self, tree: ModelTree, passes: Sequence[_Pass], edit: WeightDelta
-    ) -> dict[int, float]:
-        """The targets' probabilities with the edit; the base class puts the weights back.
-
-        Blocks below the edited ones say what they said before, so they are not run again.
-        """
+    def _write(self, edit: WeightDelta) -> None:
+        """Writes an edit for a look at it; the base class puts the weights back."""
         for name in edit.changes:
             parameter = self.model.get_parameter(name)
             parameter.copy_(parameter.float() + edit.dense(name))
-        found: dict[int, float] = {}
-        for one in passes:
-            with _skipped(one.below):
-                nll = target_nll(tree, one.batch)
-            means = torch.exp(-row_means(nll, one.batch.labels)).tolist()
-            found |= dict(zip(one.chosen, means, strict=True))
-        return found
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What one pass over some requests of a batch left.
-
-    Args:
-        chosen: Their places in the batch, n of them.
-        batch: The requests.
-        taken: Inputs [t, I] and gradients at outputs [t, O] at their t target tokens, by the
-            parameter's name.
-        losses: Mean loss of each request.
-        below: The blocks below the edited ones, each with the output of the last of them.
-    """
-
-    chosen: list[int]
-    batch: EditBatch
-    taken: dict[str, tuple[Tensor, Tensor]]
-    losses: list[float]
-    below: dict[nn.Module, Any]
 
 
 def _named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
@@ -308,66 +244,3 @@ def _named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
 
 def _shape_key(site: WeightSite) -> str:
     return f"normalizer.{site.out_features}x{site.in_features}"
-
-
-@contextmanager
-def _recorded(
-    model: nn.Module, sites: Sequence[WeightSite]
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Records inputs and outputs of projections inside a ``with`` block, by parameter.
-
-    The outputs alone take part in the gradient: weights are frozen, and the base class gives them
-    their flags back.
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    for site in sites:
-        site.parameter(model).requires_grad_(False)
-
-        def record(
-            _: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = site.name
-        ) -> Tensor:
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            seen[name] = (args[0].detach(), output)
-            # A copy goes on, since some models (Falcon) add to the output in place.
-            return output.clone()
-
-        handles.append(site.module(model).register_forward_hook(record))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
-    """Records what the block below the edited ones returns, for each block from there down."""
-    below = tree.blocks[: min(site.layer for site in sites)]
-    seen: dict[nn.Module, Any] = {}
-
-    def record(_: nn.Module, __: Any, output: Any) -> None:
-        seen.update(dict.fromkeys(below, output))
-
-    handles = [block.register_forward_hook(record) for block in below[-1:]]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
-    """Has blocks return what is given inside a ``with`` block, without running them."""
-    kept = {block: vars(block).get("forward") for block in below}
-    for block, output in below.items():
-        block.forward = lambda *_, output=output, **__: output
-    try:
-        yield
-    finally:
-        for block, own in kept.items():
-            del block.forward
-            if own is not None:  # some libraries wrap it
-                block.forward = own
