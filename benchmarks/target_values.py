@@ -1,0 +1,172 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds a request of the search for target values, against a plain implementation.
+
+    python benchmarks/target_values.py                 # 1, 4, 16 and 64 requests
+    python benchmarks/target_values.py --counts 1 4
+
+The plain one takes one request at a time, as the papers' code does: every pass runs all rows
+through the whole model and projects all positions on the vocabulary. Both sides make equally many
+passes with the same 21 contexts and must find the same values; the plain one is timed on the
+first few requests, since it does the same for each. One thread, float32; where the processor has
+bfloat16 products, ours is timed in bfloat16, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_edit import ROME, EditRequest, Facts, load_model, load_tokenizer
+from lightning_edit.core.batch import pad_rows
+from lightning_edit.modules.target_values import TargetValueSettings, optimize_target_values
+
+
+def plain(
+    editor: Any, layer: int, request: EditRequest, templates: Sequence[str], s: TargetValueSettings
+) -> Tensor:
+    """δ of one request, with the whole model and all logits in every pass, [D]."""
+    model, tokens = editor.model, editor.tokens
+    target = tokens.target(request.prompt, request.target_new)
+    prompts = [
+        tokens.subject_last(request.prompt, request.subject, t.removesuffix("{}"))
+        for t in templates
+    ]
+    anchor = tokens.subject_last(s.kl_prompt.replace("{}", request.subject), request.subject)
+    rows = [[*ids, *target[:-1]] for ids, _ in prompts] + [list(anchor[0])]
+    at = torch.tensor([last for _, last in prompts] + [anchor[1]])
+    ids, mask = pad_rows(rows, tokens.pad_id)
+    every = torch.arange(len(rows))
+    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
+    clean: list[Tensor] = []
+
+    def add(_: Any, __: Any, output: Tensor) -> Tensor:
+        if not clean:
+            clean.append(output[0, at[0]].detach().clone())
+        output = output.clone()
+        output[every, at] += delta
+        return output
+
+    hook = editor.tree.mlp(layer).register_forward_hook(add)
+    optimizer = torch.optim.Adam([delta], lr=s.lr)
+    reference: Tensor | None = None
+    try:
+        for step in range(s.steps):
+            logp = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits, dim=-1)
+            nll = torch.zeros(())
+            for row, (prompt, _) in enumerate(prompts):
+                places = logp[row, len(prompt) - 1 : len(prompt) - 1 + len(target)]
+                nll = nll - places.gather(1, torch.tensor(target)[:, None]).mean() / len(prompts)
+            own = logp[-1, anchor[1]]
+            reference = own.detach() if reference is None else reference
+            kl = s.kl_factor * (own.exp() * (own - reference)).sum()
+            wd = s.weight_decay * torch.linalg.vector_norm(delta) / clean[0].norm() ** 2
+            if step == s.steps - 1:
+                break
+            (delta.grad,) = torch.autograd.grad(nll + kl + wd, [delta])
+            optimizer.step()
+            with torch.no_grad():
+                limit = s.clamp_norm_factor * clean[0].norm()
+                if delta.norm() > limit:
+                    delta.mul_(limit / delta.norm())
+    finally:
+        hook.remove()
+    return delta.detach()
+
+
+def seconds_of(run: Any) -> tuple[float, Any]:
+    began = time.process_time()
+    found = run()
+    return time.process_time() - began, found
+
+
+def matrix_share(run: Any) -> float:
+    """Share of the time that is bare matrix products."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    events = profiler.key_averages()
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+    whole = sum(event.self_cpu_time_total for event in events)
+    return float(sum(e.self_cpu_time_total for e in events if e.key in products) / whole)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--steps", type=int, default=6, help="passes of each search")
+    parser.add_argument("--plain_requests", type=int, default=3)
+    parser.add_argument("--layer", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model("smollm2").requires_grad_(False)
+    editor: Any = ROME.from_model(model, load_tokenizer("smollm2"), layers=[options.layer])
+    templates = editor.templates
+    requests = Facts(known_to=None).requests[: max(options.counts)]
+    settings = TargetValueSettings(steps=options.steps, stop_loss=0.0)
+    half = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+    def ours(count: int, dtype: torch.dtype | None = None) -> Any:
+        with torch.no_grad():
+            return optimize_target_values(
+                editor.tree,
+                editor.tokens,
+                options.layer,
+                requests[:count],
+                templates,
+                settings,
+                dtype=dtype,
+            )
+
+    ours(1)  # warms allocators and kernels up
+    slow: list[float] = []
+    found: list[Tensor] = []
+    fast: dict[int, list[float]] = {count: [] for count in options.counts}
+    rough: dict[int, list[float]] = {count: [] for count in options.counts}
+    for n in range(options.plain_requests):  # alternating
+        seconds, delta = seconds_of(
+            lambda n=n: plain(editor, options.layer, requests[n], templates, settings)
+        )
+        slow.append(seconds)
+        found.append(delta)
+        for count in options.counts:
+            if n and count > 16:
+                continue  # long enough to be timed once
+            fast[count].append(seconds_of(lambda count=count: ours(count))[0] / count)
+            if half is not None:
+                spent = seconds_of(lambda count=count: ours(count, half))[0]
+                rough[count].append(spent / count)
+    same = ours(options.plain_requests).deltas
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(same, found, strict=True)]
+    plain_seconds = statistics.median(slow)
+    ratio = {str(c): round(plain_seconds / statistics.median(fast[c]), 2) for c in options.counts}
+    ratio_half = {
+        str(c): round(plain_seconds / statistics.median(v), 2) for c, v in rough.items() if v
+    }
+    share = matrix_share(lambda: ours(4))
+    out = [f"plain: {plain_seconds:.2f} CPU s a request; largest difference of δ {max(errors):.1e}"]
+    out.append("requests | ours, CPU s a request | ratio | bfloat16 | ratio")
+    for count in options.counts:
+        half_seconds = f"{statistics.median(rough[count]):.2f}" if rough[count] else "–"
+        out.append(
+            f"{count} | {statistics.median(fast[count]):.2f} | {ratio[str(count)]} | "
+            f"{half_seconds} | {ratio_half.get(str(count), '–')}"
+        )
+    out.append(f"bare matrix products: {share:.0%} of our time at 4 requests")
+    out.append(
+        json.dumps({"ratio": ratio, "ratio_bf16": ratio_half, "matrix_share": round(share, 2)})
+    )
+    sys.stdout.write("\n".join(out) + "\n")
+
+
+if __name__ == "__main__":
+    main()
