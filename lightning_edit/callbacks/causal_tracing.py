@@ -7,16 +7,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
-from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.errors import EditError, MissingDependencyError
+from lightning_edit.callbacks.model_access import evaluating, find_requests, model_and_tokens
+from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.heat_map import plot_tracing
@@ -30,7 +28,6 @@ from lightning_edit.evaluation.tracing import (
     subject_deviation,
     trace_facts,
 )
-from lightning_edit.modules.base import EditModule
 
 __all__ = ["CausalTracing"]
 
@@ -112,8 +109,8 @@ class CausalTracing(Callback):
             self._trace(trainer, pl_module)
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model, tokens = self._model(pl_module)
-        requests = self._requests(trainer)
+        model, tokens = model_and_tokens(pl_module, self.model_attribute, "CausalTracing")
+        requests = find_requests(trainer, self.given, "CausalTracing")[: self.limit]
         # Every process must ask: the log folder is broadcast.
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         subjects = [request.subject for request in requests]
@@ -128,29 +125,6 @@ class CausalTracing(Callback):
         rank_zero_info(_summary(result, self.count))
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self._write(folder, result)
-
-    def _model(self, pl_module: LightningModule) -> tuple[Any, PromptTokenizer]:
-        if isinstance(pl_module, EditModule):
-            return pl_module.model, pl_module.tokens
-        model = find_model(pl_module, self.model_attribute)
-        tokens = find_tokenizer(pl_module, model)
-        if tokens is None:
-            raise EditError(
-                f"CausalTracing needs the tokenizer of {type(pl_module).__name__}. Keep a fast one "
-                "as an attribute of the module: `self.tokenizer = ...`."
-            )
-        return model, tokens
-
-    def _requests(self, trainer: Trainer) -> list[EditRequest]:
-        requests = self.given
-        if requests is None:
-            requests = getattr(getattr(trainer, "datamodule", None), "requests", None)
-        if not requests:
-            raise EditError(
-                "CausalTracing has no facts: the Trainer's datamodule has no `requests`. Give "
-                "them: `CausalTracing(requests=[...])`."
-            )
-        return list(requests[: self.limit])
 
     def _write(self, folder: Path, result: TracingResult) -> None:
         folder.mkdir(parents=True, exist_ok=True)

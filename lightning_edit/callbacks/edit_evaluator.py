@@ -14,9 +14,7 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
-from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.errors import EditError
+from lightning_edit.callbacks.model_access import evaluating, find_requests, model_and_tokens
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator, ScoredProbe
 from lightning_edit.functional.counterfact import edit_score
@@ -84,7 +82,7 @@ class EditEvaluator(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After checkpoints are restored: measures the unedited model."""
-        self.requests = self._find_requests(trainer)
+        self.requests = find_requests(trainer, self.given, "EditEvaluator")
         self.after, self.rows, self.seconds = None, {}, 0.0
         restored, self._restored = self._restored, None
         self.sequence = list(restored["sequence"]) if restored else []
@@ -116,7 +114,10 @@ class EditEvaluator(Callback):
         done = len(self.requests)
         if isinstance(pl_module, EditModule):
             done = len(pl_module.delta.provenance.request_ids)
-        evaluator = Evaluator(*self._model(pl_module), readings=["teacher_forced"])
+        evaluator = Evaluator(
+            *model_and_tokens(pl_module, self.model_attribute, "EditEvaluator"),
+            readings=["teacher_forced"],
+        )
         share = self._share(self.requests[:done])
         with evaluating(evaluator.model):
             mine = evaluator.evaluate(share, self._baseline)
@@ -164,32 +165,9 @@ class EditEvaluator(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _model(self, pl_module: LightningModule) -> tuple[Any, PromptTokenizer]:
-        if isinstance(pl_module, EditModule):
-            return pl_module.model, pl_module.tokens
-        model = find_model(pl_module, self.model_attribute)
-        tokens = find_tokenizer(pl_module, model)
-        if tokens is None:
-            raise EditError(
-                f"EditEvaluator needs the tokenizer of {type(pl_module).__name__}. Keep a fast one "
-                "as an attribute of the module: `self.tokenizer = ...`."
-            )
-        return model, tokens
-
     def _evaluator(self, pl_module: LightningModule) -> Evaluator:
-        model, tokens = self._model(pl_module)
+        model, tokens = model_and_tokens(pl_module, self.model_attribute, "EditEvaluator")
         return Evaluator(model, tokens, readings=self.readings, max_new_tokens=self.max_new_tokens)
-
-    def _find_requests(self, trainer: Trainer) -> list[EditRequest]:
-        if self.given is not None:
-            return self.given
-        requests = getattr(getattr(trainer, "datamodule", None), "requests", None)
-        if not requests:
-            raise EditError(
-                "EditEvaluator has nothing to measure by: the Trainer's datamodule has no "
-                "`requests`. Give them: `EditEvaluator(requests=[...])`."
-            )
-        return list(requests)
 
     def _share(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         return list(requests[_rank() :: _world_size()])

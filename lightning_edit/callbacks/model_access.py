@@ -4,21 +4,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.errors import ModelError
+from lightning_edit.core.errors import EditError, ModelError
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import reshard
+from lightning_edit.modules.base import EditModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["evaluating", "find_model", "find_tokenizer"]
+__all__ = ["evaluating", "find_model", "find_requests", "find_tokenizer", "model_and_tokens"]
+
+
+def model_and_tokens(
+    module: LightningModule, attribute: str | None, who: str
+) -> tuple[Any, PromptTokenizer]:
+    """The language model in a module, and its tokenizer.
+
+    Args:
+        module: A LightningModule after ``configure_model``.
+        attribute: As in :func:`find_model`.
+        who: Name of the callback that needs them, for the error.
+
+    Raises:
+        ModelError: If there is no model, or there are several and no attribute is named.
+        EditError: If there is no tokenizer.
+    """
+    if isinstance(module, EditModule):
+        return module.model, module.tokens
+    model = find_model(module, attribute)
+    tokens = find_tokenizer(module, model)
+    if tokens is None:
+        raise EditError(
+            f"{who} needs the tokenizer of {type(module).__name__}. Keep a fast one as an "
+            "attribute of the module: `self.tokenizer = ...`."
+        )
+    return model, tokens
+
+
+def find_requests(
+    trainer: Trainer, given: Sequence[EditRequest] | None, who: str
+) -> list[EditRequest]:
+    """Requests that a callback was given, or those of the Trainer's datamodule.
+
+    Args:
+        trainer: The Trainer that runs.
+        given: What the callback was given; None to ask the datamodule.
+        who: Name of the callback, for the error.
+
+    Raises:
+        EditError: If there are none.
+    """
+    if given is not None:
+        return list(given)
+    requests = getattr(getattr(trainer, "datamodule", None), "requests", None)
+    if not requests:
+        raise EditError(
+            f"{who} has nothing to ask: the Trainer's datamodule has no `requests`. Give them: "
+            f"`{who}(requests=[...])`."
+        )
+    return list(requests)
 
 
 def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
-from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.callbacks.model_access import evaluating, model_and_tokens
 from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.prose import perplexity, read_prose
@@ -170,7 +169,7 @@ class RetentionCurve(Callback):
         if restored:
             self.perplexity_before = float(restored["perplexity_before"])
             return
-        model, tokens = self._model(pl_module)
+        model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
         with _unedited(pl_module), evaluating(model):
             self.perplexity_before = perplexity(model, tokens, self.text)
 
@@ -196,7 +195,7 @@ class RetentionCurve(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Adds a row, logs it and writes what there is so far."""
-        model, tokens = self._model(pl_module)
+        model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
         pairs = [(tokens.prompt(p), tokens.target(p, a)) for p, a in self._made.values()]
         with evaluating(model):
             scores = score_targets(model, tokens, pairs)
@@ -266,18 +265,6 @@ class RetentionCurve(Callback):
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         is_dry = bool(getattr(trainer, "fast_dev_run", False))
         return folder if trainer.is_global_zero and not is_dry else None
-
-    def _model(self, pl_module: LightningModule) -> tuple[Any, PromptTokenizer]:
-        if isinstance(pl_module, EditModule):
-            return pl_module.model, pl_module.tokens
-        model = find_model(pl_module, self.model_attribute)
-        tokens = find_tokenizer(pl_module, model)
-        if tokens is None:
-            raise EditError(
-                f"RetentionCurve needs the tokenizer of {type(pl_module).__name__}. Keep a fast "
-                "one as an attribute of the module: `self.tokenizer = ...`."
-            )
-        return model, tokens
 
     # -- checkpoints -------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         trainer.fit(module, datamodule=data_of(n=1))
     loader: Any = torch.utils.data.DataLoader(tiny_requests(1), collate_fn=list)  # type: ignore[arg-type]
     trainer = quiet_trainer(CausalTracing(**FEW), default_root_dir=tmp_path)
-    with pytest.raises(EditError, match="CausalTracing has no facts"):
+    with pytest.raises(EditError, match="CausalTracing has nothing to ask"):
         trainer.fit(foreign(), train_dataloaders=loader, val_dataloaders=loader)
     assert not list(tmp_path.iterdir())
 

@@ -159,7 +159,7 @@ def test_what_it_lacks_it_names() -> None:
     twice = [EditRequest("People in Velmora speak", "Velmora", a) for a in ("Ostrish", "Velmic")]
     with pytest.raises(RequestError, match="contradict"):
         EditEvaluator(requests=twice)
-    with pytest.raises(EditError, match="has nothing to measure by"):
+    with pytest.raises(EditError, match="EditEvaluator has nothing to ask"):
         quiet_trainer(EditEvaluator()).fit(foreign(), data_of().train_dataloader())
     with pytest.raises(ModelError, match="no such attribute"):
         learned(EditEvaluator(model_attribute="brain"), epochs=1)
