@@ -1,0 +1,146 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Closed forms and statistics of mass editors against their plain forms, CPU seconds, one thread.
+
+    python benchmarks/closed_forms.py
+
+* AlphaEdit's update of 10 requests with 300 earlier keys, at the width of a model of seven billion
+  weights: the paper's system of the inputs in float32, against the system of the keys in float64.
+* MEMIT's update of 10 requests at that width: a dense float64 solve, against the system of the keys
+  with a Cholesky factor of the second moment that is made once (the time of that is given apart).
+* Second moments of five layers of the default model: a pass for each layer, against one for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_edit import PromptTokenizer, load_model, load_tokenizer
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.evaluation.prose import read_prose
+from lightning_edit.functional.least_squares import factorize, projected_update, ridge_update
+from lightning_edit.modules.second_moment import second_moments
+
+OLD, NEW, OUTPUTS = 300, 10, 512
+LAYERS = [4, 5, 6, 7, 8]
+
+
+def alternate(
+    plain: Callable[[], Any], ours: Callable[[], Any], turns: int
+) -> tuple[float, float, Any, Any]:
+    """Median CPU seconds of both sides, taken in turns, and what they found."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    found: list[Any] = [None, None]
+    for _ in range(turns):
+        for side, run in enumerate((plain, ours)):
+            began = time.process_time()
+            found[side] = run()
+            seconds[side].append(time.process_time() - began)
+    return statistics.median(seconds[0]), statistics.median(seconds[1]), found[0], found[1]
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def alpha_edit(width: int, turns: int) -> tuple[float, float, float]:
+    """The update with earlier keys; plain: [P (K Kᵀ + c) + λ I]⁻¹ P K Rᵀ."""
+    protected = torch.linalg.qr(torch.randn(width, width // 4)).Q
+    projector = torch.eye(width) - protected @ protected.T
+    old, new, residuals = (
+        torch.randn(width, OLD),
+        torch.randn(width, NEW),
+        torch.randn(OUTPUTS, NEW),
+    )
+    gram = old @ old.T  # which the plain form keeps from edit to edit
+
+    def plain() -> Tensor:
+        system = projector @ (new @ new.T + gram) + torch.eye(width)
+        change: Tensor = torch.linalg.solve(system, projector @ new @ residuals.T).T
+        return change
+
+    def ours() -> Tensor:
+        u, v = projected_update(torch.cat([old, new], 1), residuals, protected, 1.0)
+        return u @ v.T
+
+    slow, fast, wanted, found = alternate(plain, ours, turns)
+    return slow, fast, difference(found, wanted)
+
+
+def memit(width: int, turns: int) -> tuple[float, float, float, float]:
+    """The update of a batch; plain: R Kᵀ (λ C + K Kᵀ)⁻¹ in float64."""
+    keys = torch.randn(2 * width, width) * torch.logspace(0, -1.5, width)
+    moment = keys.T @ keys / len(keys)
+    new, residuals, weight = torch.randn(width, NEW), torch.randn(OUTPUTS, NEW), 100.0
+    began = time.process_time()
+    factor = factorize(moment)
+    once = time.process_time() - began
+
+    def plain() -> Tensor:
+        k = new.double()
+        solved: Tensor = torch.linalg.solve(weight * moment.double() + k @ k.T, k)
+        return residuals.double() @ solved.T
+
+    def ours() -> Tensor:
+        u, v = ridge_update(new, residuals, factor, weight)
+        return u @ v.T
+
+    slow, fast, wanted, found = alternate(plain, ours, turns)
+    return slow, fast, difference(found, wanted), once
+
+
+def moments(turns: int) -> tuple[float, float, float]:
+    """Second moments of five layers from about six thousand tokens of text."""
+    tree = ModelTree.of(load_model("smollm2"))
+    tokens = PromptTokenizer(load_tokenizer("smollm2"))
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        text.write_text("\n".join([read_prose()] * 20), encoding="utf-8")
+
+        def run(layers: list[int]) -> dict[int, Tensor]:
+            return second_moments(tree, tokens, layers, model_hash="", text=str(text))
+
+        def plain() -> dict[int, Tensor]:
+            return {layer: run([layer])[layer] for layer in LAYERS}
+
+        slow, fast, wanted, found = alternate(plain, lambda: run(LAYERS), turns)
+    return slow, fast, max(difference(found[layer], wanted[layer]) for layer in LAYERS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--width", type=int, default=4096, help="inputs of the edited matrix")
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    alpha = alpha_edit(options.width, options.turns)
+    batch = memit(options.width, options.turns)
+    stats = moments(options.turns)
+    out = ["what | plain, CPU s | ours, CPU s | ratio | relative difference"]
+    ratio = {}
+    for name, (slow, fast, error) in (
+        ("alpha_edit", alpha),
+        ("memit", batch[:3]),
+        ("second_moments", stats),
+    ):
+        ratio[name] = round(slow / fast, 1)
+        out.append(f"{name} | {slow:.2f} | {fast:.3f} | {ratio[name]} | {error:.1e}")
+    out.append(f"factor of the second moment, made once: {batch[3]:.2f} s")
+    out.append(json.dumps({"ratio": ratio}))
+    sys.stdout.write("\n".join(out) + "\n")
+
+
+if __name__ == "__main__":
+    main()
