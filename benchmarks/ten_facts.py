@@ -6,9 +6,9 @@
     python benchmarks/ten_facts.py --editor rome      # one of them
 
 Every fact is edited alone, from the unedited model, and measured on its prompt, its paraphrases
-and its neighbors; a match is strict when all tokens of the answer are right. ``rome_bf16`` finds
-its target values in bfloat16, as under a Trainer of ``precision="bf16-mixed"``, which pays where
-the processor has bfloat16 products (AMX or AVX512-bf16).
+and its neighbors; a match is strict when all tokens of the answer are right. With ``_bf16``, target
+values are found in bfloat16, as under a Trainer of ``precision="bf16-mixed"``, which pays where the
+processor has bfloat16 products (AMX or AVX512-bf16).
 
 The peak is that of loading, statistics, contexts and edits; measuring comes after it.
 """
@@ -25,22 +25,34 @@ import time
 from dataclasses import replace
 from typing import Any
 
-EDITORS = ("ft_m", "lora", "rome", "rome_bf16")
+EDITORS = (
+    *("ft_m", "lora", "rome", "rome_bf16", "r_rome", "memit", "memit_bf16"),
+    *("emmet", "alpha_edit", "alpha_edit_bf16", "kn", "ultra_edit"),
+)
+SPREAD = {"layers": [4, 5, 6, 7, 8], "steps": 25, "clamp_norm_factor": 0.75}
 
 
 def build(name: str, model: Any, tokenizer: Any) -> Any:
-    from lightning_edit import ROME, FineTune, LoRA
+    import lightning_edit as le
 
-    if name.startswith("rome"):
-        # 25 passes and 21 contexts, as the peer's configuration has them.
-        return ROME.from_model(
-            model, tokenizer, layers=[5], steps=25, weight_decay=1e-3, clamp_norm_factor=1.5
-        )
-    if name == "lora":
-        return LoRA.from_model(model, tokenizer, steps=70)
-    return FineTune.from_model(
-        model, tokenizer, layers=[21], objective="target_new", steps=25, norm_constraint=None
-    )
+    # 25 passes and 21 contexts, as the peer's configuration has them.
+    rank_one = {"layers": [5], "steps": 25, "weight_decay": 1e-3, "clamp_norm_factor": 1.5}
+    plans: dict[str, tuple[Any, dict[str, Any]]] = {
+        "ft_m": (
+            le.FineTune,
+            {"layers": [21], "objective": "target_new", "steps": 25, "norm_constraint": None},
+        ),
+        "lora": (le.LoRA, {"steps": 70}),
+        "rome": (le.ROME, rank_one),
+        "r_rome": (le.RROME, rank_one),
+        "memit": (le.MEMIT, SPREAD),
+        "emmet": (le.EMMET, {**SPREAD, "layers": [5]}),
+        "alpha_edit": (le.AlphaEdit, SPREAD),
+        "kn": (le.KN, {}),
+        "ultra_edit": (le.UltraEdit, {}),
+    }
+    editor, settings = plans[name.removesuffix("_bf16")]
+    return editor.from_model(model, tokenizer, **settings)
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -53,8 +65,9 @@ def measure(name: str) -> dict[str, Any]:
     requests = Facts(demo=True).requests
     editor = build(name, model, tokenizer)
     evaluator = Evaluator(model, editor.tokens, readings=["teacher_forced"])
-    if name.startswith("rome"):
-        editor.second_moment(5)
+    if hasattr(editor, "second_moment"):
+        for site in editor.sites(editor.tree):
+            editor.second_moment(site.layer)
         _ = editor.templates
     bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=name.endswith("bf16"))
     seconds, edits = [], []
@@ -65,7 +78,7 @@ def measure(name: str) -> dict[str, Any]:
             edits.append(editor.edit(request))
             seconds.append(time.process_time() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    steps = [row["steps"] for edit in edits for row in edit.details["requests"]]
+    steps = [row.get("steps", 1) for edit in edits for row in edit.details["requests"]]
 
     hits: dict[str, list[bool]] = {"reliability": [], "generality": [], "locality": []}
     for request, edit in zip(requests, edits, strict=True):
