@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
+from lightning_edit.evaluation.blocks import hidden_states, scaled_logits, with_cache
 
 __all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
 
@@ -183,11 +184,11 @@ class CorruptedRun:
         self, i: int, t: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         prefix = _Prefix(i, *(part[1:, :, :t] for part in self._cache[i]))
-        args, kwargs = _with_cache(args, kwargs, prefix)
+        args, kwargs = with_cache(args, kwargs, prefix)
         if kwargs.get("alibi") is not None:  # of each row's heads
             kwargs["alibi"] = kwargs["alibi"].repeat(state.shape[0], 1, 1)
         with short_attention(state.device, self._precision()):
-            return _tensor(self.tree.blocks[i](state, *args, **kwargs))
+            return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
 
     @contextmanager
     def _restored(self, i: int, t: int, restorations: Sequence[Restoration]) -> Iterator[None]:
@@ -253,12 +254,7 @@ class CorruptedRun:
         tree = self.tree
         if tree.final_norm is not None:
             state = tree.final_norm(state)
-        logits: Tensor = tree.lm_head(state).float()  # type: ignore[misc]
-        config = getattr(tree.model, "config", None)
-        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
-            logits = logits * (getattr(config, name, None) or 1.0) ** power
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return scaled_logits(tree.model, tree.lm_head(state))  # type: ignore[misc]
 
 
 @contextmanager
@@ -348,7 +344,7 @@ class _Recorder:
         self.arguments.append((tuple(args[1:]), kwargs))
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.states.append(_tensor(output))
+        self.states.append(hidden_states(output))
 
 
 def _keep(outputs: list[Tensor], rows: int) -> Callable[..., None]:
@@ -376,20 +372,3 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _tensor(output: Any) -> Tensor:
-    """A module's output: some return a tuple around it."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _with_cache(
-    args: tuple[Any, ...], kwargs: dict[str, Any], prefix: _Prefix
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from transformers import Cache
-
-    def swap(value: Any) -> Any:
-        return prefix if isinstance(value, Cache) else value
-
-    return tuple(swap(a) for a in args), {name: swap(v) for name, v in kwargs.items()}

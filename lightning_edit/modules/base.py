@@ -279,6 +279,14 @@ class EditModule(LightningModule, ABC):
                     parameter.requires_grad_(flags[name])
                     parameter.grad = gradients[name]
 
+    @torch.no_grad()
+    def write_for_now(self, edit: WeightDelta) -> None:
+        """Adds an edit to the weights inside :meth:`compute_edit`, after which it is taken out."""
+        for name in edit.changes:
+            parameter = self.model.get_parameter(name)
+            weight = local_shard(parameter)
+            weight.copy_(weight.float() + shard_like(parameter, edit.dense(name)))
+
     def _edited_parameters(self) -> dict[str, nn.Parameter]:
         return {name: self.model.get_parameter(name) for name in self.edit_optimizer.originals}
 

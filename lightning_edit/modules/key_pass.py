@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.evaluation.blocks import hidden_states
 
 __all__ = ["KeyPass"]
 
@@ -96,7 +97,7 @@ class KeyPass:
         return cls(tree, list(layers), states[0], layers[0], calls)
 
     @torch.no_grad()
-    def keys(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys of a layer, and what the last edited layer makes of the rows.
 
         Layers are asked in order; weights of those before may have changed since.
@@ -105,41 +106,28 @@ class KeyPass:
             layer: An edited layer.
 
         Returns:
-            Input of its edited projection at the subject's last token, [N, M]; output of the last
-            edited layer's projection there, [N, D]; residual stream behind its block, [N, D]; all
-            float32.
+            Input of its edited projection at the subject's last token, [N, M], and residual stream
+            behind the last edited layer's block there, [N, D]; both float32.
         """
         for i in range(self.at, layer):
             self.state = self._block(i, self.state)
         self.at = layer
-        seen: dict[str, Tensor] = {}
+        seen: list[Tensor] = []
 
-        def take_key(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-            seen["key"] = self._last(args[0])
+        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+            # Some models flatten batch and positions before the MLP.
+            rows = args[0].reshape(self.state.shape[0], -1, args[0].shape[-1])
+            seen.append(rows[:, -1].float().clone())
 
-        def take_value(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen["value"] = self._last(output)
-
-        state, model = self.state, self.tree.model
-        hooks = [
-            self.tree.mlp_out(layer).module(model).register_forward_hook(take_key),
-            self.tree.mlp_out(self.layers[-1]).module(model).register_forward_hook(take_value),
-        ]
+        state = self.state
+        hook = self.tree.mlp_out(layer).module(self.tree.model).register_forward_pre_hook(take)
         try:
             for i in range(layer, self.layers[-1] + 1):
                 state = self._block(i, state)
         finally:
-            for hook in hooks:
-                hook.remove()
-        return seen["key"], seen["value"], state[:, -1].float()
+            hook.remove()
+        return seen[0], state[:, -1].float()
 
     def _block(self, i: int, state: Tensor) -> Tensor:
         args, kwargs = self.calls[i]
-        output = self.tree.blocks[i](state, *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
-
-    def _last(self, activations: Tensor) -> Tensor:
-        # Some models flatten batch and positions before the MLP.
-        rows = self.state.shape[0]
-        return activations.reshape(rows, -1, activations.shape[-1])[:, -1].float().clone()
+        return hidden_states(self.tree.blocks[i](state, *args, **kwargs))

@@ -20,7 +20,7 @@ from lightning_edit.core.delta import Change, LowRank, WeightDelta
 from lightning_edit.core.errors import EditError, ModelError, RequestError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.core.request import EditRequest
-from lightning_edit.core.sharding import local_shard, shard_like, whole_tensor
+from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.functional.knowledge_neurons import (
     ThresholdKind,
     coarse_neurons,
@@ -372,8 +372,5 @@ class KN(EditModule):
     @torch.no_grad()
     def _losses_with(self, edit: WeightDelta, batch: EditBatch) -> list[float]:
         """Mean NLL of each target with the edit, which the caller takes out again."""
-        for name in edit.changes:
-            parameter = self.model.get_parameter(name)
-            weight = local_shard(parameter)
-            weight.copy_(weight.float() + shard_like(parameter, edit.dense(name)))
+        self.write_for_now(edit)
         return [float(x) for x in row_means(target_nll(self.tree, batch), batch.labels)]

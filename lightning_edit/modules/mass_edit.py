@@ -17,13 +17,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
-from lightning_edit.core.delta import Change, LowRank, WeightDelta
+from lightning_edit.core.delta import LowRank, WeightDelta
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.key_pass import KeyPass
 from lightning_edit.modules.locate import LocateModule
-from lightning_edit.modules.tail import Place
 from lightning_edit.modules.target_values import TargetValues
 
 __all__ = ["MassEditModule"]
@@ -51,7 +50,6 @@ class MassEditModule(LocateModule):
     """
 
     groups_contexts: ClassVar[bool] = True
-    place: ClassVar[Place] = "block"
 
     def __init__(
         self,
@@ -61,7 +59,7 @@ class MassEditModule(LocateModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        self.settings = replace(self.settings, place=self.place)
+        self.settings = replace(self.settings, place="block")
         self.aligned = aligned
         self._factors: dict[int, Tensor] = {}
 
@@ -86,24 +84,6 @@ class MassEditModule(LocateModule):
             The change as u vᵀ of shape [D, M], and figures of each request by name, [E] each.
         """
 
-    def share(self, layers_left: int) -> float:
-        """The share of what is lacking that a layer takes, given the layers from it on."""
-        return 1 / layers_left
-
-    def find_values(self, batch: EditBatch, layer: int) -> TargetValues:
-        """Target values of a batch at the last edited layer."""
-        return self.target_values(batch, layer)
-
-    def lacking(self, found: TargetValues, value: Tensor, hidden: Tensor) -> Tensor:
-        """What the last edited layer lacks at the bare prompts, [E, D].
-
-        Args:
-            found: Target values.
-            value: Output of its projection as it stands, [E, D].
-            hidden: Residual stream behind it as it stands, [E, D].
-        """
-        return found.values - hidden
-
     def carry(self, batch: EditBatch, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         """What later edits need of this one, once it is committed; see :attr:`carried`.
 
@@ -117,24 +97,24 @@ class MassEditModule(LocateModule):
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         sites = self.sites(self.tree)
         with self.base_weights() if self.aligned else nullcontext():
-            found = self.find_values(batch, sites[-1].layer)
+            found = self.target_values(batch, sites[-1].layer)
             passing = self._pass(batch, sites)
             if self.aligned:
                 asked = {site.layer: passing.keys(site.layer) for site in sites}
-        changes: dict[str, Change] = {}
+        changes: dict[str, LowRank] = {}
         keys: dict[int, Tensor] = {}
         residuals: dict[int, Tensor] = {}
         figures: dict[int, dict[str, Tensor]] = {}
         for i, site in enumerate(sites):
             seen = asked[site.layer] if self.aligned else passing.keys(site.layer)
-            key, value, hidden = (self._by_request(batch, part) for part in seen)
+            key, hidden = (self._by_request(batch, part) for part in seen)
             keys[site.layer] = self.mean_keys(key)
-            lacking = self.lacking(found, value[:, 0], hidden[:, 0])
+            lacking = found.values - hidden[:, 0]
             if self.aligned:
                 written = self._written_at(site, keys[site.layer])
-                residuals[site.layer] = lacking * self.share(len(sites)) - written
+                residuals[site.layer] = lacking / len(sites) - written
             else:
-                residuals[site.layer] = lacking * self.share(len(sites) - i)
+                residuals[site.layer] = lacking / (len(sites) - i)
             pairs, figures[site.layer] = self.solve(site, keys[site.layer], residuals[site.layer])
             if not bool(torch.isfinite(pairs.u).all() and torch.isfinite(pairs.v).all()):
                 raise EditError(
@@ -142,10 +122,8 @@ class MassEditModule(LocateModule):
                 )
             change = LowRank(pairs.v, pairs.u) if site.transposed else pairs
             changes[site.name] = change
-            # Layers above see what this one has got; the base class takes it out again.
-            with torch.no_grad():
-                parameter = site.parameter(self.model)
-                parameter.add_(change.dense().to(parameter.dtype))
+            # Layers above see what this one has got.
+            self.write_for_now(WeightDelta({site.name: change}))
         edit = WeightDelta(changes)
         edit.carried = self.carry(batch, keys)
         edit.details = {
@@ -226,7 +204,7 @@ class MassEditModule(LocateModule):
         batch: EditBatch,
         found: TargetValues,
         e: int,
-        changes: dict[str, Change],
+        changes: dict[str, LowRank],
         figures: dict[int, dict[str, Tensor]],
     ) -> dict[str, Any]:
         per_layer: Sequence[dict[str, Tensor]] = list(figures.values())
@@ -250,9 +228,7 @@ class MassEditModule(LocateModule):
         return self._factors[layer]
 
 
-def _column_norm(change: Change, e: int) -> float:
+def _column_norm(change: LowRank, e: int) -> float:
     """‖Δ‖ of one request's part of a low-rank change."""
-    if not isinstance(change, LowRank):
-        return float(torch.linalg.vector_norm(change))
     norms = (torch.linalg.vector_norm(part[:, e]) for part in (change.u, change.v))
     return float(torch.stack(list(norms)).prod())

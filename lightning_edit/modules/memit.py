@@ -88,10 +88,13 @@ class MEMIT(MassEditModule):
 
     @override
     def carry(self, batch: EditBatch, keys: dict[int, Tensor]) -> dict[str, Tensor]:
-        weights = {
-            f"weight/{layer}": torch.tensor(
-                self._weight(layer, key_strengths(key.T, self.factor(layer))), dtype=torch.float64
-            )
-            for layer, key in keys.items()
-        }
-        return {**super().carry(batch, keys), **weights}
+        carried = super().carry(batch, keys)
+        if self.moment_weight is None:
+            for layer, key in keys.items():
+                name = f"weight/{layer}"
+                if name in self.carried:
+                    carried[name] = self.carried[name]
+                else:
+                    weight = self._weight(layer, key_strengths(key.T, self.factor(layer)))
+                    carried[name] = torch.tensor(weight, dtype=torch.float64)
+        return carried

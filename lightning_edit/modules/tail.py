@@ -25,6 +25,7 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
+from lightning_edit.evaluation.blocks import hidden_states, scaled_logits, with_cache
 
 __all__ = ["Place", "Tail", "frozen", "split_rows"]
 
@@ -218,7 +219,7 @@ class Tail:
                 tree, layer, seen.key, seen.value, seen.entry[layer], [], prefix, inside=True
             )
             blocks = [*enumerate(tree.blocks)][layer:]
-            tail.calls = [(b, *_replace_cache(seen.arguments[i], prefix)) for i, b in blocks]
+            tail.calls = [(b, *with_cache(*seen.arguments[i], prefix)) for i, b in blocks]
             after = seen.entry.get(layer + 1, seen.last)
             if place == "block":
                 tail.values = after[:, 0].clone()
@@ -276,8 +277,8 @@ class Tail:
     ) -> Tensor:
         lowered = self.matrices.get(module)
         if not lowered:
-            return _tensor(module(state, *args, **kwargs))
-        return _tensor(functional_call(module, lowered, (state, *args), kwargs))
+            return hidden_states(module(state, *args, **kwargs))
+        return hidden_states(functional_call(module, lowered, (state, *args), kwargs))
 
     def logits(self, state: Tensor) -> Tensor:
         """Next-token logits of hidden states [..., D], as float32 [..., V]."""
@@ -289,12 +290,8 @@ class Tail:
                 "Load it with AutoModelForCausalLM."
             )
         with self._precision():
-            logits = self._run(self.tree.lm_head, (), {}, state).float()
-        config = getattr(self.tree.model, "config", None)
-        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
-            logits = logits * (getattr(config, name, None) or 1.0) ** power
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+            logits = self._run(self.tree.lm_head, (), {}, state)
+        return scaled_logits(self.tree.model, logits)
 
     def select(self, rows: Tensor) -> Tail:
         """The tail of some of the rows, [n] int64."""
@@ -349,7 +346,7 @@ class Tail:
         nudge = torch.ones_like(self.values) * self.values.abs().mean()
         block, args, kwargs = self.calls[0]
         with _added(self.tree.mlp(self.layer), nudge):
-            moved = _tensor(block(self.state, *args, **kwargs))
+            moved = hidden_states(block(self.state, *args, **kwargs))
         wanted = after[:, 0] + nudge
         return bool(torch.allclose(moved[:, 0], wanted, rtol=1e-3, atol=1e-3 * float(nudge.max())))
 
@@ -388,7 +385,7 @@ class _Recorder:
         return record
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.last = _tensor(output)
+        self.last = hidden_states(output)
 
     def _project(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
@@ -416,12 +413,6 @@ def _added(mlp: nn.Module, change: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _tensor(output: Any) -> Tensor:
-    """A block's hidden states: some blocks return a tuple around them."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
 def _masked(cache: Any, mask_NP: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values by layer, zero on padding: a row of nothing but padding makes them NaN."""
     kept = mask_NP.bool()[:, None, :, None]
@@ -433,15 +424,3 @@ def _masked(cache: Any, mask_NP: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
                 torch.where(kept, layer.values, 0.0),
             )
     return layers
-
-
-def _replace_cache(
-    arguments: tuple[tuple[Any, ...], dict[str, Any]], prefix: _Prefix
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from transformers import Cache
-
-    def swap(value: Any) -> Any:
-        return prefix if isinstance(value, Cache) else value
-
-    args, kwargs = arguments
-    return tuple(swap(a) for a in args), {name: swap(v) for name, v in kwargs.items()}

@@ -190,7 +190,7 @@ class UltraEdit(EditModule):
             for name, tensor in normalizer._asdict().items()
         }
         losses = {e: x for one in passes for e, x in zip(one.chosen, one.losses, strict=True)}
-        self._write(edit)
+        self.write_for_now(edit)
         probabilities = probabilities_now(tree, passes)
         edit.details = {
             **details,
@@ -216,13 +216,6 @@ class UltraEdit(EditModule):
             for key in dict.fromkeys(map(_shape_key, sites))
             if f"{key}.total" in carried
         }
-
-    @torch.no_grad()
-    def _write(self, edit: WeightDelta) -> None:
-        """Writes an edit for a look at it; the base class puts the weights back."""
-        for name in edit.changes:
-            parameter = self.model.get_parameter(name)
-            parameter.copy_(parameter.float() + edit.dense(name))
 
 
 def _named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
