@@ -224,7 +224,7 @@ class CorruptedRun:
                 for part in parts:
                     stack.enter_context(_hooked(part, _keep(outputs, 1 + self.samples)))
             stack.enter_context(noisy_embeddings(tree, self.subject, self._noise))
-            model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=rows, cache=cache, use_cache=True)
         self._states = recorder.states
         #: Keys and values of all rows in each layer.
         self._cache = [(layer.keys, layer.values) for layer in cache.layers]
@@ -244,7 +244,7 @@ class CorruptedRun:
                 input_ids=self._ids_T[None, t:],
                 attention_mask=torch.ones_like(positions),
                 position_ids=positions[:, t:],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
         return recorder.arguments
@@ -308,7 +308,9 @@ class _Prefix:
         self._layer, self._keys, self._values = layer, keys, values
         self.is_compileable = False
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """The prefix's keys and values with the new ones behind them."""
         sets = key.shape[0] // self._keys.shape[0]
         keys, values = (part.repeat(sets, 1, 1, 1) for part in (self._keys, self._values))

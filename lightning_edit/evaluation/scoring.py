@@ -133,7 +133,7 @@ def _decoder_logits(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
             **keep,
         ).logits[:, -1]
@@ -202,7 +202,7 @@ def _go_on(
             input_ids=ids.to(index.device),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1)[:, width:],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits
         for r, rest_FV in zip(chosen, logits_RFV, strict=True):

@@ -176,7 +176,7 @@ class ActivationPaths:
 
     def _arguments(self, start: int, end: int, cache: Any) -> dict[str, Any]:
         """Arguments of the model for the positions from ``start`` to ``end``."""
-        shared = {"past_key_values": cache, "use_cache": True, **self.inputs}
+        shared = {"cache": cache, "use_cache": True, **self.inputs}
         if self.tree.is_encoder_decoder:
             return {"decoder_input_ids": self.ids[:, start:end], **shared}
         mask = torch.ones_like(self.ids[:, :end])

@@ -55,7 +55,9 @@ class _Prefix:
         self.layers = layers
         self.is_compileable = False
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """The prefix's keys and values with the new ones behind them."""
         if layer_idx not in self.layers:
             return key, value
@@ -200,7 +202,7 @@ class Tail:
                     input_ids=before_NP,
                     attention_mask=mask_NP,
                     position_ids=positions[:, :width],
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                 )
             prefix = _Prefix(_masked(cache, mask_NP))
@@ -212,7 +214,7 @@ class Tail:
                     input_ids=after_NQ,
                     attention_mask=mask,
                     position_ids=positions[:, width:],
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                 )
             tail = cls(

@@ -180,8 +180,8 @@ def _continuations(model: Any, tokenizer: Any, prompts: list[str], tokens: int) 
         step = torch.tensor([ids for _, ids in batch])
         cache, written = None, []
         for _ in range(tokens):
-            out = model(step, past_key_values=cache, use_cache=True)
-            cache, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+            out = model(step, cache=cache, use_cache=True)
+            cache, step = out.cache, out.logits[:, -1].argmax(-1, keepdim=True)
             written.append(step)
         for (prompt, _), row in zip(batch, torch.cat(written, 1), strict=True):
             texts[prompt] = tokenizer.decode(row)
