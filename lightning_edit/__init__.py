@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.lora import LoRA as LoRA
     from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
     from lightning_edit.modules.memit import MEMIT as MEMIT
+    from lightning_edit.modules.pmet import PMET as PMET
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
@@ -92,6 +93,7 @@ _HOMES = {
     "MQuAKE": "data",
     "OldNewPairs": "data",
     "OldThenNew": "data",
+    "PMET": "modules.pmet",
     "Portability": "metrics",
     "Probe": "core.request",
     "PromptTokenizer": "core.batch",

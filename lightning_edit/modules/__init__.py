@@ -12,6 +12,7 @@ from lightning_edit.modules.loc_ft import LocFT
 from lightning_edit.modules.lora import LoRA
 from lightning_edit.modules.lora_tuning import LoRATuning
 from lightning_edit.modules.memit import MEMIT
+from lightning_edit.modules.pmet import PMET
 from lightning_edit.modules.r_rome import RROME
 from lightning_edit.modules.rome import ROME
 from lightning_edit.modules.ultra_edit import UltraEdit
@@ -20,6 +21,7 @@ __all__ = [
     "EMMET",
     "KN",
     "MEMIT",
+    "PMET",
     "ROME",
     "RROME",
     "AlphaEdit",

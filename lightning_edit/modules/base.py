@@ -13,13 +13,19 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
-from lightning_edit.core.errors import ArtifactError, EditError, ModelError
+from lightning_edit.core.errors import (
+    ArtifactError,
+    EditError,
+    FailedRequestsError,
+    ModelError,
+)
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
@@ -200,6 +206,7 @@ class EditModule(LightningModule, ABC):
             tokenizer,
             chat_template=self.chat_template,
             is_encoder_decoder=tree.is_encoder_decoder,
+            max_length=getattr(getattr(model, "config", None), "max_position_embeddings", None),
         )
         self.model = model
         named = dict(model.named_parameters())
@@ -303,6 +310,9 @@ class EditModule(LightningModule, ABC):
 
         Raises:
             RequestError: If the requests contradict each other.
+            FailedRequestsError: If the method fails on every one of them. Where it fails on some,
+                the edit is that of the others, with a warning and the reasons in
+                ``edit.details["failed"]``.
         """
         if isinstance(requests, EditRequest):
             requests = [requests]
@@ -320,12 +330,23 @@ class EditModule(LightningModule, ABC):
                 requests = EditBatch.from_requests(requests, self.tokens)
             batch = requests.to(device)
             edit = self.compute_edit(batch)
-        ids = tuple(request.id for request in batch.requests)
+        failed = edit.details.get("failed", {})
+        ids = tuple(request.id for request in batch.requests if request.id not in failed)
         edit.provenance = replace(self.provenance, request_ids=ids)
         if self.delta.changes:
             # It continues from an edited model, which is not the recorded base.
             edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
         return edit
+
+    def _edit_or_go_on(self, requests: Sequence[EditRequest]) -> WeightDelta:
+        """An edit; an empty one where the method fails on every request, so that a run goes on."""
+        try:
+            return self.edit(requests)
+        except FailedRequestsError as error:
+            rank_zero_warn(f"Nothing is written. {error}")
+            edit = WeightDelta({})
+            edit.details["failed"] = error.reasons
+            return edit
 
     @override
     def configure_optimizers(self) -> Any:
@@ -336,7 +357,7 @@ class EditModule(LightningModule, ABC):
         began = time.perf_counter()
         self.shares_batches = True
         try:
-            edit = self.edit(batch)
+            edit = self._edit_or_go_on(batch)
         finally:
             self.shares_batches = False
         optimizer = cast(Any, self.optimizers())
@@ -344,7 +365,9 @@ class EditModule(LightningModule, ABC):
         optimizer.optimizer.stage(edit)
         optimizer.step()
         seconds = (time.perf_counter() - began) / len(batch)
-        details = edit.details.get("requests") or [{"id": request.id} for request in batch]
+        failed = [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
+        details = edit.details.get("requests", [])
+        details = details + failed or [{"id": request.id} for request in batch]
         self.history += [{**row, "seconds": seconds} for row in details]
         figures = [row["p_target"] for row in details if "p_target" in row]
         if figures:
@@ -404,13 +427,13 @@ class EditModule(LightningModule, ABC):
             self._tested.append((batch, baseline))
             with torch.inference_mode(False):
                 for request in batch:
-                    self.edit_optimizer.stage(self.edit(request))
+                    self.edit_optimizer.stage(self._edit_or_go_on([request]))
                     self.edit_optimizer.step()
             return
         groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
         for group in filter(None, groups):
             baseline = evaluator.baseline(group)
-            with self._written(self.edit(group)):
+            with self._written(self._edit_or_go_on(group)):
                 evaluator.evaluate(group, baseline).update(self.test_metrics)
 
     @contextmanager
@@ -442,7 +465,7 @@ class EditModule(LightningModule, ABC):
         if self.delta.changes:
             after = self.evaluator.continuations(prompts)
         else:
-            with self._written(self.edit(batch)):
+            with self._written(self._edit_or_go_on(batch)):
                 after = self.evaluator.continuations(prompts)
         return [
             {"id": request.id, "prompt": request.prompt, "before": b, "after": a}

@@ -12,15 +12,17 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
-from lightning_edit.core.errors import ArtifactError, LocatorError
+from lightning_edit.core.errors import ArtifactError, FailedRequestsError, LocatorError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.second_moment import second_moments, seeded
 from lightning_edit.modules.target_values import (
+    LOSSES,
     TargetValues,
     TargetValueSettings,
     optimize_target_values,
@@ -203,6 +205,45 @@ class LocateModule(EditModule):
                 )
             self.set_second_moment(site.layer, tensors[site.module_name])
 
+    def find_target_values(
+        self, batch: EditBatch, layer: int
+    ) -> tuple[EditBatch, TargetValues, dict[str, str]]:
+        """Target values of a batch, and of the batch what has one.
+
+        Args:
+            batch: Requests.
+            layer: The layer whose output changes.
+
+        Returns:
+            The requests whose loss stayed finite, their target values, and the ids of the others,
+            with the reason of each; see ``failed`` in the details of an edit.
+
+        Raises:
+            FailedRequestsError: If there is no target value at all.
+        """
+        for request in batch.requests:
+            times = request.prompt.count(request.subject)
+            if times > 1:
+                rank_zero_warn(
+                    f"Request {request.id!r}: the subject {request.subject!r} occurs {times} times "
+                    f"in {request.prompt!r}; the first one is edited. Reword the prompt if another "
+                    "is meant."
+                )
+        found = self.target_values(batch, layer)
+        reasons = {
+            batch.requests[e].id: "the loss of its target value is not finite at pass "
+            f"{step}. Lower `lr`, or edit this request alone in float32."
+            for e, step in found.failed.items()
+        }
+        if not reasons:
+            return batch, found, {}
+        if len(reasons) == len(batch.requests):
+            raise FailedRequestsError(reasons)
+        for id_, why in reasons.items():
+            rank_zero_warn(f"Request {id_!r} is left out of its batch: {why}")
+        kept = [e for e in range(len(batch.requests)) if e not in found.failed]
+        return batch.select(kept), found.select(kept), reasons
+
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
         """Target values of a batch; under several processes each finds those of its share."""
         count = len(batch.requests)
@@ -234,22 +275,35 @@ class LocateModule(EditModule):
             return whole
 
         width, steps = len(templates), self.settings.steps
-        names = ("total", "nll", "kl", "wd")
-        losses = torch.full((len(mine), steps, 4), -1.0, device=device)
+        passes = torch.zeros(len(mine), device=device)
+        failed = torch.zeros(len(mine), device=device)
+        losses = torch.zeros(len(mine), steps, len(LOSSES), device=device)
         if found is not None:
-            for i, passes in enumerate(found.losses):
-                table = [[entry[name] for name in names] for entry in passes]
+            for i, one in enumerate(found.losses):
+                table = [[entry[name] for name in LOSSES] for entry in one]
                 losses[i, : len(table)] = torch.tensor(table)
+                passes[i] = len(table)
+                failed[i] = found.failed.get(i, 0)
+        features = site.out_features
+        places = 2 if self.settings.place == "sublayers" else 0
         keys = gathered(found.keys if found else None, width, site.in_features)
-        outputs = gathered(found.outputs if found else None, width, site.out_features)
-        deltas = gathered(found.deltas if found else None, site.out_features)
-        figures = cast(list[list[list[float]]], gathered(losses, steps, 4).tolist())
+        outputs = gathered(found.outputs if found else None, width, features)
+        deltas = gathered(found.deltas if found else None, features)
+        attention = gathered(found.attention if found else None, places, features)
+        figures = cast(list[list[list[float]]], gathered(losses, steps, len(LOSSES)).tolist())
+        counts = gathered(passes).int().tolist()
+        broken = gathered(failed).int().tolist()
         return TargetValues(
             keys,
             outputs,
             deltas,
-            [[dict(zip(names, row, strict=True)) for row in one if row[0] >= 0] for one in figures],
+            attention,
+            [
+                [dict(zip(LOSSES, row, strict=True)) for row in one[:n]]
+                for one, n in zip(figures, counts, strict=True)
+            ],
             gathered(torch.tensor(found.probabilities) if found else None).tolist(),
+            {e: step for e, step in enumerate(broken) if step},
         )
 
     @override

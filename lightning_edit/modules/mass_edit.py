@@ -23,6 +23,7 @@ from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.key_pass import KeyPass
 from lightning_edit.modules.locate import LocateModule
+from lightning_edit.modules.tail import Place
 from lightning_edit.modules.target_values import TargetValues
 
 __all__ = ["MassEditModule"]
@@ -31,9 +32,9 @@ __all__ = ["MassEditModule"]
 class MassEditModule(LocateModule):
     """Base of editors that write all requests of a batch at once, over several layers.
 
-    A subclass says by :meth:`solve` how the pairs of one layer are written. Layers are edited from
-    below; each takes its share of what the last one still lacks, so that all of them together give
-    the target values.
+    A subclass says by :meth:`solve` how the pairs of one layer are written, and by :attr:`place`
+    what the target values are values of. Layers are edited from below; each takes its share of what
+    the last one still lacks, so that all of them together give the target values.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -50,6 +51,8 @@ class MassEditModule(LocateModule):
     """
 
     groups_contexts: ClassVar[bool] = True
+    #: What takes target values at the last edited layer.
+    place: ClassVar[Place] = "block"
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class MassEditModule(LocateModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        self.settings = replace(self.settings, place="block")
+        self.settings = replace(self.settings, place=self.place)
         self.aligned = aligned
         self._factors: dict[int, Tensor] = {}
 
@@ -84,6 +87,10 @@ class MassEditModule(LocateModule):
             The change as u vᵀ of shape [D, M], and figures of each request by name, [E] each.
         """
 
+    def portion(self, lacking: Tensor, layers: int) -> Tensor:
+        """What the next layer takes of what is lacking, [E, D], when so many are still to come."""
+        return lacking / layers
+
     def carry(self, batch: EditBatch, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         """What later edits need of this one, once it is committed; see :attr:`carried`.
 
@@ -97,7 +104,7 @@ class MassEditModule(LocateModule):
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         sites = self.sites(self.tree)
         with self.base_weights() if self.aligned else nullcontext():
-            found = self.target_values(batch, sites[-1].layer)
+            batch, found, failed = self.find_target_values(batch, sites[-1].layer)
             passing = self._pass(batch, sites)
             if self.aligned:
                 asked = {site.layer: passing.keys(site.layer) for site in sites}
@@ -112,9 +119,9 @@ class MassEditModule(LocateModule):
             lacking = found.values - hidden[:, 0]
             if self.aligned:
                 written = self._written_at(site, keys[site.layer])
-                residuals[site.layer] = lacking / len(sites) - written
+                residuals[site.layer] = self.portion(lacking, len(sites)) - written
             else:
-                residuals[site.layer] = lacking / (len(sites) - i)
+                residuals[site.layer] = self.portion(lacking, len(sites) - i)
             pairs, figures[site.layer] = self.solve(site, keys[site.layer], residuals[site.layer])
             if not bool(torch.isfinite(pairs.u).all() and torch.isfinite(pairs.v).all()):
                 raise EditError(
@@ -130,6 +137,7 @@ class MassEditModule(LocateModule):
             "requests": [
                 self._row(batch, found, e, changes, figures) for e in range(len(batch.requests))
             ],
+            "failed": failed,
             "target_values": found,
             "keys": keys,
             "residuals": residuals,
@@ -144,7 +152,8 @@ class MassEditModule(LocateModule):
 
     def _pass(self, batch: EditBatch, sites: Sequence[WeightSite]) -> KeyPass:
         layers = [site.layer for site in sites]
-        return KeyPass.capture(self.tree, layers, self.key_rows(batch), self.tokens.pad_id)
+        rows = self.key_rows(batch)
+        return KeyPass.capture(self.tree, layers, rows, self.tokens.pad_id, self.place)
 
     def layer_keys(self, batch: EditBatch) -> dict[int, Tensor]:
         """Keys of a batch in the model as it stands, [E, M] of each layer."""
