@@ -33,6 +33,7 @@ METHODS = {
     "lora",
     "lora_tuning",
     "memit",
+    "pmet",
     "r_rome",
     "rome",
     "ultra_edit",
