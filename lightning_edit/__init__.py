@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_edit.data import OldNewPairs as OldNewPairs
     from lightning_edit.data import OldThenNew as OldThenNew
     from lightning_edit.data import QAEdit as QAEdit
+    from lightning_edit.data import TextDataModule as TextDataModule
     from lightning_edit.data import WikiBigEdit as WikiBigEdit
     from lightning_edit.data import ZsRE as ZsRE
     from lightning_edit.evaluation.evaluator import Evaluator as Evaluator
@@ -104,6 +105,7 @@ _HOMES = {
     "RetentionCurve": "callbacks.retention_curve",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
+    "TextDataModule": "data",
     "UltraEdit": "modules.ultra_edit",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -51,9 +52,10 @@ class LocateModule(EditModule):
             ``"{}"``. In lists of their own, each list counts as much as another when keys are
             averaged. Sampled from the unedited model when None.
         second_moment: A safetensors file with C = E[k kᵀ] of each layer under the name of the
-            projection (such as ``model.layers.7.mlp.down_proj``). Estimated when None.
-        second_moment_text: A text file to estimate second moments from; without it the unedited
-            model writes the text itself.
+            projection (such as ``model.layers.7.mlp.down_proj``), as
+            :meth:`save_second_moments` writes it. Estimated when None.
+        second_moment_text: A text file, or a data module of texts such as ``TextDataModule``, to
+            estimate second moments from; without it the unedited model writes the text itself.
         tokens_per_dimension: Tokens that second moments are estimated from, as a multiple of the
             key's dimensions.
         ridge: Share of the mean eigenvalue added to an estimated second moment's diagonal.
@@ -62,6 +64,7 @@ class LocateModule(EditModule):
     """
 
     decoder_only: ClassVar[bool] = True
+    unsaved_arguments: ClassVar[tuple[str, ...]] = ("second_moment_text",)
     #: Whether sampled contexts together count as much as the bare prompt.
     groups_contexts: ClassVar[bool] = False
 
@@ -77,7 +80,7 @@ class LocateModule(EditModule):
         kl_prompt: str = "{} is a",
         context_templates: list[str] | list[list[str]] | None = None,
         second_moment: str | None = None,
-        second_moment_text: str | None = None,
+        second_moment_text: str | LightningDataModule | None = None,
         tokens_per_dimension: int = 4,
         ridge: float = 1e-3,
         seed: int = 0,
@@ -97,6 +100,9 @@ class LocateModule(EditModule):
         )
         self.second_moment_file = second_moment
         self.second_moment_text = second_moment_text
+        is_module = isinstance(second_moment_text, LightningDataModule)
+        named = type(second_moment_text).__name__ if is_module else second_moment_text
+        self.save_hyperparameters({"second_moment_text": named})
         self.tokens_per_dimension = tokens_per_dimension
         self.ridge = ridge
         self.seed = seed
@@ -186,17 +192,54 @@ class LocateModule(EditModule):
                         ridge=self.ridge,
                         seed=self.seed,
                         cache_dir=cache,
+                        shared=self.shares_batches and torch.distributed.is_initialized(),
                     )
         return self._moments[layer].to(next(self.model.parameters()).device)
 
+    def save_second_moments(self, file: str | Path) -> Path:
+        """Writes the second moments of the edited layers, to be given as ``second_moment``.
+
+        Args:
+            file: A ``.safetensors`` file. It records which weights it belongs to, and is refused
+                for others.
+
+        Example:
+            >>> from lightning_edit import ROME
+            >>> from lightning_edit.demos import tiny_model, tiny_tokenizer
+            >>> editor = ROME.from_model(tiny_model(), tiny_tokenizer(), layers=[1])
+            >>> file = editor.save_second_moments(getfixture("tmp_path") / "moments.safetensors")
+            >>> again = ROME.from_model(
+            ...     tiny_model(), tiny_tokenizer(), layers=[1], second_moment=str(file)
+            ... )
+            >>> bool((again.second_moment(1) == editor.second_moment(1)).all())
+            True
+        """
+        from safetensors.torch import save_file
+
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        moments = {
+            site.module_name: self.second_moment(site.layer).cpu().contiguous()
+            for site in self.sites(self.tree)
+        }
+        save_file(moments, file, {"base": self.model_id, "base_sha256": self.base.sha256})
+        return file
+
     def _read_second_moments(self, file: Path, sites: Sequence[WeightSite]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            tensors = load_file(file)
+            with safe_open(file, "pt") as stream:
+                base = (stream.metadata() or {}).get("base_sha256", "")
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"`second_moment`: cannot read `{file}` ({error}).") from None
+        if base and base != self.base.sha256:
+            raise ArtifactError(
+                f"`second_moment`: `{file}` was made from a model with the weight hash "
+                f"{base[:12]}…, but {self.model_id} has {self.base.sha256[:12]}…. Give the second "
+                "moments of this model, or none to have them estimated."
+            )
         for site in sites:
             if site.module_name not in tensors:
                 raise ArtifactError(
