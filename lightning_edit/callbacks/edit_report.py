@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
+from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
@@ -40,7 +41,8 @@ class EditReport(Callback):
     """Writes the run folder at the end of ``fit`` and prints the table of the metrics.
 
     The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,
-    ``report.md`` and a card. Metrics come from the :class:`EditEvaluator` of the same Trainer.
+    ``report.md`` and a card. Metrics come from the :class:`EditEvaluator` of the same Trainer, the
+    curve over a sequence of edits from its :class:`RetentionCurve` as well.
     Files of an earlier run are kept in ``earlier/``.
 
     Args:
@@ -85,6 +87,9 @@ class EditReport(Callback):
         evaluators = [c for c in callbacks if isinstance(c, EditEvaluator)]
         for evaluator in evaluators:
             evaluator.finish(pl_module)
+        curves = [c for c in callbacks if isinstance(c, RetentionCurve)]
+        for curve in curves:
+            curve.finish(trainer, pl_module)
         if _is_dry(trainer):
             return
         # By every process, since sharded weights are gathered by all of them together.
@@ -94,7 +99,7 @@ class EditReport(Callback):
         saved = delta is not None and self.save_delta
         if delta is not None and saved:
             delta.save(folder / "delta", originals=self.originals)
-        self.report = self._build(pl_module, delta, evaluators, saved=saved)
+        self.report = self._build(pl_module, delta, evaluators, curves, saved=saved)
         files = [name for name in REPORT_FILES if not _is_foreign(folder / name)]
         write_results(self.report, folder, files)
         self._show(folder, saved)
@@ -108,6 +113,7 @@ class EditReport(Callback):
         pl_module: LightningModule,
         delta: WeightDelta | None,
         evaluators: list[EditEvaluator],
+        curves: list[RetentionCurve],
         *,
         saved: bool,
     ) -> RunReport:
@@ -140,7 +146,10 @@ class EditReport(Callback):
                 "evaluate": evaluating,
             },
             peak_memory_bytes=_peak_memory(),
-            sequence=evaluator.sequence if evaluator else [],
+            # The page draws the first few curves: retention before what is measured anyway.
+            sequence=_points(
+                *(c.sequence for c in curves), evaluator.sequence if evaluator else []
+            ),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             artifact="delta" if saved else "",
         )
@@ -235,6 +244,14 @@ def _edit_rows(
             )
         )
     return rows
+
+
+def _points(*sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points of several curves, those after the same number of edits as one."""
+    points: dict[int, dict[str, Any]] = {}
+    for point in (point for sequence in sequences for point in sequence):
+        points.setdefault(point["edits"], {}).update(point)
+    return [points[edits] for edits in sorted(points)]
 
 
 def _scores(probes: list[ScoredProbe], keys: list[str]) -> dict[str, float | None]:

@@ -235,6 +235,12 @@ def _sequence(report: RunReport) -> str:
     if not series:
         return ""
     body = sequence_legend(series) + scroll(sequence_chart(series), "Curves")
+    read = [point for point in report.sequence if point.get("perplexity_ratio") is not None]
+    if read:
+        body += (
+            f"<p>Ordinary prose after {read[-1]['edits']} edits: its perplexity is "
+            f"{number(read[-1]['perplexity_ratio'])} times that of the unedited model.</p>"
+        )
     return section("sequence", "Over the sequence of edits", body)
 
 

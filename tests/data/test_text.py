@@ -48,7 +48,7 @@ def test_sources_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         TextDataModule()
     with pytest.raises(RequestError, match="Give one of them"):
         TextDataModule(path="a.txt", hub="b")
-    with pytest.raises(RequestError, match="`batch_size` .* at least 1, got 0"):
+    with pytest.raises(RequestError, match=r"`batch_size` .* at least 1, got 0"):
         TextDataModule(path="a.txt", batch_size=0)
     with pytest.raises(RequestError, match="there is no text file"):
         list(TextDataModule(path=str(tmp_path / "none.txt")).train_dataloader())
