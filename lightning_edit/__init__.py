@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning_edit.data import WikiBigEdit as WikiBigEdit
     from lightning_edit.data import ZsRE as ZsRE
     from lightning_edit.evaluation.evaluator import Evaluator as Evaluator
+    from lightning_edit.memories import EditMemory as EditMemory
+    from lightning_edit.memories import MemoryWrite as MemoryWrite
     from lightning_edit.metrics import Generality as Generality
     from lightning_edit.metrics import Locality as Locality
     from lightning_edit.metrics import Portability as Portability
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.emmet import EMMET as EMMET
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
+    from lightning_edit.modules.grace import GRACE as GRACE
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
@@ -73,6 +76,7 @@ _HOMES = {
     "EditDataModule": "data",
     "EditError": "core.errors",
     "EditEvaluator": "callbacks.edit_evaluator",
+    "EditMemory": "memories",
     "EditModule": "modules.base",
     "EditProgressBar": "callbacks.progress",
     "EditReport": "callbacks.edit_report",
@@ -81,6 +85,7 @@ _HOMES = {
     "Facts": "data",
     "FineTune": "modules.fine_tune",
     "FullTuning": "modules.full_tuning",
+    "GRACE": "modules.grace",
     "Generality": "metrics",
     "KN": "modules.kn",
     "KnowEdit": "data",
@@ -95,6 +100,7 @@ _HOMES = {
     "OldNewPairs": "data",
     "OldThenNew": "data",
     "PMET": "modules.pmet",
+    "MemoryWrite": "memories",
     "Portability": "metrics",
     "Probe": "core.request",
     "PromptTokenizer": "core.batch",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
+from lightning_edit.core.side_memory import EditMemory
 
 __all__ = ["Continuation", "Score", "continuations", "score_targets"]
 
@@ -121,6 +122,7 @@ def _decoder_logits(
 
     device = next(model.parameters()).device
     keep = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    memory = EditMemory.find(model)
     answers: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, forced in rows:
         answers.setdefault(prompt, []).append(forced)
@@ -144,7 +146,9 @@ def _decoder_logits(
             owner = torch.tensor([b for b, _ in longer], device=device)
             named = [(batch[b], forced) for b, forced in longer]
             layers = [(layer.keys[owner], layer.values[owner]) for layer in cache.layers]
-            begun.append(_Begun(named, logits_BV[owner], mask[owner], layers))
+            route = None if memory is None else memory.route_of(cache)
+            route = None if route is None else route[owner]
+            begun.append(_Begun(named, logits_BV[owner], mask[owner], layers, route))
         # Few tokens at once would take as long as many: all weights are read for them.
         if sum(len(forced) for part in begun for _, forced in part.rows) >= ENOUGH_TOKENS:
             yield from _go_on(model, tokens, begun, max_tokens)
@@ -162,12 +166,14 @@ class _Begun:
         first: Logits of the prompts' last positions, [R, V].
         mask: Attention masks of the prompts, padded on the left, [R, P].
         layers: Keys and values of each layer, [R, heads, P, width of a head].
+        route: What the model's memory has decided for each row, [R], if it has one that decides.
     """
 
     rows: list[_Row]
     first: Tensor
     mask: Tensor
     layers: list[tuple[Tensor, Tensor]]
+    route: Tensor | None = None
 
 
 def _go_on(
@@ -189,6 +195,7 @@ def _go_on(
         for layer in zip(*(part.layers for part in parts), strict=True)
     ]
     first_RV = torch.cat([part.first for part in parts])
+    memory, routes = EditMemory.find(model), [p.route for p in parts if p.route is not None]
     mask_RP = joined([part.mask for part in parts], 0)
     lengths = {r: len(forced) for r, (_, forced) in enumerate(rows)}
     for chosen in _batches(lengths, max_tokens, ENOUGH_TOKENS // 4):
@@ -196,6 +203,8 @@ def _go_on(
         cache = DynamicCache()
         for i, (keys, values) in enumerate(layers):
             cache.update(keys[index], values[index], i)
+        if memory is not None and routes:
+            memory.keep_route(cache, torch.cat(routes)[index])
         ids, more = pad_rows([rows[r][1] for r in chosen], tokens.pad_id)
         mask = torch.cat([mask_RP[index], more.to(index.device)], 1)
         logits_RFV = model(

@@ -1,0 +1,11 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Memories that models consult while they run, and what is written into them."""
+
+# Importing this room makes all of its memories known by name, for edits that lie in files.
+
+from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.memories.codebook import Codebook
+
+__all__ = ["Codebook", "EditMemory", "MemoryEntry", "MemoryWrite"]
