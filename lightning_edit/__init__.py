@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
     from lightning_edit.modules.grace import GRACE as GRACE
+    from lightning_edit.modules.ike import IKE as IKE
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.pmet import PMET as PMET
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
+    from lightning_edit.modules.scr import SCR as SCR
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
 
 _HOMES = {
@@ -87,6 +89,7 @@ _HOMES = {
     "FullTuning": "modules.full_tuning",
     "GRACE": "modules.grace",
     "Generality": "metrics",
+    "IKE": "modules.ike",
     "KN": "modules.kn",
     "KnowEdit": "data",
     "Known1000": "data",
@@ -109,6 +112,7 @@ _HOMES = {
     "RROME": "modules.r_rome",
     "Reliability": "metrics",
     "RetentionCurve": "callbacks.retention_curve",
+    "SCR": "modules.scr",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "TextDataModule": "data",

@@ -29,6 +29,7 @@ METHODS = {
     "fine_tune",
     "full_tuning",
     "grace",
+    "ike",
     "kn",
     "loc_ft",
     "lora",
@@ -37,6 +38,7 @@ METHODS = {
     "pmet",
     "r_rome",
     "rome",
+    "scr",
     "ultra_edit",
 }
 
@@ -154,8 +156,8 @@ def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
     shared = {"activation_paths", "adapter_layers", "base", "descent", "gradient_passes"}
-    shared |= {"key_pass", "locate", "mass_edit", "rank_one", "remember", "replay", "ridge_edit"}
-    shared |= {"second_moment", "tail", "target_loss", "target_values", "tuning"}
+    shared |= {"key_pass", "locate", "mass_edit", "prompting", "rank_one", "remember", "replay"}
+    shared |= {"ridge_edit", "second_moment", "tail", "target_loss", "target_values", "tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
     assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
 

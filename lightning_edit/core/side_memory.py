@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError
 
 __all__ = ["EditMemory", "MemoryEntry"]
@@ -93,6 +94,15 @@ class EditMemory(nn.Module, ABC):
     def narrowed(self, entry: MemoryEntry) -> MemoryEntry:
         """An entry that has just lost one of its requests and answers others still."""
         return entry
+
+    def rewrite(self, prompts: Sequence[str], tokens: PromptTokenizer) -> list[str]:
+        """What the model is asked in place of some prompts: the same, unless edits are prompts.
+
+        Args:
+            prompts: Texts to continue or questions to answer.
+            tokens: The model's tokenizer.
+        """
+        return list(prompts)
 
     def route_of(self, cache: Any) -> Tensor | None:
         """What was decided for the rows whose keys and values a cache holds, [B] or None."""

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 from lightning_edit.core.side_memory import EditMemory
 
-__all__ = ["Continuation", "Score", "continuations", "score_targets"]
+__all__ = ["Continuation", "Score", "continuations", "prompt_ids", "score_targets"]
 
 _T = TypeVar("_T")
 _Row = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and its answer but for the last token
@@ -255,6 +255,20 @@ def _keeps_logits(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def prompt_ids(model: Any, tokens: PromptTokenizer, prompts: Sequence[str]) -> dict[str, list[int]]:
+    """Token ids of each prompt, as the model's memory has it asked, where there is one.
+
+    Args:
+        model: A Hugging Face language model.
+        tokens: Its tokenizer.
+        prompts: Texts to continue or questions to answer.
+    """
+    unique = list(dict.fromkeys(prompts))
+    memory = EditMemory.find(model)
+    asked = unique if memory is None else memory.rewrite(unique, tokens)
+    return {prompt: tokens.prompt(text) for prompt, text in zip(unique, asked, strict=True)}
+
+
 @torch.no_grad()
 def continuations(
     model: Any,
@@ -283,7 +297,7 @@ def continuations(
         For each prompt what was written, without the prompt.
     """
     asked = list(zip(prompts, min_new_tokens or [1] * len(prompts), strict=True))
-    ids = {prompt: tokens.prompt(prompt) for prompt in dict.fromkeys(prompts)}
+    ids = prompt_ids(model, tokens, prompts)
     order = sorted(dict.fromkeys(asked), key=lambda item: len(ids[item[0]]))
     texts: dict[tuple[str, int], Continuation] = {}
     for start in range(0, len(order), max_rows):

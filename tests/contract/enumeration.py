@@ -34,6 +34,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # What makes a run of an editor quick, by the name of the argument.
 QUICK: dict[str, Any] = {
+    "count": 0,
     "steps": 3,
     "rank": 2,
     "tokens_per_dimension": 1,
