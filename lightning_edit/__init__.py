@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
     from lightning_edit.modules.scr import SCR as SCR
+    from lightning_edit.modules.t_patcher import TPatcher as TPatcher
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
 
 _HOMES = {
@@ -114,6 +115,7 @@ _HOMES = {
     "RetentionCurve": "callbacks.retention_curve",
     "SCR": "modules.scr",
     "SaveTaskVector": "callbacks.save_task_vector",
+    "TPatcher": "modules.t_patcher",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "TextDataModule": "data",
     "UltraEdit": "modules.ultra_edit",

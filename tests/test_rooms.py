@@ -39,6 +39,7 @@ METHODS = {
     "r_rome",
     "rome",
     "scr",
+    "t_patcher",
     "ultra_edit",
 }
 

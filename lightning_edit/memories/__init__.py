@@ -7,6 +7,7 @@
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.memories.codebook import Codebook
+from lightning_edit.memories.patches import PatchNeurons
 from lightning_edit.memories.prompts import PromptMemory
 
-__all__ = ["Codebook", "EditMemory", "MemoryEntry", "MemoryWrite", "PromptMemory"]
+__all__ = ["Codebook", "EditMemory", "MemoryEntry", "MemoryWrite", "PatchNeurons", "PromptMemory"]

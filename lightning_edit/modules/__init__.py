@@ -19,6 +19,7 @@ from lightning_edit.modules.r_rome import RROME
 from lightning_edit.modules.remember import MemoryModule
 from lightning_edit.modules.rome import ROME
 from lightning_edit.modules.scr import SCR
+from lightning_edit.modules.t_patcher import TPatcher
 from lightning_edit.modules.ultra_edit import UltraEdit
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "LoRATuning",
     "LocFT",
     "MemoryModule",
+    "TPatcher",
     "UltraEdit",
 ]

@@ -42,6 +42,11 @@ QUICK: dict[str, Any] = {
     "max_new_tokens": 4,
 }
 
+# What an editor needs more of to be of any use.
+QUICK_FOR: dict[str, dict[str, Any]] = {
+    "TPatcher": {"lr": 0.1, "steps": 8, "first_check": 8, "memory_tokens": 64}
+}
+
 
 def public_classes(base: type) -> dict[str, Any]:
     """Concrete public subclasses of a class, by name."""
@@ -104,7 +109,8 @@ def documented_arguments(cls: type) -> dict[str, str]:
 def quick(cls: type[EditModule]) -> dict[str, Any]:
     """Arguments with which an editor is quick."""
     known = arguments_of(cls)
-    return {name: value for name, value in QUICK.items() if name in known}
+    mine = {**QUICK, **QUICK_FOR.get(cls.__name__, {})}
+    return {name: value for name, value in mine.items() if name in known}
 
 
 def quick_editor(cls: type[EditModule], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
