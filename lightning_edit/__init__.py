@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.scr import SCR as SCR
     from lightning_edit.modules.t_patcher import TPatcher as TPatcher
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
+    from lightning_edit.modules.wise import WISE as WISE
 
 _HOMES = {
     "AlphaEdit": "modules.alpha_edit",
@@ -119,6 +120,7 @@ _HOMES = {
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "TextDataModule": "data",
     "UltraEdit": "modules.ultra_edit",
+    "WISE": "modules.wise",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",
     "ZsRE": "data",

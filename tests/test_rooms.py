@@ -41,6 +41,7 @@ METHODS = {
     "scr",
     "t_patcher",
     "ultra_edit",
+    "wise",
 }
 
 

@@ -9,5 +9,14 @@ from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.memories.codebook import Codebook
 from lightning_edit.memories.patches import PatchNeurons
 from lightning_edit.memories.prompts import PromptMemory
+from lightning_edit.memories.side_matrix import SideMatrices
 
-__all__ = ["Codebook", "EditMemory", "MemoryEntry", "MemoryWrite", "PatchNeurons", "PromptMemory"]
+__all__ = [
+    "Codebook",
+    "EditMemory",
+    "MemoryEntry",
+    "MemoryWrite",
+    "PatchNeurons",
+    "PromptMemory",
+    "SideMatrices",
+]

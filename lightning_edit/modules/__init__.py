@@ -21,6 +21,7 @@ from lightning_edit.modules.rome import ROME
 from lightning_edit.modules.scr import SCR
 from lightning_edit.modules.t_patcher import TPatcher
 from lightning_edit.modules.ultra_edit import UltraEdit
+from lightning_edit.modules.wise import WISE
 
 __all__ = [
     "EMMET",
@@ -32,6 +33,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SCR",
+    "WISE",
     "AlphaEdit",
     "EditModule",
     "FineTune",
