@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning_edit.data import WikiBigEdit as WikiBigEdit
     from lightning_edit.data import ZsRE as ZsRE
     from lightning_edit.evaluation.evaluator import Evaluator as Evaluator
+    from lightning_edit.memories import EditMemory as EditMemory
+    from lightning_edit.memories import MemoryWrite as MemoryWrite
     from lightning_edit.metrics import Generality as Generality
     from lightning_edit.metrics import Locality as Locality
     from lightning_edit.metrics import Portability as Portability
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from lightning_edit.modules.emmet import EMMET as EMMET
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
+    from lightning_edit.modules.grace import GRACE as GRACE
+    from lightning_edit.modules.ike import IKE as IKE
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
@@ -61,7 +65,10 @@ if TYPE_CHECKING:
     from lightning_edit.modules.pmet import PMET as PMET
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
+    from lightning_edit.modules.scr import SCR as SCR
+    from lightning_edit.modules.t_patcher import TPatcher as TPatcher
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
+    from lightning_edit.modules.wise import WISE as WISE
 
 _HOMES = {
     "AlphaEdit": "modules.alpha_edit",
@@ -73,6 +80,7 @@ _HOMES = {
     "EditDataModule": "data",
     "EditError": "core.errors",
     "EditEvaluator": "callbacks.edit_evaluator",
+    "EditMemory": "memories",
     "EditModule": "modules.base",
     "EditProgressBar": "callbacks.progress",
     "EditReport": "callbacks.edit_report",
@@ -81,7 +89,9 @@ _HOMES = {
     "Facts": "data",
     "FineTune": "modules.fine_tune",
     "FullTuning": "modules.full_tuning",
+    "GRACE": "modules.grace",
     "Generality": "metrics",
+    "IKE": "modules.ike",
     "KN": "modules.kn",
     "KnowEdit": "data",
     "Known1000": "data",
@@ -95,6 +105,7 @@ _HOMES = {
     "OldNewPairs": "data",
     "OldThenNew": "data",
     "PMET": "modules.pmet",
+    "MemoryWrite": "memories",
     "Portability": "metrics",
     "Probe": "core.request",
     "PromptTokenizer": "core.batch",
@@ -103,10 +114,13 @@ _HOMES = {
     "RROME": "modules.r_rome",
     "Reliability": "metrics",
     "RetentionCurve": "callbacks.retention_curve",
+    "SCR": "modules.scr",
     "SaveTaskVector": "callbacks.save_task_vector",
+    "TPatcher": "modules.t_patcher",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "TextDataModule": "data",
     "UltraEdit": "modules.ultra_edit",
+    "WISE": "modules.wise",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",
     "ZsRE": "data",

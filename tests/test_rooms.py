@@ -28,6 +28,8 @@ METHODS = {
     "emmet",
     "fine_tune",
     "full_tuning",
+    "grace",
+    "ike",
     "kn",
     "loc_ft",
     "lora",
@@ -36,7 +38,10 @@ METHODS = {
     "pmet",
     "r_rome",
     "rome",
+    "scr",
+    "t_patcher",
     "ultra_edit",
+    "wise",
 }
 
 
@@ -106,6 +111,12 @@ def test_functions_take_tensors_and_know_no_nouns(path: Path) -> None:
     assert within(own(path), "functional")
 
 
+@pytest.mark.parametrize("path", room("memories"), ids=name_of)
+def test_memories_know_models_and_mathematics_alone(path: Path) -> None:
+    assert others(path, lazy=False) <= {"torch", "lightning_edit"}
+    assert within(own(path), "core", "functional", "memories")
+
+
 @pytest.mark.parametrize("path", room("metrics"), ids=name_of)
 def test_metrics_take_tensors(path: Path) -> None:
     assert others(path) <= {"torch", "torchmetrics", "lightning_edit", "matplotlib"}
@@ -147,8 +158,8 @@ def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
     shared = {"activation_paths", "adapter_layers", "base", "descent", "gradient_passes"}
-    shared |= {"key_pass", "locate", "mass_edit", "rank_one", "ridge_edit", "second_moment", "tail"}
-    shared |= {"target_loss", "target_values", "tuning"}
+    shared |= {"key_pass", "locate", "mass_edit", "prompting", "rank_one", "remember", "replay"}
+    shared |= {"ridge_edit", "second_moment", "tail", "target_loss", "target_values", "tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
     assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
 
@@ -160,7 +171,15 @@ def test_methods_never_import_each_other(path: Path) -> None:
     modules = {name.split(".")[1] for name in own(path) if name.startswith("modules.")}
     assert not modules & METHODS
     assert within(
-        own(path), "core", "functional", "modules", "metrics", "evaluation", "models", "optim"
+        own(path),
+        "core",
+        "evaluation",
+        "functional",
+        "memories",
+        "metrics",
+        "models",
+        "modules",
+        "optim",
     )
 
 

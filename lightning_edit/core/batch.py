@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_edit.core.errors import ModelError, RequestError
 from lightning_edit.core.request import EditRequest
 
-__all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows"]
+__all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows", "space_between"]
 
 IGNORE_INDEX = -100
 
@@ -108,11 +108,9 @@ class PromptTokenizer:
 
     def leading_space(self, prompt: str, target: str) -> str:
         """The white space to put between a prompt and its answer: one space or none."""
-        if self.chat_template or self.is_encoder_decoder or prompt[-1:].isspace():
+        if self.chat_template or self.is_encoder_decoder:
             return ""
-        if target[:1].isspace() or _is_unspaced(target[:1]):
-            return ""
-        return " "
+        return space_between(prompt, target)
 
     def subject_last(self, text: str, subject: str, prefix: str = "") -> tuple[list[int], int]:
         """Tokens of ``prefix + text`` and the index of the token that ends the subject.
@@ -317,6 +315,17 @@ def pad_rows(
         ids[i, columns] = torch.tensor(list(row), dtype=torch.long)
         mask[i, columns] = 1
     return ids, mask
+
+
+def space_between(text: str, more: str) -> str:
+    """The white space to put between two pieces of running text: one space or none.
+
+    Example:
+        >>> space_between("The capital of France is", "Paris"), space_between("首都は", "東京")
+        (' ', '')
+    """
+    is_spaced = text[-1:].isspace() or more[:1].isspace() or _is_unspaced(more[:1])
+    return "" if is_spaced else " "
 
 
 def _is_unspaced(character: str) -> bool:

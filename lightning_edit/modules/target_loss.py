@@ -18,7 +18,7 @@ from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 
-__all__ = ["Objective", "row_means", "target_nll", "target_probabilities"]
+__all__ = ["Objective", "row_means", "target_logits", "target_nll", "target_probabilities"]
 
 MAX_ROWS = 64  # rows whose logits are held at once
 
@@ -50,6 +50,26 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
         >>> nll.shape == batch.labels[batch.labels != -100].shape
         True
     """
+    logits, targets = target_logits(tree, batch, objective)
+    return cross_entropy(logits, targets, reduction="none")
+
+
+def target_logits(
+    tree: ModelTree, batch: EditBatch, objective: Objective = "target_new"
+) -> tuple[Tensor, Tensor]:
+    """Logits at the place of every target token, in the order of the batch's labels.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model.
+        batch: Prompts and targets.
+        objective: As for :func:`target_nll`.
+
+    Returns:
+        Logits, [N, V] float32, and the targets, [N] int64.
+
+    Raises:
+        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+    """
     rows, columns = torch.nonzero(batch.labels != IGNORE_INDEX, as_tuple=True)
     targets = batch.labels[rows, columns]
     width = int(batch.attention_mask.sum(1).max())  # a part of a batch may be padded too far
@@ -80,7 +100,7 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
     logits = logits[0] if tree.lm_head is not None else logits[where]
     if objective == "prompt_last":
         logits = logits[rows]
-    return cross_entropy(logits.float(), targets, reduction="none")
+    return logits.float(), targets
 
 
 def row_means(values: Tensor, labels: Tensor) -> Tensor:

@@ -34,11 +34,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # What makes a run of an editor quick, by the name of the argument.
 QUICK: dict[str, Any] = {
+    "count": 0,
     "steps": 3,
     "rank": 2,
     "tokens_per_dimension": 1,
     "context_templates": ["{}", "Yes. {}"],
     "max_new_tokens": 4,
+}
+
+# What an editor needs more of to be of any use.
+QUICK_FOR: dict[str, dict[str, Any]] = {
+    "TPatcher": {"lr": 0.1, "steps": 8, "first_check": 8, "memory_tokens": 64}
 }
 
 
@@ -103,7 +109,8 @@ def documented_arguments(cls: type) -> dict[str, str]:
 def quick(cls: type[EditModule]) -> dict[str, Any]:
     """Arguments with which an editor is quick."""
     known = arguments_of(cls)
-    return {name: value for name, value in QUICK.items() if name in known}
+    mine = {**QUICK, **QUICK_FOR.get(cls.__name__, {})}
+    return {name: value for name, value in mine.items() if name in known}
 
 
 def quick_editor(cls: type[EditModule], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
