@@ -68,6 +68,11 @@ class EditOptimizer(Optimizer, Generic[E]):
         self.delta = earlier
 
     @property
+    def nothing(self) -> E:
+        """A sum of no edits, which a step may write without changing anything."""
+        return self._nothing + self._nothing
+
+    @property
     def staged(self) -> E | None:
         """The edit that the next step writes: inspect, replace or drop it before the step."""
         return self._staged

@@ -342,15 +342,15 @@ class EditModule(LightningModule, ABC, Generic[E]):
             edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
         return edit
 
-    def _edit_or_go_on(self, requests: Sequence[EditRequest]) -> WeightDelta:
+    def _edit_or_go_on(self, requests: Sequence[EditRequest]) -> E:
         """An edit; an empty one where the method fails on every request, so that a run goes on."""
         try:
             return self.edit(requests)
         except FailedRequestsError as error:
             rank_zero_warn(f"Nothing is written. {error}")
-            edit = WeightDelta({})
-            edit.details["failed"] = error.reasons
-            return edit
+            nothing = self.edit_optimizer.nothing
+            nothing.details["failed"] = error.reasons
+            return nothing
 
     @override
     def configure_optimizers(self) -> Any:
