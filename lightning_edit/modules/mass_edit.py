@@ -28,6 +28,8 @@ from lightning_edit.modules.target_values import TargetValues
 
 __all__ = ["MassEditModule"]
 
+KEY_ROWS = 512  # rows whose keys are taken at once
+
 
 class MassEditModule(LocateModule):
     """Base of editors that write all requests of a batch at once, over several layers.
@@ -105,28 +107,26 @@ class MassEditModule(LocateModule):
         sites = self.sites(self.tree)
         with self.base_weights() if self.aligned else nullcontext():
             batch, found, failed = self.find_target_values(batch, sites[-1].layer)
-            passing = self._pass(batch, sites)
+            passes = self._passes(batch, sites)
             if self.aligned:
-                asked = {site.layer: passing.keys(site.layer) for site in sites}
+                asked = {site.layer: self._ask(passes, site.layer) for site in sites}
         changes: dict[str, LowRank] = {}
         keys: dict[int, Tensor] = {}
         residuals: dict[int, Tensor] = {}
         figures: dict[int, dict[str, Tensor]] = {}
         for i, site in enumerate(sites):
-            seen = asked[site.layer] if self.aligned else passing.keys(site.layer)
-            key, hidden = (self._by_request(batch, part) for part in seen)
-            keys[site.layer] = self.mean_keys(key)
+            layer = site.layer
+            key, hidden = asked[layer] if self.aligned else self._ask(passes, layer)
+            keys[layer] = self.mean_keys(key)
             lacking = found.values - hidden[:, 0]
             if self.aligned:
-                written = self._written_at(site, keys[site.layer])
-                residuals[site.layer] = self.portion(lacking, len(sites)) - written
+                written = self._written_at(site, keys[layer])
+                residuals[layer] = self.portion(lacking, len(sites)) - written
             else:
-                residuals[site.layer] = self.portion(lacking, len(sites) - i)
-            pairs, figures[site.layer] = self.solve(site, keys[site.layer], residuals[site.layer])
+                residuals[layer] = self.portion(lacking, len(sites) - i)
+            pairs, figures[layer] = self.solve(site, keys[layer], residuals[layer])
             if not bool(torch.isfinite(pairs.u).all() and torch.isfinite(pairs.v).all()):
-                raise EditError(
-                    f"The update of layer {site.layer} is not finite. Nothing was written."
-                )
+                raise EditError(f"The update of layer {layer} is not finite. Nothing was written.")
             change = LowRank(pairs.v, pairs.u) if site.transposed else pairs
             changes[site.name] = change
             # Layers above see what this one has got.
@@ -145,22 +145,31 @@ class MassEditModule(LocateModule):
         }
         return edit
 
-    @staticmethod
-    def _by_request(batch: EditBatch, rows: Tensor) -> Tensor:
-        """Rows of requests in templates, [E T, X], as [E, T, X]."""
-        return rows.reshape(len(batch.requests), -1, rows.shape[-1])
-
-    def _pass(self, batch: EditBatch, sites: Sequence[WeightSite]) -> KeyPass:
+    def _passes(self, batch: EditBatch, sites: Sequence[WeightSite]) -> list[KeyPass]:
+        """The rows of a batch, few enough at a time for their attention to fit in memory."""
         layers = [site.layer for site in sites]
         rows = self.key_rows(batch)
-        return KeyPass.capture(self.tree, layers, rows, self.tokens.pad_id, self.place)
+        parts = [rows[start : start + KEY_ROWS] for start in range(0, len(rows), KEY_ROWS)]
+        return [
+            KeyPass.capture(self.tree, layers, part, self.tokens.pad_id, self.place)
+            for part in parts
+        ]
+
+    def _ask(self, passes: Sequence[KeyPass], layer: int) -> tuple[Tensor, Tensor]:
+        """Keys of a layer, and what the last layer makes of the rows; [E, T, X] each."""
+        keys, outputs = zip(*(one.keys(layer) for one in passes), strict=True)
+        templates = len(self.templates)
+        key, output = torch.cat(keys), torch.cat(outputs)
+        return (
+            key.reshape(-1, templates, key.shape[-1]),
+            output.reshape(-1, templates, output.shape[-1]),
+        )
 
     def layer_keys(self, batch: EditBatch) -> dict[int, Tensor]:
         """Keys of a batch in the model as it stands, [E, M] of each layer."""
         sites = self.sites(self.tree)
-        passing = self._pass(batch, sites)
-        found = {site.layer: passing.keys(site.layer)[0] for site in sites}
-        return {layer: self.mean_keys(self._by_request(batch, key)) for layer, key in found.items()}
+        passes = self._passes(batch, sites)
+        return {site.layer: self.mean_keys(self._ask(passes, site.layer)[0]) for site in sites}
 
     def _written_at(self, site: WeightSite, keys: Tensor) -> Tensor:
         """What committed edits add to a layer's output at some keys, [E, D]."""
