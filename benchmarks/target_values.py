@@ -8,9 +8,9 @@
 The plain one takes one request at a time, as the papers' code does: every pass runs all rows
 through the whole model and projects all positions on the vocabulary. Both sides make equally many
 passes with the same 21 contexts and must find the same values. Requests differ in length, so the
-plain one is timed on the very requests of each count: all passes of the first four, and two passes
-of the others (behind the first 16, of every fourth), since its passes all take the same time. One
-thread, float32; where the processor has bfloat16 products, ours is timed in bfloat16, too.
+plain one is timed on the very requests of each count: all passes of the first four, and three of the
+others (behind the first 16, of every fourth), as its passes all take the same time. One thread,
+float32; where the processor has bfloat16 products, ours is timed in bfloat16, too.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def main() -> None:
     templates = editor.templates
     requests = Facts(known_to=None).requests[: max(options.counts)]
     settings = TargetValueSettings(steps=options.steps, stop_loss=0.0)
+    short = replace(settings, steps=min(3, settings.steps))
     half = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
     def ours(count: int, dtype: torch.dtype | None = None) -> Any:
@@ -135,13 +136,11 @@ def main() -> None:
     fast: dict[int, list[float]] = {count: [] for count in options.counts}
     rough: dict[int, list[float]] = {count: [] for count in options.counts}
     for n in chosen:
-        passes = settings.steps if n < 4 else min(2, settings.steps)
+        few = settings if n < 4 else short
         seconds, found[n] = seconds_of(
-            lambda n=n, s=replace(settings, steps=passes): plain(
-                editor, options.layer, requests[n], templates, s
-            )
+            lambda n=n, few=few: plain(editor, options.layer, requests[n], templates, few)
         )
-        slow[n] = seconds * settings.steps / passes
+        slow[n] = seconds * settings.steps / few.steps
         for count in options.counts:  # between the plain ones
             turns = 3 if count < 16 else 1
             if len(fast[count]) == turns:
@@ -150,9 +149,9 @@ def main() -> None:
             if half is not None:
                 spent = seconds_of(lambda count=count: ours(count, half))[0]
                 rough[count].append(spent / count)
-    few = min(4, len(chosen))
-    same = ours(few).deltas
-    errors = [float((same[n] - found[n]).norm() / found[n].norm()) for n in range(few)]
+    alike = min(4, len(chosen))
+    same = ours(alike).deltas
+    errors = [float((same[n] - found[n]).norm() / found[n].norm()) for n in range(alike)]
     plain_seconds = {
         count: statistics.mean(slow[n] for n in chosen if n < count) for count in options.counts
     }
