@@ -8,9 +8,9 @@
 The plain one takes one request at a time, as the papers' code does: every pass runs all rows
 through the whole model and projects all positions on the vocabulary. Both sides make equally many
 passes with the same 21 contexts and must find the same values. Requests differ in length, so the
-plain one is timed on the very requests of each count: all passes of the first four, and three of the
-others (behind the first 16, of every fourth), as its passes all take the same time. One thread,
-float32; where the processor has bfloat16 products, ours is timed in bfloat16, too.
+plain one is timed on the very requests of each count: all passes of the first four, and three of
+the others (behind the first 16, of every fourth), as its passes all take the same time. One
+thread, float32; where the processor has bfloat16 products, ours is timed in bfloat16, too.
 """
 
 from __future__ import annotations
