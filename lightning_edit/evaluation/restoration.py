@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
-from lightning_edit.evaluation.blocks import hidden_states, scaled_logits, with_cache
+from lightning_edit.evaluation.blocks import (
+    Arguments,
+    BlockRecorder,
+    Prefix,
+    hidden_states,
+    runs_alone,
+    scaled_logits,
+    with_cache,
+)
 
 __all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
 
@@ -100,17 +108,10 @@ class CorruptedRun:
         self._states: list[Tensor] = []
         #: Clean outputs of the parts of each block, [T, D] each.
         self._clean: dict[Kind, list[Tensor]] = {}
-        try:
-            with torch.no_grad():
-                self._capture()
-                logits_RV = self._logits(self._states[-1][:, -1])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
-            if isinstance(reason, torch.OutOfMemoryError):
-                raise
-            raise ModelError(
-                f"The blocks of {name} cannot be run on their own ({type(reason).__name__}: "
-                f"{reason}), so its facts cannot be traced. Choose another model."
-            ) from reason
+        advice = "Its facts cannot be traced. Choose another model."
+        with runs_alone(f"The blocks of {name}", advice), torch.no_grad():
+            self._capture()
+            logits_RV = self._logits(self._states[-1][:, -1])
         probabilities_RV = logits_RV.softmax(-1)
         #: The token that the clean model answers with.
         self.answer = int(probabilities_RV[0].argmax())
@@ -183,7 +184,8 @@ class CorruptedRun:
     def _block(
         self, i: int, t: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        prefix = _Prefix(i, *(part[1:, :, :t] for part in self._cache[i]))
+        keys, values = (part[1:, :, :t] for part in self._cache[i])
+        prefix = Prefix({i: (keys, values)})
         args, kwargs = with_cache(args, kwargs, prefix)
         if kwargs.get("alibi") is not None:  # of each row's heads
             kwargs["alibi"] = kwargs["alibi"].repeat(state.shape[0], 1, 1)
@@ -218,18 +220,18 @@ class CorruptedRun:
         cache = DynamicCache()
         rows = self._ids_T.expand(1 + self.samples, -1)
         with ExitStack() as stack:
-            recorder = stack.enter_context(_Recorder(tree))
+            recorder = stack.enter_context(BlockRecorder(tree.blocks))
             for kind, parts in self._parts.items():
                 outputs = self._clean[kind] = []
                 for part in parts:
                     stack.enter_context(_hooked(part, _keep(outputs, 1 + self.samples)))
             stack.enter_context(noisy_embeddings(tree, self.subject, self._noise))
             model.base_model(input_ids=rows, cache=cache, use_cache=True)
-        self._states = recorder.states
+        self._states = [recorder.states[i] for i in sorted(recorder.states)]
         #: Keys and values of all rows in each layer.
         self._cache = [(layer.keys, layer.values) for layer in cache.layers]
 
-    def _arguments(self, t: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _arguments(self, t: int) -> dict[int, Arguments]:
         """What the model gives each block for the tokens from t on, in a batch of one row."""
         from transformers import DynamicCache
 
@@ -239,7 +241,7 @@ class CorruptedRun:
             for i, (keys, values) in enumerate(self._cache):
                 cache.update(keys[:1, :, :t], values[:1, :, :t], i)
         positions = torch.arange(len(self._ids_T), device=self._device)[None]
-        with _Recorder(self.tree) as recorder:
+        with BlockRecorder(self.tree.blocks) as recorder:
             model.base_model(
                 input_ids=self._ids_T[None, t:],
                 attention_mask=torch.ones_like(positions),
@@ -299,54 +301,6 @@ def _forks(restorations: Sequence[Restoration]) -> tuple[list[int], list[int]]:
         trunks.append(trunk)
         entries.append(one.entry if trunk == n else one.stop)
     return entries, trunks
-
-
-class _Prefix:
-    """A layer's keys and values before the restored token, once for each set of copies."""
-
-    def __init__(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self._layer, self._keys, self._values = layer, keys, values
-        self.is_compileable = False
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The prefix's keys and values with the new ones behind them."""
-        sets = key.shape[0] // self._keys.shape[0]
-        keys, values = (part.repeat(sets, 1, 1, 1) for part in (self._keys, self._values))
-        return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions in the prefix."""
-        return self._keys.shape[-2]
-
-
-class _Recorder:
-    """Records what enters each block, and what leaves the last one."""
-
-    def __init__(self, tree: ModelTree) -> None:
-        self.states: list[Tensor] = []
-        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._blocks = tree.blocks
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> _Recorder:
-        for block in self._blocks:
-            self._hooks.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
-        self._hooks.append(self._blocks[-1].register_forward_hook(self._leave))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        self.states.append(args[0] if args else kwargs.pop("hidden_states"))
-        self.arguments.append((tuple(args[1:]), kwargs))
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.states.append(hidden_states(output))
 
 
 def _keep(outputs: list[Tensor], rows: int) -> Callable[..., None]:

@@ -16,14 +16,10 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.evaluation.blocks import hidden_states
+from lightning_edit.evaluation.blocks import Arguments, BlockRecorder, hidden_states
 from lightning_edit.modules.tail import Place
 
 __all__ = ["KeyPass"]
-
-
-class _Stop(Exception):  # noqa: N818  # control flow, not an error
-    """Ends a forward pass at the last block that is needed."""
 
 
 @dataclass
@@ -46,7 +42,7 @@ class KeyPass:
     layers: list[int]
     state: Tensor
     at: int
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: dict[int, Arguments]
     place: Place = "block"
 
     @classmethod
@@ -72,38 +68,14 @@ class KeyPass:
         model: Any = tree.model
         device = next(tree.blocks[0].parameters()).device
         ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
-        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        states: list[Tensor] = []
-
-        def enter(layer: int) -> Any:
-            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                kwargs = dict(kwargs)
-                state = args[0] if args else kwargs.pop("hidden_states")
-                if layer == layers[0]:
-                    states.append(state)
-                calls[layer] = (tuple(args[1:]), kwargs)
-                if layer == layers[-1]:
-                    raise _Stop
-
-            return record
-
-        hooks = [
-            tree.blocks[layer].register_forward_pre_hook(enter(layer), with_kwargs=True)
-            for layer in range(layers[0], layers[-1] + 1)
-        ]
-        try:
+        with BlockRecorder(tree.blocks, layers[0], layers[-1], keep=layers[:1], stops=True) as seen:
             model.base_model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0),
                 use_cache=False,
             )
-        except _Stop:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return cls(tree, list(layers), states[0], layers[0], calls, place)
+        return cls(tree, list(layers), seen.states[layers[0]], layers[0], seen.arguments, place)
 
     @torch.no_grad()
     def keys(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,8 @@ def replayed(blocks: list[nn.Module]) -> Iterator[None]:
 
         return recall
 
+    # Other packages put a method of their own into the instance.
+    earlier = {block: block.__dict__["forward"] for block in blocks if "forward" in vars(block)}
     try:
         for block in blocks:
             block.forward = once(block.forward)
@@ -70,3 +72,5 @@ def replayed(blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
+            if block in earlier:
+                block.forward = earlier[block]

@@ -8,7 +8,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
+from lightning_edit.evaluation.blocks import StopPass
 from lightning_edit.functional.moments import regularize, second_moment_update
 
 __all__ = [
@@ -266,10 +267,6 @@ def _rows_of(
     return torch.tensor(ids[: n_rows * ROW_LENGTH]).reshape(n_rows, ROW_LENGTH)
 
 
-class _Stop(Exception):  # noqa: N818  # control flow, not an error
-    """Ends a forward pass after the last layer that is needed."""
-
-
 def _accumulate(
     tree: ModelTree, layers: Sequence[int], batches: Sequence[Tensor], *, shared: bool
 ) -> dict[int, tuple[Tensor, int]]:
@@ -285,17 +282,15 @@ def _accumulate(
         def add(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
             second_moment_update(totals[layer], args[0].reshape(-1, args[0].shape[-1]))
             if layer == layers[-1]:
-                raise _Stop
+                raise StopPass
 
         hooks.append(site.module(tree.model).register_forward_pre_hook(add))
     model: Any = tree.model
     try:
         with torch.no_grad():
             for batch in batches:
-                try:
+                with suppress(StopPass):
                     model.base_model(input_ids=batch.to(device), use_cache=False)
-                except _Stop:
-                    continue
     finally:
         for hook in hooks:
             hook.remove()

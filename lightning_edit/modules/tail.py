@@ -26,7 +26,14 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
-from lightning_edit.evaluation.blocks import hidden_states, scaled_logits, with_cache
+from lightning_edit.evaluation.blocks import (
+    BlockRecorder,
+    Prefix,
+    hidden_states,
+    runs_alone,
+    scaled_logits,
+    with_cache,
+)
 
 __all__ = ["Place", "Tail", "frozen", "split_rows"]
 
@@ -34,6 +41,8 @@ Place = Literal["mlp", "block", "sublayers"]
 
 # Largest relative difference of logits that rounding in float32 accounts for.
 MAX_DIFFERENCE = 1e-2
+
+ADVICE = "Choose another model, or a method that needs no target values, such as FineTune or LoRA."
 
 
 @contextmanager
@@ -47,31 +56,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-class _Prefix:
-    """Keys and values of the prefixes, to be read by attention and never added to."""
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.layers = layers
-        self.is_compileable = False
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The prefix's keys and values with the new ones behind them."""
-        if layer_idx not in self.layers:
-            return key, value
-        keys, values = self.layers[layer_idx]
-        return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions in the prefix."""
-        return self.layers[layer_idx][0].shape[-2] if layer_idx in self.layers else 0
-
-    def select(self, rows: Tensor) -> _Prefix:
-        """The prefixes of some of the rows."""
-        return _Prefix({i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()})
 
 
 def split_rows(
@@ -125,7 +109,7 @@ class Tail:
     values: Tensor
     state: Tensor
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
-    prefix: _Prefix
+    prefix: Prefix
     inside: bool
     dtype: torch.dtype | None = None
     matrices: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
@@ -157,24 +141,15 @@ class Tail:
         Raises:
             ModelError: If the model's blocks cannot be run on their own.
         """
-        try:
+        with runs_alone(f"The blocks of {type(tree.model).__name__}", ADVICE):
             tail = cls._capture(tree, layer, rows, splits, pad_id, place)
             error = tail._difference(rows, splits)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
-            if isinstance(reason, torch.OutOfMemoryError):
-                raise
-            raise ModelError(
-                f"The blocks of {type(tree.model).__name__} cannot be run on their own "
-                f"({type(reason).__name__}: {reason}). Choose another model, or a method that "
-                "needs no target values, such as FineTune or LoRA."
-            ) from reason
         limit = MAX_DIFFERENCE if tail.state.dtype == torch.float32 else 10 * MAX_DIFFERENCE
         if not error < limit:
             raise ModelError(
                 f"The blocks of {type(tree.model).__name__}, run on their own, give logits that "
                 f"differ by {error:.0%} from the model's: it does something else between its "
-                "positions or behind its last block. Choose another model, or a method that needs "
-                "no target values, such as FineTune or LoRA."
+                f"positions or behind its last block. {ADVICE}"
             )
         return tail
 
@@ -208,11 +183,11 @@ class Tail:
                     cache=cache,
                     use_cache=True,
                 )
-            prefix = _Prefix(_masked(cache, mask_NP))
+            prefix = Prefix(_masked(cache, mask_NP))
             for i, (keys, values) in prefix.layers.items():
                 cache.layers[i].keys, cache.layers[i].values = keys, values
-            seen = _Recorder(tree, layer, with_attention=place == "sublayers")
-            with seen:
+            edited = _Outputs(tree, layer, with_attention=place == "sublayers")
+            with BlockRecorder(tree.blocks, layer, keep=(layer, layer + 1)) as seen, edited:
                 model.base_model(
                     input_ids=after_NQ,
                     attention_mask=mask,
@@ -220,11 +195,11 @@ class Tail:
                     cache=cache,
                     use_cache=True,
                 )
-            values = torch.stack(seen.values, 1)
-            tail = cls(tree, layer, seen.key, values, seen.entry[layer], [], prefix, inside=True)
+            values = torch.stack(edited.values, 1)
+            tail = cls(tree, layer, edited.key, values, seen.states[layer], [], prefix, inside=True)
             blocks = [*enumerate(tree.blocks)][layer:]
             tail.calls = [(b, *with_cache(*seen.arguments[i], prefix)) for i, b in blocks]
-            after = seen.entry.get(layer + 1, seen.last)
+            after = seen.states[layer + 1]
             if place == "block":
                 tail.values = after[:, :1].clone()
             if place == "block" or (place == "mlp" and tail._adds_up(after)):
@@ -369,61 +344,44 @@ class Tail:
         return bool(torch.allclose(moved, wanted, rtol=1e-3, atol=1e-3 * float(nudge.max())))
 
 
-class _Recorder:
-    """Records what enters each block and what the edited block's projections return."""
+class _Outputs:
+    """Records at column 0 what enters and leaves the edited block's projections."""
 
     def __init__(self, tree: ModelTree, layer: int, *, with_attention: bool) -> None:
-        self.entry: dict[int, Tensor] = {}
-        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.key = self.last = self._value = self._attended = torch.empty(0)
+        self.key = torch.empty(0)
+        #: Outputs of the MLP and, where it is asked for, of attention, [N, D] each.
+        self.values: list[Tensor] = []
+        self._rows = 0
+        self._block = tree.blocks[layer]
+        sites = [tree.mlp_out(layer), *([tree.attention_out(layer)] if with_attention else [])]
+        self._projections = [site.module(tree.model) for site in sites]
         self._hooks: list[Any] = []
-        self._tree, self._layer, self._with_attention = tree, layer, with_attention
-
-    @property
-    def values(self) -> list[Tensor]:
-        """Outputs at column 0 of the MLP and, where it is asked for, of attention, [N, D] each."""
-        return [self._value, self._attended] if self._with_attention else [self._value]
 
     def __enter__(self) -> None:
-        tree, layer = self._tree, self._layer
-        projection = tree.mlp_out(layer).module(tree.model)
-        for i in range(layer, len(tree.blocks)):
-            hook = tree.blocks[i].register_forward_pre_hook(self._enter(i), with_kwargs=True)
-            self._hooks.append(hook)
-        self._hooks.append(tree.blocks[-1].register_forward_hook(self._leave))
-        self._hooks.append(projection.register_forward_hook(self._project))
-        if self._with_attention:
-            attention = tree.attention_out(self._layer).module(tree.model)
-            self._hooks.append(attention.register_forward_hook(self._attend))
+        self.values = [torch.empty(0) for _ in self._projections]
+        self._hooks.append(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for place, projection in enumerate(self._projections):
+            self._hooks.append(projection.register_forward_hook(self._leave(place)))
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _enter(self, i: int) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            state = args[0] if args else kwargs.pop("hidden_states")
-            if i in (self._layer, self._layer + 1):
-                self.entry[i] = state
-            self.arguments[i] = (tuple(args[1:]), kwargs)
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    def _leave(self, place: int) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.values[place] = self._column_0(output)
+            if not place:
+                self.key = self._column_0(args[0])
 
         return record
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.last = hidden_states(output)
-
-    def _project(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.key, self._value = self._column_0(args[0]), self._column_0(output)
-
-    def _attend(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        self._attended = self._column_0(output)
 
     def _column_0(self, states: Tensor) -> Tensor:
         # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
         # output to the MLP's in place.
-        rows = self.entry[self._layer].shape[0]
-        return states.reshape(rows, -1, states.shape[-1])[:, 0].clone()
+        return states.reshape(self._rows, -1, states.shape[-1])[:, 0].clone()
 
 
 @contextmanager
