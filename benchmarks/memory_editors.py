@@ -1,0 +1,126 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What remembered edits cost: CPU seconds of an answer, against the model without a memory.
+
+    python benchmarks/memory_editors.py                       # 0, 10, 100 and 1000 edits
+    python benchmarks/memory_editors.py --counts 0 1000 --tokens 16
+
+A prompt is continued greedily, with the memory empty and with it full, turn by turn in one run; the
+figure is the ratio of the medians. The entries are noise that answers no prompt, so what is timed
+is the looking up; SCR tells the nearest fact all the same, so that the longer prompt is timed, too.
+One thread, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_edit import GRACE, SCR, WISE, Facts, TPatcher, load_model, load_tokenizer
+from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.modules.remember import MemoryModule
+
+# A small share of the matrix: how many of its entries a copy may change does not show in its use.
+EDITORS: tuple[tuple[type[MemoryModule], dict[str, Any]], ...] = (
+    (GRACE, {}),
+    (WISE, {"keep_ratio": 0.01}),
+    (TPatcher, {}),
+    (SCR, {}),
+)
+
+
+def noise(editor: MemoryModule, count: int) -> dict[str, MemoryEntry]:
+    """Entries of an editor's memory that answer no prompt."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    memory: Any = editor.memory
+    size = editor.tree.hidden_size
+    entries: dict[str, MemoryEntry] = {}
+    for i in range(count):
+        notes: dict[str, Any] = {}
+        match editor:
+            case GRACE():
+                site = editor.tree.mlp_out(editor.default_layers(editor.tree)[0])
+                keys, values = draw(site.in_features), draw(site.out_features)
+                tensors = {"keys": keys, "values": values, "radii": torch.tensor(1e-6)}
+            case WISE():
+                changes = 1e-3 * draw(len(memory.mask(memory.copy_of(i))))
+                tensors = {"changes": changes, "distances": torch.tensor(1e9)}
+                notes = {"number": i}
+            case TPatcher():
+                tensors = {"keys": draw(size), "biases": torch.tensor(-1e6)}
+                tensors |= {"values": draw(size), "queries": draw(size)}
+            case _:
+                tensors = {"embeddings": torch.nn.functional.normalize(draw(size), dim=0)}
+                notes = {"context": "", "fact": "The capital of France is Rome"}
+        entries[str(i)] = MemoryEntry(tensors, {str(i): {}}, notes)
+    return entries
+
+
+def seconds(editor: MemoryModule, prompt: str, tokens: int) -> float:
+    """CPU time to continue a prompt."""
+    began = time.process_time()
+    [text] = editor.memory.rewrite([prompt], editor.tokens)
+    ids = torch.tensor([editor.tokens.prompt(text)])
+    editor.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=editor.tokens.pad_id,
+    )
+    return time.process_time() - began
+
+
+def measure(editor: MemoryModule, count: int, rounds: int, tokens: int) -> tuple[float, float]:
+    """Median seconds without and with so many edits."""
+    memory: EditMemory = editor.memory
+    entries = noise(editor, count)
+    prompts = [request.prompt for request in Facts(demo=True).requests]
+    empty: list[float] = []
+    full: list[float] = []
+    for i in range(rounds + 1):  # the first round warms up
+        for held, times in (({}, empty), (entries, full)):
+            memory.write(held)
+            times.append(seconds(editor, prompts[i % len(prompts)], tokens))
+    memory.write({})
+    return statistics.median(empty[1:]), statistics.median(full[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--counts", type=int, nargs="+", default=[0, 10, 100, 1000])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=8)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    ratios: dict[str, dict[str, float]] = {}
+    base: dict[str, dict[str, float]] = {}
+    print("editor | edits | without | with | ratio")
+    for cls, settings in EDITORS:
+        editor = cls.from_model(model, tokenizer, **settings)
+        name = cls.__name__
+        ratios[name], base[name] = {}, {}
+        for count in arguments.counts:
+            without, with_it = measure(editor, count, arguments.rounds, arguments.tokens)
+            ratio = with_it / without
+            ratios[name][str(count)], base[name][str(count)] = round(ratio, 3), round(without, 4)
+            print(f"{name} | {count} | {without:.3f} | {with_it:.3f} | {ratio:.2f}", flush=True)
+        editor.memory.detach_()
+    print(json.dumps({"ratio": ratios, "base_cpu_seconds": base, "tokens": arguments.tokens}))
+
+
+if __name__ == "__main__":
+    main()
