@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_edit.data import CounterFact as CounterFact
     from lightning_edit.data import EditDataModule as EditDataModule
     from lightning_edit.data import Facts as Facts
+    from lightning_edit.data import HeldOut as HeldOut
     from lightning_edit.data import KnowEdit as KnowEdit
     from lightning_edit.data import Known1000 as Known1000
     from lightning_edit.data import MQuAKE as MQuAKE
@@ -57,8 +58,10 @@ if TYPE_CHECKING:
     from lightning_edit.modules.lora import LoRA as LoRA
     from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
     from lightning_edit.modules.memit import MEMIT as MEMIT
+    from lightning_edit.modules.mend import MEND as MEND
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
+    from lightning_edit.modules.trained_editor import TrainedEditor as TrainedEditor
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
 
 _HOMES = {
@@ -80,6 +83,7 @@ _HOMES = {
     "FineTune": "modules.fine_tune",
     "FullTuning": "modules.full_tuning",
     "Generality": "metrics",
+    "HeldOut": "data",
     "KN": "modules.kn",
     "KnowEdit": "data",
     "Known1000": "data",
@@ -89,6 +93,7 @@ _HOMES = {
     "Locality": "metrics",
     "Locator": "core.locator",
     "MEMIT": "modules.memit",
+    "MEND": "modules.mend",
     "MQuAKE": "data",
     "OldNewPairs": "data",
     "OldThenNew": "data",
@@ -102,6 +107,7 @@ _HOMES = {
     "RetentionCurve": "callbacks.retention_curve",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
+    "TrainedEditor": "modules.trained_editor",
     "UltraEdit": "modules.ultra_edit",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",

@@ -33,8 +33,10 @@ METHODS = {
     "lora",
     "lora_tuning",
     "memit",
+    "mend",
     "r_rome",
     "rome",
+    "trained_editor",
     "ultra_edit",
 }
 
@@ -145,10 +147,10 @@ def test_callbacks_import_the_base_of_the_methods_at_most(path: Path) -> None:
 def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
-    shared = {"activation_paths", "adapter_layers", "base", "descent", "gradient_passes"}
-    shared |= {"key_pass", "locate"}
+    shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network"}
+    shared |= {"factors", "gradient_passes", "hypernetwork", "key_pass", "lessons", "locate"}
     shared |= {"mass_edit", "rank_one", "second_moment", "tail", "target_loss", "target_values"}
-    shared |= {"tuning"}
+    shared |= {"projections", "replicas", "tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
     assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
 

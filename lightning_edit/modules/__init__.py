@@ -12,14 +12,17 @@ from lightning_edit.modules.loc_ft import LocFT
 from lightning_edit.modules.lora import LoRA
 from lightning_edit.modules.lora_tuning import LoRATuning
 from lightning_edit.modules.memit import MEMIT
+from lightning_edit.modules.mend import MEND
 from lightning_edit.modules.r_rome import RROME
 from lightning_edit.modules.rome import ROME
+from lightning_edit.modules.trained_editor import TrainedEditor
 from lightning_edit.modules.ultra_edit import UltraEdit
 
 __all__ = [
     "EMMET",
     "KN",
     "MEMIT",
+    "MEND",
     "ROME",
     "RROME",
     "AlphaEdit",
@@ -29,5 +32,6 @@ __all__ = [
     "LoRA",
     "LoRATuning",
     "LocFT",
+    "TrainedEditor",
     "UltraEdit",
 ]
