@@ -53,10 +53,12 @@ if TYPE_CHECKING:
     from lightning_edit.modules.emmet import EMMET as EMMET
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
+    from lightning_edit.modules.ke import KE as KE
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
     from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
+    from lightning_edit.modules.malmen import MALMEN as MALMEN
     from lightning_edit.modules.memit import MEMIT as MEMIT
     from lightning_edit.modules.mend import MEND as MEND
     from lightning_edit.modules.r_rome import RROME as RROME
@@ -84,6 +86,7 @@ _HOMES = {
     "FullTuning": "modules.full_tuning",
     "Generality": "metrics",
     "HeldOut": "data",
+    "KE": "modules.ke",
     "KN": "modules.kn",
     "KnowEdit": "data",
     "Known1000": "data",
@@ -92,6 +95,7 @@ _HOMES = {
     "LocFT": "modules.loc_ft",
     "Locality": "metrics",
     "Locator": "core.locator",
+    "MALMEN": "modules.malmen",
     "MEMIT": "modules.memit",
     "MEND": "modules.mend",
     "MQuAKE": "data",

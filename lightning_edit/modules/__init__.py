@@ -7,10 +7,12 @@ from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.emmet import EMMET
 from lightning_edit.modules.fine_tune import FineTune
 from lightning_edit.modules.full_tuning import FullTuning
+from lightning_edit.modules.ke import KE
 from lightning_edit.modules.kn import KN
 from lightning_edit.modules.loc_ft import LocFT
 from lightning_edit.modules.lora import LoRA
 from lightning_edit.modules.lora_tuning import LoRATuning
+from lightning_edit.modules.malmen import MALMEN
 from lightning_edit.modules.memit import MEMIT
 from lightning_edit.modules.mend import MEND
 from lightning_edit.modules.r_rome import RROME
@@ -20,7 +22,9 @@ from lightning_edit.modules.ultra_edit import UltraEdit
 
 __all__ = [
     "EMMET",
+    "KE",
     "KN",
+    "MALMEN",
     "MEMIT",
     "MEND",
     "ROME",

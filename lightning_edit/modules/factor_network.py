@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from lightning_edit.core.locator import WeightSite
@@ -20,6 +21,8 @@ from lightning_edit.functional.mend import mend_block
 from lightning_edit.functional.ultra_edit import Normalizer, merge_normalizers, normalize
 
 __all__ = ["FactorNetwork", "MALMENBlock", "MENDBlock", "members", "shape_key"]
+
+CHUNK = 1024  # rows that go through a network at once
 
 
 class MENDBlock(nn.Module):
@@ -148,9 +151,20 @@ class FactorNetwork(nn.Module):
         rows = torch.cat([inputs, gradients], 1)
         if self.eps is not None:
             rows = normalize(rows, Normalizer(self.total, self.mean, self.squares), self.eps)
+        parts = [self._transformed(part, matrix) for part in torch.split(rows, CHUNK)]
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return rows[:, : self.inputs], rows[:, self.inputs :]
+
+    def _transformed(self, rows: Tensor, matrix: int) -> Tensor:
+        if len(rows) == CHUNK:  # one of many: what lies between is computed again on the way back
+            found: Tensor = checkpoint(self._through, rows, matrix, use_reentrant=False)
+            return found
+        return self._through(rows, matrix)
+
+    def _through(self, rows: Tensor, matrix: int) -> Tensor:
         for block in self.blocks:
             rows = block(rows, matrix)
-        return rows[:, : self.inputs], rows[:, self.inputs :]
+        return rows
 
 
 def shape_key(site: WeightSite) -> str:

@@ -24,7 +24,7 @@ from lightning_edit.core.delta import Change, WeightDelta
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.locator import ModelTree, StackKind, WeightSite
 from lightning_edit.core.request import EditRequest, check_requests
-from lightning_edit.evaluation.evaluator import Baseline, Evaluator
+from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
 from lightning_edit.functional.metrics import kl_divergence
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.factors import (
@@ -84,8 +84,9 @@ class HyperEditModule(EditModule):
         kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
     """
 
-    #: Rows that the network gets, and places at which locality is judged.
+    #: Which rows the network gets, and at which places locality is judged.
     positions: Positions = "all"
+    locality_positions: Positions = "all"
 
     def __init__(
         self,
@@ -370,7 +371,7 @@ class HyperEditModule(EditModule):
             self.tokens,
             train_on=self.train_on,
             turn=turn,
-            answers_needed=self.positions == "answers",
+            answers_needed=self.locality_positions == "answers",
         ).to(next(self.model.parameters()).device)
         groups, count = self._groups(len(requests))
         together = self.edits_at_once is None
@@ -458,7 +459,7 @@ class HyperEditModule(EditModule):
         owners = torch.tensor(lesson.outer_owners, device=groups.device)
         outer_weights = shared_weights(lesson.outer.labels != IGNORE_INDEX, groups[owners]) / count
         mask = lesson.locality.attention_mask.bool()
-        if self.positions == "answers" or tree.is_encoder_decoder:
+        if self.locality_positions == "answers" or tree.is_encoder_decoder:
             mask = lesson.locality.labels != IGNORE_INDEX
         locality_weights = shared_weights(mask, groups) / count
         edit = torch.zeros((), device=groups.device)
@@ -466,7 +467,7 @@ class HyperEditModule(EditModule):
         for start in range(0, len(mine), self.micro_batch_size):
             chosen = list(mine[start : start + self.micro_batch_size])
             probes = lesson.locality.select(chosen)
-            places = all_places if self.positions == "all" else target_places
+            places = all_places if self.locality_positions == "all" else target_places
             where = places(tree, probes)
             with torch.no_grad(), output_below(tree, sites) as below:
                 before = place_logits(tree, probes, where)
@@ -514,7 +515,12 @@ class HyperEditModule(EditModule):
             if in_fit:  # the model stays the same all along
                 self._baselines[key] = baseline
             with self._written(self.edit(group)):
-                evaluator.evaluate(group, baseline).update(self.val_metrics)
+                found = evaluator.evaluate(group, baseline)
+            found.update(self.val_metrics)
+            self.note(found)
+
+    def note(self, found: Evaluation) -> None:
+        """Takes note of how an edit of a validation was scored; does nothing by default."""
 
     @property
     def is_ready(self) -> bool:

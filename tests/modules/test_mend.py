@@ -53,7 +53,9 @@ class PlainMEND:
             handles.append(site.module(self.model).register_forward_hook(record))
         prompt = self.tokens.prompt(request.prompt)
         target = self.tokens.target(request.prompt, request.target_new)
-        torch.stack(plain_nll(self.model, prompt, target)).mean().backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            loss = torch.stack(plain_nll(self.model, prompt, target)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         for handle in handles:
             handle.remove()
         found = {}
