@@ -150,7 +150,15 @@ def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
     shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network"}
-    shared |= {"factors", "gradient_passes", "hypernetwork", "key_pass", "lessons", "locate"}
+    shared |= {
+        "factors",
+        "gradient_passes",
+        "hypernetwork",
+        "judging",
+        "key_pass",
+        "lessons",
+        "locate",
+    }
     shared |= {"mass_edit", "rank_one", "second_moment", "tail", "target_loss", "target_values"}
     shared |= {"projections", "replicas", "tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}

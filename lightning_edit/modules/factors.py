@@ -25,7 +25,17 @@ from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.modules.gradient_passes import recorded
 from lightning_edit.modules.target_loss import row_means, target_nll, target_places
 
-__all__ = ["FactorRows", "Factors", "Positions", "as_change", "capture", "edited", "grouped"]
+__all__ = [
+    "FactorRows",
+    "Factors",
+    "Positions",
+    "as_change",
+    "beside",
+    "capture",
+    "edited",
+    "grouped",
+    "stacked",
+]
 
 Positions = Literal["all", "answers"]
 
@@ -195,6 +205,23 @@ def edited(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def stacked(one: Factors, other: Factors) -> Factors:
+    """Edits that add up: the factors of both."""
+    return Factors(torch.cat([one.u, other.u], 1), torch.cat([one.v, other.v], 1))
+
+
+@contextmanager
+def beside(
+    model: nn.Module, sites: Sequence[WeightSite], factors: Mapping[str, Factors] | None
+) -> Iterator[None]:
+    """Has one edit act on all passes inside a ``with`` block; nothing where it is None."""
+    if factors is None:
+        yield
+        return
+    with edited(model, sites, factors):
+        yield
 
 
 def as_change(site: WeightSite, u: Tensor, v: Tensor) -> Change:

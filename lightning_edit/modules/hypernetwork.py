@@ -25,26 +25,21 @@ from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.locator import ModelTree, StackKind, WeightSite
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
-from lightning_edit.functional.metrics import kl_divergence
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.factors import (
     FactorRows,
     Factors,
     Positions,
     as_change,
+    beside,
     capture,
     edited,
 )
-from lightning_edit.modules.gradient_passes import output_below, skipped
+from lightning_edit.modules.judging import Part, Verdict, judge
 from lightning_edit.modules.lessons import Lesson, TrainOn, shared_weights
 from lightning_edit.modules.projections import projection_sites
 from lightning_edit.modules.replicas import Replicas
-from lightning_edit.modules.target_loss import (
-    all_places,
-    place_logits,
-    target_places,
-    target_probabilities,
-)
+from lightning_edit.modules.target_loss import target_probabilities
 
 __all__ = ["HyperEditModule"]
 
@@ -365,6 +360,27 @@ class HyperEditModule(EditModule):
         if replicas is None:
             self.check_ready()
         one = replicas or Replicas()
+        part = self._part(requests, replicas)
+        factors = self._edits(part, replicas)
+        found = None if factors is None else self._verdict(part, factors, one)
+        if factors is None or found is None:
+            return self._nothing(), {}
+        edit_weight, locality_weight = self.weights_now()
+        value = edit_weight * found.edit + locality_weight * found.kl
+        loss = self._pull(factors, found.gradients, one)
+        loss = loss - loss.detach() + value
+        added = self.added_loss(found.edit, found.kl)
+        if added is not None:
+            loss = loss + added
+        return loss, {
+            "loss": float(loss.detach()),
+            "edit": float(found.edit),
+            "kl": float(found.kl),
+        }
+
+    def _part(self, requests: Sequence[EditRequest], replicas: Replicas | None) -> Part:
+        """Requests as the network is trained on them, and the share of this process."""
+        one = replicas or Replicas()
         turn = self.current_epoch if replicas is not None else 0
         lesson = Lesson.from_requests(
             requests,
@@ -380,47 +396,70 @@ class HyperEditModule(EditModule):
             for i, group in enumerate(groups.tolist())
             if (i if together else group) % one.count == one.rank
         ]
+        return Part(lesson, requests, groups, count, mine)
+
+    def _edits(
+        self, part: Part, replicas: Replicas | None, carried: Mapping[str, Factors] | None = None
+    ) -> dict[str, Factors] | None:
+        """The network's edits of a part of a training; None where something is not finite."""
+        one = replicas or Replicas()
         # Gradients of float16 passes would leave its range, for which only the loss is scaled.
-        exact = torch.autocast(lesson.inner.input_ids.device.type, enabled=False)
-        with exact:
-            rows, _ = capture(
+        with torch.autocast(part.groups.device.type, enabled=False):
+            with beside(self.model, self.sites, carried):
+                rows, _ = capture(
+                    self.tree,
+                    self.sites,
+                    part.lesson.inner,
+                    self.inner_weights(part.lesson.inner, part.groups),
+                    chosen=part.mine,
+                    size=self.micro_batch_size,
+                    positions=self.positions,
+                )
+            if self.edits_at_once is None:
+                rows = {name: one.gathered(row) for name, row in rows.items()}
+            sums = [row.inputs.sum() + row.gradients.sum() for row in rows.values()]
+            if not one.agree(bool(torch.stack(sums).isfinite().all())):
+                return None
+            return self.transform(rows, part.requests, part.groups, part.count, replicas)
+
+    def _verdict(
+        self,
+        part: Part,
+        factors: Mapping[str, Factors],
+        one: Replicas,
+        carried: Mapping[str, Factors] | None = None,
+    ) -> Verdict | None:
+        """What becomes of a part's texts with edits; None where something is not finite."""
+        kind = part.groups.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        rounded = mixed and torch.get_autocast_dtype(kind) == torch.bfloat16
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=rounded):
+            found = judge(
                 self.tree,
                 self.sites,
-                lesson.inner,
-                self.inner_weights(lesson.inner, groups),
-                chosen=mine,
+                part,
+                factors,
+                token_loss=self.token_loss,
+                weights=self.weights_now(),
+                positions=self.locality_positions,
                 size=self.micro_batch_size,
-                positions=self.positions,
+                carried=carried,
             )
-        if together:
-            rows = {name: one.gathered(row) for name, row in rows.items()}
-        sums = [row.inputs.sum() + row.gradients.sum() for row in rows.values()]
-        if not one.agree(bool(torch.stack(sums).isfinite().all())):
-            return self._nothing(), {}
-        with exact:
-            factors = self.transform(rows, requests, groups, count, replicas)
-            edit, divergence, gradients = self._judged(lesson, factors, groups, count, mine)
-        edit, divergence = one.total(edit), one.total(divergence)
-        edit_weight, locality_weight = self.weights_now()
-        value = edit_weight * edit + locality_weight * divergence
-        added = self.added_loss(edit, divergence)
-        finite = [value, *(gradient.sum() for gradient in gradients)]
-        if not one.agree(bool(torch.stack(finite).isfinite().all())):
-            return self._nothing(), {}
+        found = Verdict(one.total(found.edit), one.total(found.kl), found.gradients)
+        sums = [found.edit, found.kl, *(gradient.sum() for gradient in found.gradients)]
+        return found if one.agree(bool(torch.stack(sums).isfinite().all())) else None
+
+    def _pull(
+        self, factors: Mapping[str, Factors], gradients: Sequence[Tensor], one: Replicas
+    ) -> Tensor:
+        """Σ ⟨gradient, edit⟩, whose gradient is the network's."""
         ends = [tensor for found in factors.values() for tensor in (found.u, found.v)]
-        pull = torch.zeros((), device=value.device)
+        pull = torch.zeros((), device=ends[0].device)
         for end, gradient in zip(ends, gradients, strict=True):
             if end.requires_grad:
                 pull = pull + (end * gradient).sum()
         # Processes average their gradients, whereas the loss is a sum over shares.
-        loss = one.count * pull
-        loss = loss - loss.detach() + value
-        if added is not None:
-            loss = loss + added
-        if not loss.requires_grad:  # a process without a share
-            loss = loss + self._nothing()
-        figures = {"loss": float(loss.detach()), "edit": float(edit), "kl": float(divergence)}
-        return loss, figures
+        return one.count * pull if pull.requires_grad else self._nothing()
 
     def _groups(self, requests: int) -> tuple[Tensor, int]:
         device = next(self.model.parameters()).device
@@ -431,65 +470,6 @@ class HyperEditModule(EditModule):
         """A loss of zero in which every parameter has a part, as several processes need it."""
         parts = [p.sum() for p in self.network.parameters() if p.requires_grad]
         return 0.0 * torch.stack(parts).sum()
-
-    def _judged(
-        self,
-        lesson: Lesson,
-        factors: Mapping[str, Factors],
-        groups: Tensor,
-        count: int,
-        mine: Sequence[int],
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Loss of the new answers, divergence, and the gradient of their weighted sum.
-
-        Each is this process's part of the mean over edits of the mean over tokens.
-
-        Returns:
-            Two scalars, and gradients with respect to u and v of each site in turn.
-        """
-        tree, sites = self.tree, self.sites
-        leaves = {
-            name: Factors(*(t.detach().requires_grad_(t.requires_grad) for t in (f.u, f.v)))
-            for name, f in factors.items()
-        }
-        flat = [t for found in leaves.values() for t in (found.u, found.v)]
-        learned = [t for t in flat if t.requires_grad]
-        totals = {id(t): torch.zeros_like(t) for t in flat}
-        edit_weight, locality_weight = self.weights_now()
-        owners = torch.tensor(lesson.outer_owners, device=groups.device)
-        outer_weights = shared_weights(lesson.outer.labels != IGNORE_INDEX, groups[owners]) / count
-        mask = lesson.locality.attention_mask.bool()
-        if self.locality_positions == "answers" or tree.is_encoder_decoder:
-            mask = lesson.locality.labels != IGNORE_INDEX
-        locality_weights = shared_weights(mask, groups) / count
-        edit = torch.zeros((), device=groups.device)
-        divergence = torch.zeros((), device=groups.device)
-        for start in range(0, len(mine), self.micro_batch_size):
-            chosen = list(mine[start : start + self.micro_batch_size])
-            probes = lesson.locality.select(chosen)
-            places = all_places if self.locality_positions == "all" else target_places
-            where = places(tree, probes)
-            with torch.no_grad(), output_below(tree, sites) as below:
-                before = place_logits(tree, probes, where)
-            if tree.is_encoder_decoder:  # what its decoder attends to may be edited, too
-                below = {}
-            with edited(self.model, sites, leaves, groups[chosen]), skipped(below):
-                after = place_logits(tree, probes, where)
-            weights = locality_weights[chosen][mask[chosen]]
-            kl = (weights * kl_divergence(before, after)).sum()
-            asked = [i for i, owner in enumerate(lesson.outer_owners) if owner in set(chosen)]
-            outer = lesson.outer.select(asked)
-            is_target = outer.labels != IGNORE_INDEX
-            with edited(self.model, sites, leaves, groups[owners[asked]]):
-                logits = place_logits(tree, outer, target_places(tree, outer))
-            losses = self.token_loss(logits, outer.labels[is_target])
-            nll = (outer_weights[asked][is_target] * losses).sum()
-            edit, divergence = edit + nll.detach(), divergence + kl.detach()
-            if learned:
-                loss = edit_weight * nll + locality_weight * kl
-                for leaf, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-                    totals[id(leaf)] += gradient
-        return edit, divergence, [totals[id(t)] for t in flat]
 
     # -- measuring -----------------------------------------------------------------------------
 

@@ -60,9 +60,6 @@ class KENetwork(nn.Module):
         table: Tensor | None,
     ) -> None:
         super().__init__()
-        self.embeddings = None if table is None else nn.Embedding(*table.shape)
-        if self.embeddings is not None:
-            self.embeddings.weight.data.copy_(cast(Tensor, table))
         self.lstm = nn.LSTM(embeddings, hidden, bidirectional=True, batch_first=True)
         self.condition = nn.Linear(2 * hidden, condition)
         self.heads = nn.ModuleList(
@@ -74,6 +71,10 @@ class KENetwork(nn.Module):
             for site in sites
         )
         self.multiplier = nn.Parameter(torch.ones(()))
+        # Last, so that the others begin with the same numbers whether it is trained or not.
+        self.embeddings = None if table is None else nn.Embedding(*table.shape)
+        if self.embeddings is not None:
+            self.embeddings.weight.data.copy_(cast(Tensor, table))
         self.register_buffer("margin", torch.tensor(margin))
 
     @override

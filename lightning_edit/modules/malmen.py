@@ -24,8 +24,9 @@ from lightning_edit.modules.factor_network import (
     members,
     shape_key,
 )
-from lightning_edit.modules.factors import FactorRows, Factors, Positions, grouped
+from lightning_edit.modules.factors import FactorRows, Factors, Positions, grouped, stacked
 from lightning_edit.modules.hypernetwork import HyperEditModule
+from lightning_edit.modules.judging import Part
 from lightning_edit.modules.lessons import shared_weights
 from lightning_edit.modules.replicas import Replicas
 
@@ -80,9 +81,16 @@ class MALMEN(HyperEditModule):
         normalize: Normalize rows by running statistics, which go on in training.
         biased_variance: Let the statistics add variances as the authors' code does, which
             overstates them and depends on ``micro_batch_size``.
+        sequence: Edits that follow one another in training, each on top of those before it: a
+            batch of the data is divided into so many. Above 1 it is RLEdit.
+        discount: How much an earlier edit of the sequence counts at each later one, for each edit
+            in between.
+        back_depth: Edits of the sequence, the latest first, that count at each.
+        shift_penalty: Weight of ‖ΔW‖² of each edit of a sequence.
         kwargs: Further arguments of :class:`HyperEditModule`, such as ``modules`` and ``train_on``.
 
     References:
+        Reinforced Lifelong Editing for Language Models, arXiv 2502.05759 (sequences).
         Massive Editing for Large Language Models via Meta Learning, arXiv 2311.04661.
     """
 
@@ -105,6 +113,10 @@ class MALMEN(HyperEditModule):
         edit_weight: float = 1.0,
         normalize: bool = True,
         biased_variance: bool = False,
+        sequence: int = 1,
+        discount: float = 0.95,
+        back_depth: int = 10,
+        shift_penalty: float = 1e-4,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -115,7 +127,12 @@ class MALMEN(HyperEditModule):
             edit_weight=edit_weight,
             **kwargs,
         )
-        for name, number in (("rank", rank), ("blocks", blocks)):
+        for name, number in (
+            ("rank", rank),
+            ("blocks", blocks),
+            ("sequence", sequence),
+            ("back_depth", back_depth),
+        ):
             if number < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {number}.")
         self.rank = rank
@@ -126,6 +143,14 @@ class MALMEN(HyperEditModule):
         self.log_ridge = log_ridge
         self.normalize = normalize
         self.biased_variance = biased_variance
+        self.sequence = sequence
+        self.discount = discount
+        self.back_depth = back_depth
+        self.shift_penalty = shift_penalty
+        if sequence > 1 and edits_at_once is not None:
+            raise ValueError(
+                "`sequence` divides a batch into edits itself. Leave `edits_at_once` out."
+            )
 
     @override
     def default_projections(self) -> list[str]:
@@ -205,6 +230,43 @@ class MALMEN(HyperEditModule):
             u = torch.cat([u.T for u, _ in solved] or [own.gradients])
             found[site.name] = grouped(u, own.inputs[order], owners[order], count)
         return found
+
+    @override
+    def lesson_loss(
+        self, requests: Sequence[EditRequest], replicas: Replicas | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        if self.sequence == 1 or replicas is None:
+            return super().lesson_loss(requests, replicas)
+        size = -(-len(requests) // self.sequence)
+        parts: list[Part] = []
+        carried: dict[str, Factors] | None = None
+        loss = torch.zeros((), device=self.network.edit_lr.device)
+        figures = dict.fromkeys(("loss", "edit", "kl"), 0.0)
+        for start in range(0, len(requests), size):
+            parts.append(self._part(requests[start : start + size], replicas))
+            factors = self._edits(parts[-1], replicas, carried)
+            if factors is None:
+                return self._nothing(), {}
+            for age, part in enumerate(reversed(parts[-self.back_depth :])):
+                found = self._verdict(part, factors, replicas, carried)
+                if found is None:
+                    return self._nothing(), {}
+                share = self.discount**age / -(-len(requests) // size)
+                loss = loss + share * self._pull(factors, found.gradients, replicas)
+                edit, kl = float(found.edit), float(found.kl)
+                figures["loss"] += share * (self.edit_weight * edit + self.locality_weight * kl)
+                if not age:  # what is shown is how the edits are right after they are made
+                    figures["edit"] += share * edit
+                    figures["kl"] += share * kl
+            squares = [((f.u @ f.u.mT) * (f.v @ f.v.mT)).sum() for f in factors.values()]
+            penalty = self.shift_penalty * torch.stack(squares).sum()
+            loss = loss + penalty
+            figures["loss"] += float(penalty.detach())
+            carried = {
+                name: f if carried is None else stacked(carried[name], f)
+                for name, f in ((n, Factors(f.u.detach(), f.v)) for n, f in factors.items())
+            }
+        return loss - loss.detach() + figures["loss"], figures
 
     def _learn_statistics(
         self, rows: Mapping[str, FactorRows], requests: int, replicas: Replicas

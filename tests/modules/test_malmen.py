@@ -167,3 +167,60 @@ def EditRequest_with_one_token() -> EditRequest:  # noqa: N802
         for request in tiny_requests(24)
         if len(editor.tokens.target(request.prompt, request.target_new)) == 1
     )
+
+
+# -- sequences ---------------------------------------------------------------------------------
+
+
+def test_a_sequence_of_edits_is_each_on_top_of_those_before() -> None:
+    """Against edits that are written into the weights one after another."""
+    settings: dict[str, Any] = {"rank": 4, "edit_lr": 1e-2, "normalize": False}
+    model, tokenizer = trained_tiny_model()
+    editor = MALMEN.from_model(
+        model, tokenizer, sequence=2, discount=0.5, shift_penalty=0.1, **settings
+    )
+    requests = tiny_requests(4)
+    loss, figures = editor.lesson_loss(requests, Replicas())
+    found = torch.autograd.grad(loss, list(editor.network.parameters()), allow_unused=True)
+
+    def judged(asked: list[EditRequest], edits: list[Any]) -> float:
+        """Losses of requests in a model with edits written into it."""
+        plain = PlainMALMEN(MALMEN.from_model(trained_tiny_model()[0], tokenizer, **settings))  # type: ignore[arg-type]
+        weights = {
+            site.name: site.parameter(plain.model).detach()
+            + sum(edit.dense(site.name) for edit in edits)
+            for site in plain.editor.sites
+        }
+        plain.shifts = lambda requests: {}  # type: ignore[method-assign]
+        plain.patched = lambda deltas: weights  # type: ignore[method-assign]
+        with torch.no_grad():
+            return plain.loss(asked).item()
+
+    written = MALMEN.from_model(trained_tiny_model()[0], tokenizer, **settings)
+    first = written.edit(requests[:2])
+    first.apply_(written.model)
+    second = written.edit(requests[2:])
+    wanted = judged(requests[:2], [first]) / 2
+    wanted += judged(requests[2:], [first, second]) / 2
+    wanted += 0.5 * judged(requests[:2], [first, second]) / 2
+    wanted += 0.1 * (first.norm() ** 2 + second.norm() ** 2)
+    assert loss.item() == pytest.approx(wanted, rel=1e-3)
+    assert figures["loss"] == pytest.approx(wanted, rel=1e-3)
+    # The loss falls against the gradient.
+    with torch.no_grad():
+        for parameter, gradient in zip(editor.network.parameters(), found, strict=True):
+            if gradient is not None:
+                parameter.sub_(1e-6 * gradient / (gradient.norm() + 1e-12))
+    later, _ = editor.lesson_loss(requests, Replicas())
+    assert later.item() < loss.item()
+
+
+def test_a_sequence_of_one_is_an_edit_as_ever_and_divides_batches_itself() -> None:
+    losses = []
+    for settings in ({}, {"sequence": 2, "discount": 0.0, "shift_penalty": 0.0}):
+        arguments: dict[str, Any] = {"rank": 4, "edit_lr": 1e-2, **settings}
+        editor = MALMEN.from_model(*trained_tiny_model(), **arguments)
+        losses.append(editor.lesson_loss(tiny_requests(1), Replicas())[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(ValueError, match="Leave `edits_at_once` out"):
+        MALMEN(sequence=2, edits_at_once=2)
