@@ -39,9 +39,12 @@ if TYPE_CHECKING:
     from lightning_edit.data import OldNewPairs as OldNewPairs
     from lightning_edit.data import OldThenNew as OldThenNew
     from lightning_edit.data import QAEdit as QAEdit
+    from lightning_edit.data import TextDataModule as TextDataModule
     from lightning_edit.data import WikiBigEdit as WikiBigEdit
     from lightning_edit.data import ZsRE as ZsRE
     from lightning_edit.evaluation.evaluator import Evaluator as Evaluator
+    from lightning_edit.memories import EditMemory as EditMemory
+    from lightning_edit.memories import MemoryWrite as MemoryWrite
     from lightning_edit.metrics import Generality as Generality
     from lightning_edit.metrics import Locality as Locality
     from lightning_edit.metrics import Portability as Portability
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from lightning_edit.modules.emmet import EMMET as EMMET
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
+    from lightning_edit.modules.grace import GRACE as GRACE
+    from lightning_edit.modules.ike import IKE as IKE
     from lightning_edit.modules.ke import KE as KE
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
@@ -61,10 +66,14 @@ if TYPE_CHECKING:
     from lightning_edit.modules.malmen import MALMEN as MALMEN
     from lightning_edit.modules.memit import MEMIT as MEMIT
     from lightning_edit.modules.mend import MEND as MEND
+    from lightning_edit.modules.pmet import PMET as PMET
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
+    from lightning_edit.modules.scr import SCR as SCR
+    from lightning_edit.modules.t_patcher import TPatcher as TPatcher
     from lightning_edit.modules.trained_editor import TrainedEditor as TrainedEditor
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
+    from lightning_edit.modules.wise import WISE as WISE
 
 _HOMES = {
     "AlphaEdit": "modules.alpha_edit",
@@ -76,6 +85,7 @@ _HOMES = {
     "EditDataModule": "data",
     "EditError": "core.errors",
     "EditEvaluator": "callbacks.edit_evaluator",
+    "EditMemory": "memories",
     "EditModule": "modules.base",
     "EditProgressBar": "callbacks.progress",
     "EditReport": "callbacks.edit_report",
@@ -84,9 +94,11 @@ _HOMES = {
     "Facts": "data",
     "FineTune": "modules.fine_tune",
     "FullTuning": "modules.full_tuning",
+    "GRACE": "modules.grace",
     "Generality": "metrics",
     "HeldOut": "data",
     "KE": "modules.ke",
+    "IKE": "modules.ike",
     "KN": "modules.kn",
     "KnowEdit": "data",
     "Known1000": "data",
@@ -101,6 +113,8 @@ _HOMES = {
     "MQuAKE": "data",
     "OldNewPairs": "data",
     "OldThenNew": "data",
+    "PMET": "modules.pmet",
+    "MemoryWrite": "memories",
     "Portability": "metrics",
     "Probe": "core.request",
     "PromptTokenizer": "core.batch",
@@ -109,10 +123,14 @@ _HOMES = {
     "RROME": "modules.r_rome",
     "Reliability": "metrics",
     "RetentionCurve": "callbacks.retention_curve",
+    "SCR": "modules.scr",
     "SaveTaskVector": "callbacks.save_task_vector",
+    "TPatcher": "modules.t_patcher",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
     "TrainedEditor": "modules.trained_editor",
+    "TextDataModule": "data",
     "UltraEdit": "modules.ultra_edit",
+    "WISE": "modules.wise",
     "WeightDelta": "core.delta",
     "WikiBigEdit": "data",
     "ZsRE": "data",

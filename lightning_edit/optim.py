@@ -6,21 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import TypeVar
 
-from lightning_edit.core.delta import LowRank, WeightDelta
-from lightning_edit.core.errors import EditError
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Edit
 
-__all__ = ["EditOptimizer"]
+__all__ = ["E", "EditOptimizer"]
+
+#: The kind of edits that an editor makes.
+E = TypeVar("E", bound=Edit, default=WeightDelta)
 
 
-class EditOptimizer(Optimizer):
-    """Writes a staged :class:`~lightning_edit.core.delta.WeightDelta` at each step.
+class EditOptimizer(Optimizer, Generic[E]):
+    """Writes a staged :class:`~lightning_edit.core.edit.Edit` at each step.
 
     The step is what Lightning counts, checkpoints and resumes by. Weights are set to original
     plus the sum of all edits so far, so the order of rounding does not depend on interruptions.
@@ -28,6 +31,7 @@ class EditOptimizer(Optimizer):
     Args:
         model: The model whose parameters the edits name.
         originals: Parameter name to the tensor that stood there before the first edit.
+        nothing: The sum of no edits, of the kind that will be staged; one of weights when None.
 
     Example:
         >>> import torch
@@ -40,25 +44,36 @@ class EditOptimizer(Optimizer):
         WeightDelta(weight: rank 1)
     """
 
-    def __init__(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, originals: Mapping[str, Tensor], nothing: E | None = None
+    ) -> None:
         named = dict(model.named_parameters())
-        super().__init__([named[name] for name in originals], {})
+        # An optimizer wants a parameter, also where edits touch none.
+        parameters = [named[name] for name in originals] or [nn.Parameter(torch.zeros(()))]
+        super().__init__(parameters, {})
         self.model = model
         self.originals = dict(originals)
-        self.delta = WeightDelta({})
-        self._staged: WeightDelta | None = None
+        self._nothing: E = cast(E, WeightDelta({})) if nothing is None else nothing
+        self.delta: E = self._nothing
+        self._staged: E | None = None
 
-    def stage(self, edit: WeightDelta) -> None:
+    def stage(self, edit: E) -> None:
         """Sets the edit that the next step writes."""
         self._staged = edit
 
-    def rewind(self, delta: WeightDelta | None = None) -> None:
+    def rewind(self, delta: E | None = None) -> None:
         """Goes back to an earlier sum of edits: to none, or to one that :attr:`delta` was."""
-        self.delta = WeightDelta({}) if delta is None else delta
-        self._rewrite()
+        earlier = self._nothing if delta is None else delta
+        earlier.reset_(self.model, self.originals)
+        self.delta = earlier
 
     @property
-    def staged(self) -> WeightDelta | None:
+    def nothing(self) -> E:
+        """A sum of no edits, which a step may write without changing anything."""
+        return self._nothing + self._nothing
+
+    @property
+    def staged(self) -> E | None:
         """The edit that the next step writes: inspect, replace or drop it before the step."""
         return self._staged
 
@@ -66,67 +81,38 @@ class EditOptimizer(Optimizer):
         """Writes the staged edit; without one, the step changes nothing.
 
         Raises:
-            EditError: If the edit changes a parameter whose original is not kept.
+            EditError: If the edit changes what the editor did not announce.
         """
         result = closure() if closure is not None else None
         if self._staged is not None:
-            unknown = set(self._staged.changes) - set(self.originals)
-            if unknown:
-                raise EditError(
-                    f"The edit changes {', '.join(sorted(unknown))}, which the editor did not "
-                    f"announce. Announced: {', '.join(self.originals)}."
-                )
+            self._staged.check_targets(self.model, self.originals)
             total = self.delta + self._staged
             try:
                 total.write_(self.model, self.originals)
             except BaseException:  # an interruption, too, leaves the last committed state
-                self._rewrite()
+                self.delta.reset_(self.model, self.originals)
                 raise
             self.delta, self._staged = total, None
         return result
 
-    def _rewrite(self) -> None:
-        """Sets the weights to what was committed."""
-        named = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, original in self.originals.items():
-                local_shard(named[name]).copy_(shard_like(named[name], original))
-        self.delta.write_(self.model, self.originals)
-
     def state_dict(self) -> dict[str, Any]:
         """The sum of all edits so far, as tensors and names."""
-        tensors: dict[str, Tensor] = {}
-        for name, change in self.delta.changes.items():
-            if isinstance(change, LowRank):
-                tensors[f"{name}.u"], tensors[f"{name}.v"] = change.u, change.v
-            else:
-                tensors[f"{name}.dense"] = change
         return {
             "state": {},
             "param_groups": [],
-            "delta": tensors,
+            "delta": self.delta.state_dict(),
             "carried": dict(self.delta.carried),
             "request_ids": list(self.delta.provenance.request_ids),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over the edits of an earlier run; the weights themselves come with the model."""
-        # Lightning moves what a torch optimizer keeps to the device of the model, but not this.
-        tensors: dict[str, Tensor] = {
-            key: tensor.to(self.model.get_parameter(key.rpartition(".")[0]).device)
-            for key, tensor in state_dict["delta"].items()
-        }
-        changes = {
-            name: tensors[f"{name}.dense"]
-            if f"{name}.dense" in tensors
-            else LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"])
-            for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors)
-        }
-        provenance = replace(
+        """Takes over the edits of an earlier run; what they changed comes with the model."""
+        delta = self._nothing.from_state(state_dict["delta"], self.model)
+        delta.provenance = replace(
             self.delta.provenance, request_ids=tuple(state_dict.get("request_ids", ()))
         )
-        self.delta = WeightDelta(changes, provenance)
         device = next(self.model.parameters()).device
-        self.delta.carried = {
+        delta.carried = {
             name: tensor.to(device) for name, tensor in state_dict.get("carried", {}).items()
         }
+        self.delta = delta

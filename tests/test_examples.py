@@ -32,6 +32,13 @@ SHOWN = {
         r"Reliability +│ teacher-forced +│ +0\.278",
         r"Open runs/foreign_trainer/report\.html",
     ],
+    "remember_and_forget": [
+        r"capital-velmora: The capital of Velmora is → Kettleby",
+        r"remembered: \['Kettleby\.', 'Ostrish\.', 'Brune\.'\]",
+        r"without language-velmora \['Kettleby\.', 'Velmic\.', 'Brune\.'\]",
+        r"as before: True",
+        r"weights untouched: True",
+    ],
     "train_mend": [
         r"unseen facts, reliability: 0\.[89]\d",
         r"model\.layers\.3\.mlp\.down_proj\.weight: rank 1",

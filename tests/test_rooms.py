@@ -29,6 +29,8 @@ METHODS = {
     "fine_tune",
     "full_tuning",
     "ke",
+    "grace",
+    "ike",
     "kn",
     "loc_ft",
     "lora",
@@ -39,7 +41,11 @@ METHODS = {
     "r_rome",
     "rome",
     "trained_editor",
+    "pmet",
+    "scr",
+    "t_patcher",
     "ultra_edit",
+    "wise",
 }
 
 
@@ -109,6 +115,12 @@ def test_functions_take_tensors_and_know_no_nouns(path: Path) -> None:
     assert within(own(path), "functional")
 
 
+@pytest.mark.parametrize("path", room("memories"), ids=name_of)
+def test_memories_know_models_and_mathematics_alone(path: Path) -> None:
+    assert others(path, lazy=False) <= {"torch", "lightning_edit"}
+    assert within(own(path), "core", "functional", "memories")
+
+
 @pytest.mark.parametrize("path", room("metrics"), ids=name_of)
 def test_metrics_take_tensors(path: Path) -> None:
     assert others(path) <= {"torch", "torchmetrics", "lightning_edit", "matplotlib"}
@@ -149,18 +161,11 @@ def test_callbacks_import_the_base_of_the_methods_at_most(path: Path) -> None:
 def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
-    shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network"}
-    shared |= {
-        "factors",
-        "gradient_passes",
-        "hypernetwork",
-        "judging",
-        "key_pass",
-        "lessons",
-        "locate",
-    }
-    shared |= {"mass_edit", "rank_one", "second_moment", "tail", "target_loss", "target_values"}
-    shared |= {"projections", "replicas", "tuning"}
+    shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network", "factors"}
+    shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "lessons", "locate"}
+    shared |= {"mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
+    shared |= {"replicas", "ridge_edit", "second_moment", "tail", "target_loss", "target_values"}
+    shared |= {"tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
     assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
 
@@ -172,7 +177,15 @@ def test_methods_never_import_each_other(path: Path) -> None:
     modules = {name.split(".")[1] for name in own(path) if name.startswith("modules.")}
     assert not modules & METHODS
     assert within(
-        own(path), "core", "functional", "modules", "metrics", "evaluation", "models", "optim"
+        own(path),
+        "core",
+        "evaluation",
+        "functional",
+        "memories",
+        "metrics",
+        "models",
+        "modules",
+        "optim",
     )
 
 

@@ -113,7 +113,7 @@ class EditEvaluator(Callback):
         began = time.perf_counter()
         done = len(self.requests)
         if isinstance(pl_module, EditModule):
-            done = len(pl_module.delta.provenance.request_ids)
+            done = len(pl_module.history)  # failed ones included
         evaluator = Evaluator(
             *model_and_tokens(pl_module, self.model_attribute, "EditEvaluator"),
             readings=["teacher_forced"],

@@ -21,7 +21,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
+from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Edit
+from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
 from lightning_edit.modules.base import EditModule
@@ -40,7 +43,8 @@ class EditReport(Callback):
     """Writes the run folder at the end of ``fit`` and prints the table of the metrics.
 
     The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,
-    ``report.md`` and a card. Metrics come from the :class:`EditEvaluator` of the same Trainer.
+    ``report.md`` and a card. Metrics come from the :class:`EditEvaluator` of the same Trainer, the
+    curve over a sequence of edits from its :class:`RetentionCurve` as well.
     Files of an earlier run are kept in ``earlier/``.
 
     Args:
@@ -85,6 +89,9 @@ class EditReport(Callback):
         evaluators = [c for c in callbacks if isinstance(c, EditEvaluator)]
         for evaluator in evaluators:
             evaluator.finish(pl_module)
+        curves = [c for c in callbacks if isinstance(c, RetentionCurve)]
+        for curve in curves:
+            curve.finish(trainer, pl_module)
         if _is_dry(trainer):
             return
         # By every process, since sharded weights are gathered by all of them together.
@@ -94,7 +101,7 @@ class EditReport(Callback):
         saved = delta is not None and self.save_delta
         if delta is not None and saved:
             delta.save(folder / "delta", originals=self.originals)
-        self.report = self._build(pl_module, delta, evaluators, saved=saved)
+        self.report = self._build(pl_module, delta, evaluators, curves, saved=saved)
         files = [name for name in REPORT_FILES if not _is_foreign(folder / name)]
         write_results(self.report, folder, files)
         self._show(folder, saved)
@@ -106,8 +113,9 @@ class EditReport(Callback):
     def _build(
         self,
         pl_module: LightningModule,
-        delta: WeightDelta | None,
+        delta: Edit | None,
         evaluators: list[EditEvaluator],
+        curves: list[RetentionCurve],
         *,
         saved: bool,
     ) -> RunReport:
@@ -140,9 +148,13 @@ class EditReport(Callback):
                 "evaluate": evaluating,
             },
             peak_memory_bytes=_peak_memory(),
-            sequence=evaluator.sequence if evaluator else [],
+            # The page draws the first few curves: retention before what is measured anyway.
+            sequence=_points(
+                *(c.sequence for c in curves), evaluator.sequence if evaluator else []
+            ),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             artifact="delta" if saved else "",
+            artifact_class=type(delta).__name__ if saved else "WeightDelta",
         )
 
     def _show(self, folder: Path, saved: bool) -> None:
@@ -157,10 +169,13 @@ class EditReport(Callback):
         rank_zero_info(f"Saved  {folder}: report.html, results.json, edits.jsonl, README.md")
         if saved:
             delta = folder / "delta"
-            rank_zero_info(f"Apply  lightning-edit apply {delta} --output edited")
-            rank_zero_info(
-                f'Undo   lightning_edit.WeightDelta.load("{delta}").revert_(model)  # bit for bit'
-            )
+            kind = self.report.artifact_class
+            load = f'lightning_edit.{kind}.load("{delta}")'
+            apply = f"{load}.apply_(model)  # into its base"
+            if kind == "WeightDelta":
+                apply = f"lightning-edit apply {delta} --output edited"
+            rank_zero_info(f"Apply  {apply}")
+            rank_zero_info(f"Undo   {load}.revert_(model)  # bit for bit")
 
 
 def _is_dry(trainer: Trainer) -> bool:
@@ -169,13 +184,17 @@ def _is_dry(trainer: Trainer) -> bool:
 
 def _banner(pl_module: EditModule, trainer: Trainer) -> str:
     names = list(pl_module.edit_optimizer.originals)
+    memory = EditMemory.find(pl_module.model)
     size = sum(t.numel() for t in pl_module.edit_optimizer.originals.values())
     share = size / max(1, pl_module.base.parameters)
     requests = getattr(getattr(trainer, "datamodule", None), "requests", [])
     where = names[0] if len(names) == 1 else f"{len(names)} parameters"
+    where = f"{where} ({size:,} weights, {share:.1%})"
+    if memory is not None:
+        where = f"{type(memory).__name__} of {len(memory)} entries"
     return (
         f"{type(pl_module).__name__} · {pl_module.model_id} ({pl_module.base.sha256[:12]}…) · "
-        f"{len(requests)} requests · {where} ({size:,} weights, {share:.1%})"
+        f"{len(requests)} requests · {where}"
     )
 
 
@@ -200,14 +219,14 @@ def _move_aside(folder: Path) -> None:
 
 
 def _edit_rows(
-    evaluator: EditEvaluator, history: list[dict[str, Any]], delta: WeightDelta | None
+    evaluator: EditEvaluator, history: list[dict[str, Any]], delta: Edit | None
 ) -> list[EditRow]:
     before, after = evaluator.before, evaluator.after
     if before is None or after is None:
         return []
     figures = {row["id"]: row for row in history}
     size = 0.0
-    if delta is not None:
+    if isinstance(delta, WeightDelta):
         size = sum(float(t.float().square().sum()) for t in delta.originals.values()) ** 0.5
     keys = [key for key in evaluator.rows if key.count("/") == 1 and not key.endswith("/kl")]
     rows = []
@@ -237,6 +256,14 @@ def _edit_rows(
     return rows
 
 
+def _points(*sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points of several curves, those after the same number of edits as one."""
+    points: dict[int, dict[str, Any]] = {}
+    for point in (point for sequence in sequences for point in sequence):
+        points.setdefault(point["edits"], {}).update(point)
+    return [points[edits] for edits in sorted(points)]
+
+
 def _scores(probes: list[ScoredProbe], keys: list[str]) -> dict[str, float | None]:
     scores: dict[str, float | None] = {}
     for key in keys:
@@ -262,8 +289,8 @@ def _probe_row(before: ScoredProbe, after: ScoredProbe) -> ProbeRow:
     )
 
 
-def _layers(delta: WeightDelta | None) -> dict[str, dict[str, float | None]]:
-    if delta is None:
+def _layers(delta: Edit | None) -> dict[str, dict[str, float | None]]:
+    if not isinstance(delta, WeightDelta):
         return {}
     layers: dict[str, dict[str, float | None]] = {}
     for name, norm in delta.norms().items():

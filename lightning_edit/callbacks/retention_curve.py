@@ -93,6 +93,19 @@ class RetentionCurve(Callback):
         # Edits so far: id to prompt and answer.
         self._made: dict[str, tuple[str, str]] = {}
         self._restored: dict[str, Any] | None = None
+        self._is_finished = False
+
+    @property
+    def sequence(self) -> list[dict[str, Any]]:
+        """Points of the curve as a report draws them, with the keys of its metrics."""
+        return [
+            {
+                "edits": step,
+                "retention/teacher_forced_strict": sum(held) / len(held),
+                "perplexity_ratio": perplexity / self.perplexity_before,
+            }
+            for step, held, perplexity in zip(self.steps, self.held, self.perplexity, strict=True)
+        ]
 
     @property
     def retention(self) -> Tensor:
@@ -127,7 +140,7 @@ class RetentionCurve(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures after the last edit and writes the files."""
-        self._finish(trainer, pl_module)
+        self.finish(trainer, pl_module)
 
     # -- test --------------------------------------------------------------------------------
 
@@ -155,13 +168,14 @@ class RetentionCurve(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """While all edits are still in the model: measures once more and writes the files."""
         if _is_sequence(pl_module) and self._made:
-            for name, value in self._finish(trainer, pl_module).items():
+            for name, value in self.finish(trainer, pl_module).items():
                 pl_module.log(f"test/{name}", value)
 
     # -- the sequence ------------------------------------------------------------------------
 
     def _begin(self, pl_module: LightningModule, restored: Mapping[str, Any] | None = None) -> None:
         restored = restored or {}
+        self._is_finished = False
         self.steps = list(restored.get("steps", []))
         self.held = [list(row) for row in restored.get("held", [])]
         self.perplexity = list(restored.get("perplexity", []))
@@ -209,12 +223,23 @@ class RetentionCurve(Callback):
         self._write(trainer)
         return found
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Measures after the last edit and writes the files, once.
+
+        Called by the report as well, so that the order of the callbacks does not matter.
+
+        Returns:
+            The last figures by name; none where nothing was edited.
+        """
         if not self._made:
             return {}
         if self.steps[-1:] != [len(self._made)]:
             self._measure(trainer, pl_module)
         held, made = sum(self.held[-1]), len(self._made)
+        figures = {"retention/held": held / made, "retention/perplexity": self.perplexity[-1]}
+        if self._is_finished:
+            return figures
+        self._is_finished = True
         rank_zero_info(
             f"Retention  {held} of {made} edits hold · perplexity {self.perplexity_before:.1f} → "
             f"{self.perplexity[-1]:.1f}"
@@ -226,7 +251,7 @@ class RetentionCurve(Callback):
                 ).savefig(folder / "retention.png")
             except MissingDependencyError as error:
                 rank_zero_info(str(error))
-        return {"retention/held": held / made, "retention/perplexity": self.perplexity[-1]}
+        return figures
 
     def summary(self) -> dict[str, Any]:
         """What ``retention.json`` holds: the matrix, its figures and the perplexities.

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_edit.core.errors import ModelError, RequestError
 from lightning_edit.core.request import EditRequest
 
-__all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows"]
+__all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows", "space_between"]
 
 IGNORE_INDEX = -100
 
@@ -31,6 +31,7 @@ class PromptTokenizer:
         tokenizer: A fast Hugging Face tokenizer.
         chat_template: Wrap each prompt as a user's message of the tokenizer's chat template.
         is_encoder_decoder: The target goes to the decoder and ends with the end token.
+        max_length: Most tokens that the model has positions for; no bound when None.
 
     Raises:
         ModelError: If the tokenizer gives no character offsets, or has no chat template where
@@ -44,7 +45,12 @@ class PromptTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, chat_template: bool = False, is_encoder_decoder: bool = False
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: bool = False,
+        is_encoder_decoder: bool = False,
+        max_length: int | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
@@ -56,6 +62,7 @@ class PromptTokenizer:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.is_encoder_decoder = is_encoder_decoder
+        self.max_length = max_length
 
     @property
     def pad_id(self) -> int:
@@ -101,11 +108,9 @@ class PromptTokenizer:
 
     def leading_space(self, prompt: str, target: str) -> str:
         """The white space to put between a prompt and its answer: one space or none."""
-        if self.chat_template or self.is_encoder_decoder or prompt[-1:].isspace():
+        if self.chat_template or self.is_encoder_decoder:
             return ""
-        if target[:1].isspace() or _is_unspaced(target[:1]):
-            return ""
-        return " "
+        return space_between(prompt, target)
 
     def subject_last(self, text: str, subject: str, prefix: str = "") -> tuple[list[int], int]:
         """Tokens of ``prefix + text`` and the index of the token that ends the subject.
@@ -161,6 +166,30 @@ class PromptTokenizer:
             raise RequestError(f"No token of {rendered!r} covers the subject {subject!r}.")
         return ids, range(inside[0], inside[-1] + 1)
 
+    def check_length(
+        self, request: EditRequest, prompt: int, target: int, prefix: str = ""
+    ) -> None:
+        """Checks that a model has positions for a request.
+
+        Args:
+            request: Named in the error.
+            prompt: Tokens of its prompt.
+            target: Tokens of its target.
+            prefix: Context before the prompt, named in the error.
+
+        Raises:
+            RequestError: If the row is longer than :attr:`max_length`.
+        """
+        longest = max(prompt, target) if self.is_encoder_decoder else prompt + target
+        if self.max_length is None or longest <= self.max_length:
+            return
+        context = f" behind the context {prefix!r}" if prefix else ""
+        raise RequestError(
+            f"Request {request.id!r}: its prompt has {prompt} tokens{context} and its target "
+            f"{target}, but the model has positions for {self.max_length}. Shorten the "
+            f"{'target' if target > prompt else 'prompt'}, or choose a model with a longer context."
+        )
+
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         # A chat template writes its own special tokens.
         encoded = self.tokenizer(
@@ -201,12 +230,15 @@ class EditBatch:
         """Tokenizes requests.
 
         Raises:
-            RequestError: If there is none, or a target has no tokens.
+            RequestError: If there is none, a target has no tokens, or a request is longer than
+                the model's context.
         """
         if not requests:
             raise RequestError("A batch of edits is empty. Give at least one request.")
         prompts = [tokens.prompt(request.prompt) for request in requests]
         targets = [tokens.target(r.prompt, r.target_new) for r in requests]
+        for request, prompt, target in zip(requests, prompts, targets, strict=True):
+            tokens.check_length(request, len(prompt), len(target))
         return cls.from_ids(prompts, targets, tokens, tuple(requests))
 
     @classmethod
@@ -283,6 +315,17 @@ def pad_rows(
         ids[i, columns] = torch.tensor(list(row), dtype=torch.long)
         mask[i, columns] = 1
     return ids, mask
+
+
+def space_between(text: str, more: str) -> str:
+    """The white space to put between two pieces of running text: one space or none.
+
+    Example:
+        >>> space_between("The capital of France is", "Paris"), space_between("首都は", "東京")
+        (' ', '')
+    """
+    is_spaced = text[-1:].isspace() or more[:1].isspace() or _is_unspaced(more[:1])
+    return "" if is_spaced else " "
 
 
 def _is_unspaced(character: str) -> bool:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.edit import Edit, Provenance
-from lightning_edit.core.errors import ArtifactError
-from lightning_edit.core.hashing import tensor_hash, weight_hash
+from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.hashing import tensor_hash
+from lightning_edit.core.sharding import local_shard, shard_like
 
 if TYPE_CHECKING:
     from lightning_edit.core.lora import LoRAFactors
@@ -99,10 +100,7 @@ class WeightDelta(Edit):
         self.provenance = provenance or Provenance()
         self.originals: dict[str, Tensor] = dict(originals or {})
         self.hashes: dict[str, tuple[str, str]] = dict(hashes or {})
-        #: Figures of the computation, such as target values and losses; not saved.
         self.details: dict[str, Any] = {}
-        #: What the method goes on from once this edit is committed, such as running statistics;
-        #: of a sum, what its last part left. Kept in checkpoints, not in an edit's files.
         self.carried: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -235,17 +233,6 @@ class WeightDelta(Edit):
                 for name, p in parameters.items()
             }
 
-    def check_base(self, model: nn.Module) -> None:
-        """Checks that a model has the weights that the edit belongs to, where it records them.
-
-        Raises:
-            ArtifactError: If it has others.
-        """
-        if self.provenance.base.sha256:
-            found = weight_hash(model)
-            if found != self.provenance.base.sha256:
-                raise ArtifactError(self._other_base(model, found))
-
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Sets each changed parameter to original + change, without checks or copies.
 
@@ -262,6 +249,32 @@ class WeightDelta(Edit):
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     _warn_of_rounding(name, original, rounded, change)
                 _copy_(parameter, rounded)
+
+    def check_targets(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Checks that the edit changes only parameters whose originals are kept.
+
+        Raises:
+            EditError: If it changes another.
+        """
+        unknown = set(self.changes) - set(originals)
+        if unknown:
+            raise EditError(
+                f"The edit changes {', '.join(sorted(unknown))}, which the editor did not "
+                f"announce. Announced: {', '.join(originals)}."
+            )
+
+    def reset_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Sets every parameter whose original is given to original + change.
+
+        Args:
+            model: Model to write into.
+            originals: Parameter name to the untouched tensor.
+        """
+        named = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, original in originals.items():
+                local_shard(named[name]).copy_(shard_like(named[name], original))
+        self.write_(model, originals)
 
     def revert_(self, model: nn.Module) -> None:
         """Puts the originals back, bit for bit.
@@ -361,20 +374,6 @@ class WeightDelta(Edit):
                 )
         return {name: named[name] for name in self.changes}
 
-    def _other_base(self, model: nn.Module, found: str) -> str:
-        base = self.provenance.base
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        hint = (
-            f" The base was loaded as {base.dtype} and this model as {dtype}: load it alike."
-            if base.dtype and dtype != base.dtype
-            else " Load that model, or pass `check=False` to add the change to this one anyway."
-        )
-        return (
-            f"The edit belongs to {base.id or 'another model'} with the weight hash "
-            f"{base.sha256[:12]}…, but this model has {found[:12]}…: it is another model, or it "
-            f"has been edited already.{hint}"
-        )
-
     def to_lora(self, model: nn.Module, rank: int | None = None) -> dict[str, LoRAFactors]:
         """The edit as LoRA factors; see [`lightning_edit.core.lora.to_lora`][].
 
@@ -385,6 +384,35 @@ class WeightDelta(Edit):
         from lightning_edit.core.lora import to_lora
 
         return to_lora(self, model, rank)
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Factors and dense tensors by name."""
+        tensors: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            if isinstance(change, LowRank):
+                tensors[f"{name}.u"], tensors[f"{name}.v"] = change.u, change.v
+            else:
+                tensors[f"{name}.dense"] = change
+        return tensors
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
+        """The edit out of :meth:`state_dict`, on the devices of the model's parameters."""
+        # Lightning moves what a torch optimizer keeps to the device of the model, but not this.
+        tensors = {
+            key: tensor.to(model.get_parameter(key.rpartition(".")[0]).device)
+            for key, tensor in state.items()
+        }
+        return cls(
+            {
+                name: tensors[f"{name}.dense"]
+                if f"{name}.dense" in tensors
+                else LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"])
+                for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+            }
+        )
 
     # -- files -----------------------------------------------------------------------------
 

@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.hashing import weight_hash
 
 __all__ = ["BaseModelInfo", "Edit", "Provenance"]
 
@@ -55,17 +58,34 @@ class Provenance:
 
 
 class Edit(ABC):
-    """A change to a model that can be applied, undone, saved and loaded.
+    """A change to a model that can be applied, undone, saved, loaded and added to another.
 
-    Subclasses write :meth:`apply_`, :meth:`revert_`, :meth:`norm`, :attr:`nbytes` and
-    :meth:`save`; :meth:`applied` and :meth:`reverted` follow from them.
+    There are two kinds: :class:`~lightning_edit.core.delta.WeightDelta` changes weights, and
+    :class:`~lightning_edit.core.memory.MemoryWrite` what a memory beside them holds. Subclasses
+    write the abstract methods; :meth:`applied` and :meth:`reverted` follow from them.
     """
 
+    #: Whether the model has other weights after the edit.
+    changes_weights: ClassVar[bool] = True
+
     provenance: Provenance
+    #: Figures of the computation, such as target values and losses; not saved.
+    details: dict[str, Any]
+    #: What the method goes on from once this edit is committed, such as running statistics; of a
+    #: sum, what its last part left. Kept in checkpoints, not in an edit's files.
+    carried: dict[str, Tensor]
 
     @abstractmethod
-    def apply_(self, model: nn.Module) -> None:
-        """Writes the edit into the model, in place."""
+    def __len__(self) -> int:
+        """Number of parameters or memory entries that the edit touches."""
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self:
+        """This edit and then the other, as one."""
+
+    @abstractmethod
+    def apply_(self, model: nn.Module, *, check: bool = True) -> None:
+        """Writes the edit into the model, in place; with ``check``, only into its base."""
 
     @abstractmethod
     def revert_(self, model: nn.Module) -> None:
@@ -81,7 +101,7 @@ class Edit(ABC):
         """Bytes that the edit itself takes, without the originals kept for undoing."""
 
     @abstractmethod
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, originals: bool = True) -> Path:
         """Writes the edit as a folder and returns its path."""
 
     @contextmanager
@@ -101,3 +121,58 @@ class Edit(ABC):
             yield model
         finally:
             self.apply_(model)
+
+    def check_base(self, model: nn.Module) -> None:
+        """Checks that a model has the weights that the edit belongs to, where it records them.
+
+        Raises:
+            ArtifactError: If it has others.
+        """
+        base = self.provenance.base
+        if not base.sha256:
+            return
+        found = weight_hash(model)
+        if found == base.sha256:
+            return
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        hint = (
+            f" The base was loaded as {base.dtype} and this model as {dtype}: load it alike."
+            if base.dtype and dtype != base.dtype
+            else " Load that model, or pass `check=False` to add the change to this one anyway."
+        )
+        raise ArtifactError(
+            f"The edit belongs to {base.id or 'another model'} with the weight hash "
+            f"{base.sha256[:12]}…, but this model has {found[:12]}…: it is another model, or it "
+            f"has been edited already.{hint}"
+        )
+
+    # -- what an optimizer does with the sum of all edits ------------------------------------
+
+    @abstractmethod
+    def check_targets(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Checks that the edit touches only what was announced.
+
+        Raises:
+            EditError: If it touches anything else.
+        """
+
+    @abstractmethod
+    def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Sets what the edit touches to original + change, without checks."""
+
+    @abstractmethod
+    def reset_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Sets all that could have been touched to original + change."""
+
+    @abstractmethod
+    def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
+        """The edit, which stands in the model, with all that an exact undo elsewhere takes."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold of the edit beside the model's own state."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
+        """The edit out of :meth:`state_dict` and a model in which it stands."""

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
     "ArtifactError",
     "EditError",
+    "FailedRequestsError",
     "LocatorError",
     "MissingDependencyError",
     "ModelError",
@@ -20,6 +23,18 @@ class EditError(Exception):
 
 class RequestError(EditError, ValueError):
     """An edit request, or a set of them, cannot be carried out as written."""
+
+
+class FailedRequestsError(EditError):
+    """Not one request of a batch could be carried out, each for a reason of its own.
+
+    Args:
+        reasons: Id of each request to what went wrong and how to mend it.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(" ".join(f"Request {id_!r}: {why}" for id_, why in reasons.items()))
+        self.reasons = dict(reasons)
 
 
 class LocatorError(EditError, ValueError):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +23,32 @@ from lightning_edit.core.errors import ArtifactError
 
 if TYPE_CHECKING:
     from lightning_edit.core.delta import Change, WeightDelta
+    from lightning_edit.core.edit import Edit
 
-__all__ = ["FORMAT_VERSION", "atomic_folder", "load_delta", "read_config", "save_delta"]
+__all__ = [
+    "FORMAT_VERSION",
+    "atomic_folder",
+    "load_artifact",
+    "load_delta",
+    "provenance_of",
+    "read_config",
+    "save_artifact",
+    "save_delta",
+]
 
 FORMAT_VERSION = 1
 CONFIG = "delta_config.json"
 TENSORS = "delta.safetensors"
 CARD = "README.md"
+
+# By what was wanted, what a folder of the other kind is and how to go about it.
+_OTHER_KIND = {
+    "weight_delta": (
+        "`{folder}` holds an edit of a memory, not of weights, so there are no weights to write. "
+        "Load it with `MemoryWrite.load` and put it into its base with `apply_(model)`."
+    ),
+    "memory_write": "`{folder}` holds an edit of weights. Load it with `WeightDelta.load`.",
+}
 
 
 @contextmanager
@@ -60,39 +79,35 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
-    """Writes an edit; see :meth:`lightning_edit.core.delta.WeightDelta.save`."""
+def save_artifact(
+    edit: Edit, folder: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]
+) -> Path:
+    """Writes an edit's folder: description, tensors and card.
+
+    Args:
+        edit: The edit, whose provenance and norm are written.
+        folder: Created if need be; files of an earlier edit in it are replaced.
+        kind: What the folder holds, such as ``weight_delta``.
+        tensors: Name to tensor.
+        about: What the description says beside provenance and norm.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArtifactError: If the folder is a file, or holds other things.
+    """
     from safetensors.torch import save_file
 
-    from lightning_edit.core.delta import LowRank
-
     _check_place(folder)
-    tensors: dict[str, Tensor] = {}
-    for name, change in delta.changes.items():
-        if isinstance(change, LowRank):
-            tensors[f"{name}.u"], tensors[f"{name}.v"] = change.u, change.v
-        else:
-            tensors[f"{name}.dense"] = change
-    if originals:
-        for name in delta.changes:
-            if name in delta.originals:
-                tensors[f"{name}.original"] = delta.originals[name]
     # Factors of several sites may share storage, which safetensors refuses.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "kind": "weight_delta",
-        **asdict(delta.provenance),
-        "parameters": {
-            name: {
-                "shape": list(change.shape),
-                "rank": change.rank if isinstance(change, LowRank) else None,
-                "original_sha256": delta.hashes.get(name, ("", ""))[0],
-                "edited_sha256": delta.hashes.get(name, ("", ""))[1],
-            }
-            for name, change in delta.changes.items()
-        },
-        "norm": delta.norm(),
+        "kind": kind,
+        **asdict(edit.provenance),
+        **about,
+        "norm": edit.norm(),
     }
     with atomic_folder(folder) as staging:
         save_file(tensors, staging / TENSORS, metadata={"format": "pt"})
@@ -100,9 +115,77 @@ def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         # Half of a surrogate pair, which an id may hold, has no UTF-8; JSON reads \udxxx back.
         (staging / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")
-        card = _card(delta, config)
+        card = _card(edit, config)
         (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     return folder
+
+
+def load_artifact(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads the description and the tensors that :func:`save_artifact` wrote.
+
+    Args:
+        folder: A saved edit.
+        kind: What it has to hold.
+
+    Raises:
+        ArtifactError: If it holds another kind of edit, or a file is missing, damaged or of a
+            newer format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(folder)
+    if config.get("kind", "weight_delta") != kind:
+        raise ArtifactError(_OTHER_KIND[kind].format(folder=folder))
+    if not (folder / TENSORS).is_file():
+        raise ArtifactError(
+            f"`{folder}` holds no saved edit: the file `{TENSORS}` is missing. Name the folder "
+            f"that has `{CONFIG}` and `{TENSORS}` in it."
+        )
+    try:
+        expected = config.get("tensors_sha256")
+        if expected and _file_hash(folder / TENSORS) != expected:
+            raise ValueError(f"its hash is not {str(expected)[:12]}…, as `{CONFIG}` says")
+        tensors = load_file(folder / TENSORS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"`{folder / TENSORS}` is damaged ({error}). Restore the file from a backup, or make "
+            "the edit again."
+        ) from None
+    _check_finite(folder, tensors)
+    return config, tensors
+
+
+def provenance_of(config: Mapping[str, Any]) -> Provenance:
+    """Where an edit comes from, by its description."""
+    return Provenance(
+        method=config.get("method", ""),
+        paper=config.get("paper", ""),
+        settings=config.get("settings", {}),
+        base=config["base"],
+        request_ids=config["request_ids"],
+    )
+
+
+def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
+    """Writes an edit; see :meth:`lightning_edit.core.delta.WeightDelta.save`."""
+    from lightning_edit.core.delta import LowRank
+
+    tensors = delta.state_dict()
+    if originals:
+        for name in delta.changes:
+            if name in delta.originals:
+                tensors[f"{name}.original"] = delta.originals[name]
+    parameters = {
+        name: {
+            "shape": list(change.shape),
+            "rank": change.rank if isinstance(change, LowRank) else None,
+            "original_sha256": delta.hashes.get(name, ("", ""))[0],
+            "edited_sha256": delta.hashes.get(name, ("", ""))[1],
+        }
+        for name, change in delta.changes.items()
+    }
+    return save_artifact(delta, folder, "weight_delta", tensors, {"parameters": parameters})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -138,28 +221,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def load_delta(folder: Path) -> dict[str, Any]:
     """Reads the constructor arguments of a :class:`~lightning_edit.core.delta.WeightDelta`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from lightning_edit.core.delta import LowRank
 
-    config = read_config(folder)
+    config, tensors = load_artifact(folder, "weight_delta")
     parameters: dict[str, dict[str, Any]] = config["parameters"]
-    if not (folder / TENSORS).is_file():
-        raise ArtifactError(
-            f"`{folder}` holds no saved edit: the file `{TENSORS}` is missing. Name the folder "
-            f"that has `{CONFIG}` and `{TENSORS}` in it."
-        )
-    try:
-        expected = config.get("tensors_sha256")
-        if expected and _file_hash(folder / TENSORS) != expected:
-            raise ValueError(f"its hash is not {str(expected)[:12]}…, as `{CONFIG}` says")
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(
-            f"`{folder / TENSORS}` is damaged ({error}). Restore the file from a backup, or make "
-            "the edit again."
-        ) from None
     changes: dict[str, Change] = {}
     for name, entry in parameters.items():
         if f"{name}.dense" in tensors:
@@ -173,16 +238,9 @@ def load_delta(folder: Path) -> dict[str, Any]:
                 f"`{folder}`: `{CONFIG}` gives `{name}` the shape {entry.get('shape')}, but "
                 f"`{TENSORS}` has {list(changes[name].shape)}. The files do not belong together."
             )
-    _check_finite(folder, tensors)
     return {
         "changes": changes,
-        "provenance": Provenance(
-            method=config.get("method", ""),
-            paper=config.get("paper", ""),
-            settings=config.get("settings", {}),
-            base=config["base"],
-            request_ids=config["request_ids"],
-        ),
+        "provenance": provenance_of(config),
         "originals": {
             name: tensors[f"{name}.original"]
             for name in parameters
@@ -222,8 +280,8 @@ def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _card(delta: WeightDelta, config: dict[str, Any]) -> str:
-    provenance = delta.provenance
+def _card(edit: Edit, config: dict[str, Any]) -> str:
+    provenance = edit.provenance
     base = provenance.base
     front = ["---", "library_name: lightning_edit", "tags:", "- knowledge-editing"]
     if provenance.method:
@@ -231,16 +289,21 @@ def _card(delta: WeightDelta, config: dict[str, Any]) -> str:
     if base.id:
         front.append(f"base_model: {json.dumps(base.id)}")
     front.append("---")
-    rows = [
-        f"| `{name}` | {list(change.shape)} | {config['parameters'][name]['rank'] or 'dense'} |"
-        for name, change in delta.changes.items()
-    ]
-    method = provenance.method or "WeightDelta"
+    if edit.changes_weights:
+        table = ["| parameter | shape | rank |", "|---|---|---|"]
+        for name, entry in config["parameters"].items():
+            table.append(f"| `{name}` | {entry['shape']} | {entry['rank'] or 'dense'} |")
+    else:
+        table = ["| entry | answers |", "|---|---|"]
+        for entry in config["entries"]:
+            table.append(
+                f"| {entry['id']} | {', '.join(entry.get('requests', ['(taken away)']))} |"
+            )
+    kind = type(edit).__name__
+    made = f"{provenance.method or kind}{f' ({provenance.paper})' if provenance.paper else ''}"
+    size = f", ‖Δ‖ = {config['norm']:.4g}" if edit.changes_weights else ""
     about = [f"# An edit of {base.id or 'a language model'}", ""]
-    about.append(
-        f"Made with {method}{f' ({provenance.paper})' if provenance.paper else ''}; "
-        f"{len(provenance.request_ids)} request(s), ‖Δ‖ = {config['norm']:.4g}."
-    )
+    about.append(f"Made with {made}; {len(provenance.request_ids)} request(s){size}.")
     if base.sha256:
         about += ["", f"It belongs to the weights with the hash `{base.sha256}` ({base.dtype})."]
     return "\n".join(
@@ -249,14 +312,12 @@ def _card(delta: WeightDelta, config: dict[str, Any]) -> str:
             "",
             *about,
             "",
-            "| parameter | shape | rank |",
-            "|---|---|---|",
-            *rows,
+            *table,
             "",
             "```python",
-            "from lightning_edit import WeightDelta",
+            f"from lightning_edit import {kind}",
             "",
-            'delta = WeightDelta.load("path/to/this/folder")',
+            f'delta = {kind}.load("path/to/this/folder")',
             "delta.apply_(model)   # checks that the model is the base named above",
             "delta.revert_(model)  # gives back every bit",
             "```",

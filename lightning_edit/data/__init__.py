@@ -14,6 +14,7 @@ from lightning_edit.data.mquake import MQuAKE, mquake_from_record
 from lightning_edit.data.old_new_pairs import OldNewPairs, old_new_pair_from_record
 from lightning_edit.data.old_then_new import OldThenNew
 from lightning_edit.data.qaedit import QAEdit, qaedit_from_record
+from lightning_edit.data.text import TextDataModule
 from lightning_edit.data.wikibigedit import WikiBigEdit, wikibigedit_from_record
 from lightning_edit.data.zsre import ZsRE, zsre_from_record
 
@@ -30,6 +31,7 @@ __all__ = [
     "QAEdit",
     "RequestLoader",
     "ResumableRequestLoader",
+    "TextDataModule",
     "WikiBigEdit",
     "ZsRE",
     "counterfact_from_record",

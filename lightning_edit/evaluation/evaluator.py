@@ -19,6 +19,7 @@ from lightning_edit.evaluation.scoring import (
     Continuation,
     Score,
     continuations,
+    prompt_ids,
     score_targets,
 )
 from lightning_edit.functional.counterfact import efficacy_success, neighborhood_success
@@ -201,7 +202,8 @@ class Evaluator:
         if not unique:
             return Baseline({})
         written = dict(zip(unique, self._continue(unique), strict=True))
-        pairs = [(self.tokens.prompt(prompt), [self.tokens.pad_id]) for prompt in unique]
+        ids = prompt_ids(self.model, self.tokens, unique)
+        pairs = [(ids[prompt], [self.tokens.pad_id]) for prompt in unique]
         scores = self._score(pairs, [True] * len(unique))
         first = {p: s.first for p, s in zip(unique, scores, strict=True) if s.first is not None}
         return Baseline(
@@ -276,8 +278,9 @@ class Evaluator:
         """Adds accuracies, likelihoods and divergences; one pass over all of them."""
         pairs: list[tuple[list[int], list[int]]] = []
         owner: list[tuple[int, str]] = []
+        ids = prompt_ids(self.model, self.tokens, [probe.prompt for probe in probes])
         for i, probe in enumerate(probes):
-            prompt = self.tokens.prompt(probe.prompt)
+            prompt = ids[probe.prompt]
             request = by_id[probe.request_id]
             for use, target in self._targets(probe, request, baseline).items():
                 pairs.append((prompt, target))

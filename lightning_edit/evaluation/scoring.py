@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
+from lightning_edit.core.side_memory import EditMemory
 
-__all__ = ["Continuation", "Score", "continuations", "score_targets"]
+__all__ = ["Continuation", "Score", "continuations", "prompt_ids", "score_targets"]
 
 _T = TypeVar("_T")
 _Row = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and its answer but for the last token
@@ -121,6 +122,7 @@ def _decoder_logits(
 
     device = next(model.parameters()).device
     keep = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    memory = EditMemory.find(model)
     answers: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, forced in rows:
         answers.setdefault(prompt, []).append(forced)
@@ -144,7 +146,9 @@ def _decoder_logits(
             owner = torch.tensor([b for b, _ in longer], device=device)
             named = [(batch[b], forced) for b, forced in longer]
             layers = [(layer.keys[owner], layer.values[owner]) for layer in cache.layers]
-            begun.append(_Begun(named, logits_BV[owner], mask[owner], layers))
+            route = None if memory is None else memory.route_of(cache)
+            route = None if route is None else route[owner]
+            begun.append(_Begun(named, logits_BV[owner], mask[owner], layers, route))
         # Few tokens at once would take as long as many: all weights are read for them.
         if sum(len(forced) for part in begun for _, forced in part.rows) >= ENOUGH_TOKENS:
             yield from _go_on(model, tokens, begun, max_tokens)
@@ -162,12 +166,14 @@ class _Begun:
         first: Logits of the prompts' last positions, [R, V].
         mask: Attention masks of the prompts, padded on the left, [R, P].
         layers: Keys and values of each layer, [R, heads, P, width of a head].
+        route: What the model's memory has decided for each row, [R], if it has one that decides.
     """
 
     rows: list[_Row]
     first: Tensor
     mask: Tensor
     layers: list[tuple[Tensor, Tensor]]
+    route: Tensor | None = None
 
 
 def _go_on(
@@ -189,6 +195,7 @@ def _go_on(
         for layer in zip(*(part.layers for part in parts), strict=True)
     ]
     first_RV = torch.cat([part.first for part in parts])
+    memory, routes = EditMemory.find(model), [p.route for p in parts if p.route is not None]
     mask_RP = joined([part.mask for part in parts], 0)
     lengths = {r: len(forced) for r, (_, forced) in enumerate(rows)}
     for chosen in _batches(lengths, max_tokens, ENOUGH_TOKENS // 4):
@@ -196,6 +203,8 @@ def _go_on(
         cache = DynamicCache()
         for i, (keys, values) in enumerate(layers):
             cache.update(keys[index], values[index], i)
+        if memory is not None and routes:
+            memory.keep_route(cache, torch.cat(routes)[index])
         ids, more = pad_rows([rows[r][1] for r in chosen], tokens.pad_id)
         mask = torch.cat([mask_RP[index], more.to(index.device)], 1)
         logits_RFV = model(
@@ -246,6 +255,20 @@ def _keeps_logits(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def prompt_ids(model: Any, tokens: PromptTokenizer, prompts: Sequence[str]) -> dict[str, list[int]]:
+    """Token ids of each prompt, as the model's memory has it asked, where there is one.
+
+    Args:
+        model: A Hugging Face language model.
+        tokens: Its tokenizer.
+        prompts: Texts to continue or questions to answer.
+    """
+    unique = list(dict.fromkeys(prompts))
+    memory = EditMemory.find(model)
+    asked = unique if memory is None else memory.rewrite(unique, tokens)
+    return {prompt: tokens.prompt(text) for prompt, text in zip(unique, asked, strict=True)}
+
+
 @torch.no_grad()
 def continuations(
     model: Any,
@@ -274,7 +297,7 @@ def continuations(
         For each prompt what was written, without the prompt.
     """
     asked = list(zip(prompts, min_new_tokens or [1] * len(prompts), strict=True))
-    ids = {prompt: tokens.prompt(prompt) for prompt in dict.fromkeys(prompts)}
+    ids = prompt_ids(model, tokens, prompts)
     order = sorted(dict.fromkeys(asked), key=lambda item: len(ids[item[0]]))
     texts: dict[tuple[str, int], Continuation] = {}
     for start in range(0, len(order), max_rows):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 __all__ = ["regularize", "second_moment_update"]
 
+STRIPS = 4  # strips of rows in which a symmetric sum is made: five eighths of the products
+
 
 def second_moment_update(total_MM: Tensor, keys_NM: Tensor) -> Tensor:
     """Adds Σ k kᵀ of some keys to a running sum, in float64.
@@ -29,7 +31,14 @@ def second_moment_update(total_MM: Tensor, keys_NM: Tensor) -> Tensor:
         [[1.0, 0.0], [0.0, 1.0]]
     """
     keys = keys_NM.float()
-    return total_MM.add_((keys.mT @ keys).double())
+    strip = -(-keys.shape[1] // STRIPS)
+    for start in range(0, keys.shape[1], strip):
+        end = start + strip
+        # From the diagonal on; what lies below it is the same mirrored.
+        rows = (keys[:, start:end].mT @ keys[:, start:]).double()
+        total_MM[start:end, start:] += rows
+        total_MM[end:, start:end] += rows[:, strip:].mT
+    return total_MM
 
 
 def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:

@@ -9,24 +9,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
-from lightning_edit.core.errors import ArtifactError, EditError, ModelError
+from lightning_edit.core.errors import (
+    ArtifactError,
+    EditError,
+    FailedRequestsError,
+    ModelError,
+)
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator
 from lightning_edit.metrics import edit_metrics
-from lightning_edit.optim import EditOptimizer
+from lightning_edit.optim import E, EditOptimizer
 
 __all__ = ["DType", "EditModule", "Protocol"]
 
@@ -34,13 +40,14 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Protocol = Literal["independent", "batch", "sequential"]
 
 
-class EditModule(LightningModule, ABC):
+class EditModule(LightningModule, ABC, Generic[E]):
     """Base of all editors: a language model, and how to change what it knows.
 
     A subclass writes one method, :meth:`compute_edit`, and where it edits, :meth:`edited_names`.
-    It must not override :meth:`edit`, ``training_step``, ``configure_model`` or the checkpoint
-    hooks; what a method carries from edit to edit goes into the edit, and comes back as
-    :attr:`carried` once that is committed.
+    Its edits are of weights, unless it derives from a base for another kind. It must not override
+    :meth:`edit`, ``training_step``, ``configure_model`` or the checkpoint hooks; what a method
+    carries from edit to edit goes into the edit, and comes back as :attr:`carried` once that is
+    committed.
 
     The verbs of the Trainer have editing meanings. ``fit`` commits edits, one optimizer step a
     batch of requests; ``validate`` measures the model as it stands; ``test`` makes edits, measures
@@ -99,16 +106,16 @@ class EditModule(LightningModule, ABC):
         #: Whether all processes hold the same batch, whose work they may share out.
         self.shares_batches = False
         self._tested: list[tuple[list[EditRequest], Baseline]] = []
-        self._delta_before_test = WeightDelta({})
+        self._delta_before_test: E | None = None
         self._tokens: PromptTokenizer | None = None
-        self._optimizer: EditOptimizer | None = None
+        self._optimizer: EditOptimizer[E] | None = None
         self._tuned: dict[str, nn.Parameter] = {}
         self._base: BaseModelInfo | None = None
 
     # -- the method --------------------------------------------------------------------------
 
     @abstractmethod
-    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+    def compute_edit(self, batch: EditBatch) -> E:
         """Computes the edit that answers a batch of requests.
 
         Called with gradients enabled. Weights may be changed on the way: the base class puts
@@ -119,6 +126,9 @@ class EditModule(LightningModule, ABC):
         """Names of the parameters that edits may change; the MLP outputs of the layers."""
         layers = self.layers if self.layers is not None else self.default_layers(tree)
         return [site.name for site in Locator(layers=layers).sites(tree.model)]
+
+    def _make_optimizer(self, tree: ModelTree, originals: dict[str, Tensor]) -> EditOptimizer[E]:
+        return EditOptimizer(tree.model, originals)
 
     def default_layers(self, tree: ModelTree) -> list[int]:
         """Layers to edit where the user names none."""
@@ -200,6 +210,7 @@ class EditModule(LightningModule, ABC):
             tokenizer,
             chat_template=self.chat_template,
             is_encoder_decoder=tree.is_encoder_decoder,
+            max_length=getattr(getattr(model, "config", None), "max_position_embeddings", None),
         )
         self.model = model
         named = dict(model.named_parameters())
@@ -207,7 +218,7 @@ class EditModule(LightningModule, ABC):
         for name in names:
             named[name].requires_grad_(True)
         originals = {name: named[name].detach().clone() for name in names}
-        self._optimizer = EditOptimizer(model, originals)
+        self._optimizer = self._make_optimizer(tree, originals)
 
     @property
     def tokens(self) -> PromptTokenizer:
@@ -222,14 +233,14 @@ class EditModule(LightningModule, ABC):
         return ModelTree.of(self.model)
 
     @property
-    def edit_optimizer(self) -> EditOptimizer:
+    def edit_optimizer(self) -> EditOptimizer[E]:
         """The optimizer that commits edits and knows all that were committed."""
         if self._optimizer is None:
             raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
         return self._optimizer
 
     @property
-    def delta(self) -> WeightDelta:
+    def delta(self) -> E:
         """All that was committed so far."""
         return self.edit_optimizer.delta
 
@@ -292,7 +303,7 @@ class EditModule(LightningModule, ABC):
 
     # -- edits -------------------------------------------------------------------------------
 
-    def edit(self, requests: EditBatch | EditRequest | Sequence[EditRequest]) -> WeightDelta:
+    def edit(self, requests: EditBatch | EditRequest | Sequence[EditRequest]) -> E:
         """Computes an edit and leaves the model as it is.
 
         Args:
@@ -303,6 +314,9 @@ class EditModule(LightningModule, ABC):
 
         Raises:
             RequestError: If the requests contradict each other.
+            FailedRequestsError: If the method fails on every one of them. Where it fails on some,
+                the edit is that of the others, with a warning and the reasons in
+                ``edit.details["failed"]``.
         """
         if isinstance(requests, EditRequest):
             requests = [requests]
@@ -320,12 +334,23 @@ class EditModule(LightningModule, ABC):
                 requests = EditBatch.from_requests(requests, self.tokens)
             batch = requests.to(device)
             edit = self.compute_edit(batch)
-        ids = tuple(request.id for request in batch.requests)
+        failed = edit.details.get("failed", {})
+        ids = tuple(request.id for request in batch.requests if request.id not in failed)
         edit.provenance = replace(self.provenance, request_ids=ids)
-        if self.delta.changes:
+        if len(self.delta) and edit.changes_weights:
             # It continues from an edited model, which is not the recorded base.
             edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
         return edit
+
+    def _edit_or_go_on(self, requests: Sequence[EditRequest]) -> E:
+        """An edit; an empty one where the method fails on every request, so that a run goes on."""
+        try:
+            return self.edit(requests)
+        except FailedRequestsError as error:
+            rank_zero_warn(f"Nothing is written. {error}")
+            nothing = self.edit_optimizer.nothing
+            nothing.details["failed"] = error.reasons
+            return nothing
 
     @override
     def configure_optimizers(self) -> Any:
@@ -336,7 +361,7 @@ class EditModule(LightningModule, ABC):
         began = time.perf_counter()
         self.shares_batches = True
         try:
-            edit = self.edit(batch)
+            edit = self._edit_or_go_on(batch)
         finally:
             self.shares_batches = False
         optimizer = cast(Any, self.optimizers())
@@ -344,12 +369,18 @@ class EditModule(LightningModule, ABC):
         optimizer.optimizer.stage(edit)
         optimizer.step()
         seconds = (time.perf_counter() - began) / len(batch)
-        details = edit.details.get("requests") or [{"id": request.id} for request in batch]
+        failed = [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
+        details = edit.details.get("requests", [])
+        details = details + failed or [{"id": request.id} for request in batch]
         self.history += [{**row, "seconds": seconds} for row in details]
         figures = [row["p_target"] for row in details if "p_target" in row]
         if figures:
             self._show("p(target)", sum(figures) / len(figures), len(batch))
-        self._show("‖Δ‖/‖W‖", self.relative_norm(), len(batch))
+        self._show(*self._size(), len(batch))
+
+    def _size(self) -> tuple[str, float]:
+        """Name and value of the figure by which a run shows how much has been changed."""
+        return "‖Δ‖/‖W‖", self.relative_norm()
 
     def _show(self, name: str, value: float, batch_size: int) -> None:
         self.log(name, value, prog_bar=True, batch_size=batch_size)
@@ -359,11 +390,12 @@ class EditModule(LightningModule, ABC):
         size = sum(float(t.float().square().sum()) for t in self.edit_optimizer.originals.values())
         return self.delta.norm() / size**0.5 if size else 0.0
 
-    def committed(self) -> WeightDelta:
+    def committed(self) -> E:
         """All committed edits as one artefact, with originals and hashes for an exact undo."""
         ids = self.delta.provenance.request_ids
-        total = WeightDelta(self.delta.changes, replace(self.provenance, request_ids=ids))
-        return total.seal(self.model, self.edit_optimizer.originals)
+        total = self.delta.seal(self.model, self.edit_optimizer.originals)
+        total.provenance = replace(self.provenance, request_ids=ids)
+        return total
 
     # -- measuring ---------------------------------------------------------------------------
 
@@ -404,17 +436,17 @@ class EditModule(LightningModule, ABC):
             self._tested.append((batch, baseline))
             with torch.inference_mode(False):
                 for request in batch:
-                    self.edit_optimizer.stage(self.edit(request))
+                    self.edit_optimizer.stage(self._edit_or_go_on([request]))
                     self.edit_optimizer.step()
             return
         groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
         for group in filter(None, groups):
             baseline = evaluator.baseline(group)
-            with self._written(self.edit(group)):
+            with self._written(self._edit_or_go_on(group)):
                 evaluator.evaluate(group, baseline).update(self.test_metrics)
 
     @contextmanager
-    def _written(self, edit: WeightDelta) -> Iterator[None]:
+    def _written(self, edit: E) -> Iterator[None]:
         """Has an edit of this very model in it; hashing all weights again would only take time."""
         edit.apply_(self.model, check=False)
         try:
@@ -439,10 +471,10 @@ class EditModule(LightningModule, ABC):
         prompts = [request.prompt for request in batch]
         with self.base_weights():
             before = self.evaluator.continuations(prompts)
-        if self.delta.changes:
+        if len(self.delta):
             after = self.evaluator.continuations(prompts)
         else:
-            with self._written(self.edit(batch)):
+            with self._written(self._edit_or_go_on(batch)):
                 after = self.evaluator.continuations(prompts)
         return [
             {"id": request.id, "prompt": request.prompt, "before": b, "after": a}
@@ -453,14 +485,22 @@ class EditModule(LightningModule, ABC):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {f"model.{name}" for name in self.edit_optimizer.originals}
         checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in kept
+            name: tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if self._is_kept(name.removeprefix("model."))
         }
         checkpoint["lightning_edit"] = {
             "base_sha256": self.base.sha256,
             "edit_state": self.edit_state(),
         }
+
+    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what Lightning does not load, or only after the edits have to be known."""
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether checkpoints hold a parameter or buffer of the model."""
+        return name in self.edit_optimizer.originals
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -477,6 +517,7 @@ class EditModule(LightningModule, ABC):
                 f"{self.model_id} has {self.base.sha256[:12]}…. Resume with the model it was made "
                 "with."
             )
+        self._load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
         # The other verbs, for which Lightning restores no optimizer, have to know the edits, too.
         for state in checkpoint.get("optimizer_states", ()):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.blocks import hidden_states
+from lightning_edit.modules.tail import Place
 
 __all__ = ["KeyPass"]
 
@@ -38,6 +39,7 @@ class KeyPass:
         state: Residual stream that enters the block :attr:`at`, [N, T, D].
         at: The block that is run next.
         calls: Further arguments of each block from the first to the last edited layer.
+        place: What is asked of the last edited layer: its ``block``'s output, or its MLP's.
     """
 
     tree: ModelTree
@@ -45,11 +47,17 @@ class KeyPass:
     state: Tensor
     at: int
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    place: Place = "block"
 
     @classmethod
     @torch.no_grad()
     def capture(
-        cls, tree: ModelTree, layers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int
+        cls,
+        tree: ModelTree,
+        layers: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        pad_id: int,
+        place: Place = "block",
     ) -> KeyPass:
         """Runs the rows once up to the last edited layer.
 
@@ -58,6 +66,7 @@ class KeyPass:
             layers: Edited layers.
             rows: Token ids of N rows, each cut behind the subject's last token.
             pad_id: Fills the gaps on the left.
+            place: What takes target values at the last edited layer.
         """
         layers = sorted({tree.index(layer) for layer in layers})
         model: Any = tree.model
@@ -94,7 +103,7 @@ class KeyPass:
         finally:
             for hook in hooks:
                 hook.remove()
-        return cls(tree, list(layers), states[0], layers[0], calls)
+        return cls(tree, list(layers), states[0], layers[0], calls, place)
 
     @torch.no_grad()
     def keys(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -106,27 +115,43 @@ class KeyPass:
             layer: An edited layer.
 
         Returns:
-            Input of its edited projection at the subject's last token, [N, M], and residual stream
-            behind the last edited layer's block there, [N, D]; both float32.
+            Input of its edited projection at the subject's last token, [N, M], and what takes
+            target values at the last edited layer there, [N, D]; both float32.
         """
         for i in range(self.at, layer):
             self.state = self._block(i, self.state)
         self.at = layer
-        seen: list[Tensor] = []
+        asked, last = (self.tree.mlp_out(i).module(self.tree.model) for i in (layer, self.last))
+        seen: dict[str, Tensor] = {}
 
-        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def at_end(states: Tensor) -> Tensor:
             # Some models flatten batch and positions before the MLP.
-            rows = args[0].reshape(self.state.shape[0], -1, args[0].shape[-1])
-            seen.append(rows[:, -1].float().clone())
+            rows = states.reshape(self.state.shape[0], -1, states.shape[-1])
+            return rows[:, -1].float().clone()
+
+        def take_key(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen["key"] = at_end(args[0])
+
+        def take_output(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen["output"] = at_end(output)
 
         state = self.state
-        hook = self.tree.mlp_out(layer).module(self.tree.model).register_forward_pre_hook(take)
+        hooks = [
+            asked.register_forward_pre_hook(take_key),
+            last.register_forward_hook(take_output),
+        ]
         try:
-            for i in range(layer, self.layers[-1] + 1):
+            for i in range(layer, self.last + 1):
                 state = self._block(i, state)
         finally:
-            hook.remove()
-        return seen[0], state[:, -1].float()
+            for hook in hooks:
+                hook.remove()
+        return seen["key"], state[:, -1].float() if self.place == "block" else seen["output"]
+
+    @property
+    def last(self) -> int:
+        """The last edited layer."""
+        return self.layers[-1]
 
     def _block(self, i: int, state: Tensor) -> Tensor:
         args, kwargs = self.calls[i]

@@ -12,15 +12,18 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
-from lightning_edit.core.errors import ArtifactError, LocatorError
+from lightning_edit.core.errors import ArtifactError, FailedRequestsError, LocatorError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.second_moment import second_moments, seeded
 from lightning_edit.modules.target_values import (
+    LOSSES,
     TargetValues,
     TargetValueSettings,
     optimize_target_values,
@@ -49,9 +52,10 @@ class LocateModule(EditModule):
             ``"{}"``. In lists of their own, each list counts as much as another when keys are
             averaged. Sampled from the unedited model when None.
         second_moment: A safetensors file with C = E[k kᵀ] of each layer under the name of the
-            projection (such as ``model.layers.7.mlp.down_proj``). Estimated when None.
-        second_moment_text: A text file to estimate second moments from; without it the unedited
-            model writes the text itself.
+            projection (such as ``model.layers.7.mlp.down_proj``), as
+            :meth:`save_second_moments` writes it. Estimated when None.
+        second_moment_text: A text file, or a data module of texts such as ``TextDataModule``, to
+            estimate second moments from; without it the unedited model writes the text itself.
         tokens_per_dimension: Tokens that second moments are estimated from, as a multiple of the
             key's dimensions.
         ridge: Share of the mean eigenvalue added to an estimated second moment's diagonal.
@@ -60,6 +64,7 @@ class LocateModule(EditModule):
     """
 
     decoder_only: ClassVar[bool] = True
+    unsaved_arguments: ClassVar[tuple[str, ...]] = ("second_moment_text",)
     #: Whether sampled contexts together count as much as the bare prompt.
     groups_contexts: ClassVar[bool] = False
 
@@ -75,7 +80,7 @@ class LocateModule(EditModule):
         kl_prompt: str = "{} is a",
         context_templates: list[str] | list[list[str]] | None = None,
         second_moment: str | None = None,
-        second_moment_text: str | None = None,
+        second_moment_text: str | LightningDataModule | None = None,
         tokens_per_dimension: int = 4,
         ridge: float = 1e-3,
         seed: int = 0,
@@ -95,6 +100,9 @@ class LocateModule(EditModule):
         )
         self.second_moment_file = second_moment
         self.second_moment_text = second_moment_text
+        is_module = isinstance(second_moment_text, LightningDataModule)
+        named = type(second_moment_text).__name__ if is_module else second_moment_text
+        self.save_hyperparameters({"second_moment_text": named})
         self.tokens_per_dimension = tokens_per_dimension
         self.ridge = ridge
         self.seed = seed
@@ -184,17 +192,54 @@ class LocateModule(EditModule):
                         ridge=self.ridge,
                         seed=self.seed,
                         cache_dir=cache,
+                        shared=self.shares_batches and torch.distributed.is_initialized(),
                     )
         return self._moments[layer].to(next(self.model.parameters()).device)
 
+    def save_second_moments(self, file: str | Path) -> Path:
+        """Writes the second moments of the edited layers, to be given as ``second_moment``.
+
+        Args:
+            file: A ``.safetensors`` file. It records which weights it belongs to, and is refused
+                for others.
+
+        Example:
+            >>> from lightning_edit import ROME
+            >>> from lightning_edit.demos import tiny_model, tiny_tokenizer
+            >>> editor = ROME.from_model(tiny_model(), tiny_tokenizer(), layers=[1])
+            >>> file = editor.save_second_moments(getfixture("tmp_path") / "moments.safetensors")
+            >>> again = ROME.from_model(
+            ...     tiny_model(), tiny_tokenizer(), layers=[1], second_moment=str(file)
+            ... )
+            >>> bool((again.second_moment(1) == editor.second_moment(1)).all())
+            True
+        """
+        from safetensors.torch import save_file
+
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        moments = {
+            site.module_name: self.second_moment(site.layer).cpu().contiguous()
+            for site in self.sites(self.tree)
+        }
+        save_file(moments, file, {"base": self.model_id, "base_sha256": self.base.sha256})
+        return file
+
     def _read_second_moments(self, file: Path, sites: Sequence[WeightSite]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            tensors = load_file(file)
+            with safe_open(file, "pt") as stream:
+                base = (stream.metadata() or {}).get("base_sha256", "")
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"`second_moment`: cannot read `{file}` ({error}).") from None
+        if base and base != self.base.sha256:
+            raise ArtifactError(
+                f"`second_moment`: `{file}` was made from a model with the weight hash "
+                f"{base[:12]}…, but {self.model_id} has {self.base.sha256[:12]}…. Give the second "
+                "moments of this model, or none to have them estimated."
+            )
         for site in sites:
             if site.module_name not in tensors:
                 raise ArtifactError(
@@ -202,6 +247,45 @@ class LocateModule(EditModule):
                     f"{', '.join(sorted(tensors)) or 'none'}."
                 )
             self.set_second_moment(site.layer, tensors[site.module_name])
+
+    def find_target_values(
+        self, batch: EditBatch, layer: int
+    ) -> tuple[EditBatch, TargetValues, dict[str, str]]:
+        """Target values of a batch, and of the batch what has one.
+
+        Args:
+            batch: Requests.
+            layer: The layer whose output changes.
+
+        Returns:
+            The requests whose loss stayed finite, their target values, and the ids of the others,
+            with the reason of each; see ``failed`` in the details of an edit.
+
+        Raises:
+            FailedRequestsError: If there is no target value at all.
+        """
+        for request in batch.requests:
+            times = request.prompt.count(request.subject)
+            if times > 1:
+                rank_zero_warn(
+                    f"Request {request.id!r}: the subject {request.subject!r} occurs {times} times "
+                    f"in {request.prompt!r}; the first one is edited. Reword the prompt if another "
+                    "is meant."
+                )
+        found = self.target_values(batch, layer)
+        reasons = {
+            batch.requests[e].id: "the loss of its target value is not finite at pass "
+            f"{step}. Lower `lr`, or edit this request alone in float32."
+            for e, step in found.failed.items()
+        }
+        if not reasons:
+            return batch, found, {}
+        if len(reasons) == len(batch.requests):
+            raise FailedRequestsError(reasons)
+        for id_, why in reasons.items():
+            rank_zero_warn(f"Request {id_!r} is left out of its batch: {why}")
+        kept = [e for e in range(len(batch.requests)) if e not in found.failed]
+        return batch.select(kept), found.select(kept), reasons
 
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
         """Target values of a batch; under several processes each finds those of its share."""
@@ -234,22 +318,35 @@ class LocateModule(EditModule):
             return whole
 
         width, steps = len(templates), self.settings.steps
-        names = ("total", "nll", "kl", "wd")
-        losses = torch.full((len(mine), steps, 4), -1.0, device=device)
+        passes = torch.zeros(len(mine), device=device)
+        failed = torch.zeros(len(mine), device=device)
+        losses = torch.zeros(len(mine), steps, len(LOSSES), device=device)
         if found is not None:
-            for i, passes in enumerate(found.losses):
-                table = [[entry[name] for name in names] for entry in passes]
+            for i, one in enumerate(found.losses):
+                table = [[entry[name] for name in LOSSES] for entry in one]
                 losses[i, : len(table)] = torch.tensor(table)
+                passes[i] = len(table)
+                failed[i] = found.failed.get(i, 0)
+        features = site.out_features
+        places = 2 if self.settings.place == "sublayers" else 0
         keys = gathered(found.keys if found else None, width, site.in_features)
-        outputs = gathered(found.outputs if found else None, width, site.out_features)
-        deltas = gathered(found.deltas if found else None, site.out_features)
-        figures = cast(list[list[list[float]]], gathered(losses, steps, 4).tolist())
+        outputs = gathered(found.outputs if found else None, width, features)
+        deltas = gathered(found.deltas if found else None, features)
+        attention = gathered(found.attention if found else None, places, features)
+        figures = cast(list[list[list[float]]], gathered(losses, steps, len(LOSSES)).tolist())
+        counts = gathered(passes).int().tolist()
+        broken = gathered(failed).int().tolist()
         return TargetValues(
             keys,
             outputs,
             deltas,
-            [[dict(zip(names, row, strict=True)) for row in one if row[0] >= 0] for one in figures],
+            attention,
+            [
+                [dict(zip(LOSSES, row, strict=True)) for row in one[:n]]
+                for one, n in zip(figures, counts, strict=True)
+            ],
             gathered(torch.tensor(found.probabilities) if found else None).tolist(),
+            {e: step for e, step in enumerate(broken) if step},
         )
 
     @override

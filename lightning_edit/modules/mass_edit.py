@@ -23,17 +23,20 @@ from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.key_pass import KeyPass
 from lightning_edit.modules.locate import LocateModule
+from lightning_edit.modules.tail import Place
 from lightning_edit.modules.target_values import TargetValues
 
 __all__ = ["MassEditModule"]
+
+KEY_ROWS = 512  # rows whose keys are taken at once
 
 
 class MassEditModule(LocateModule):
     """Base of editors that write all requests of a batch at once, over several layers.
 
-    A subclass says by :meth:`solve` how the pairs of one layer are written. Layers are edited from
-    below; each takes its share of what the last one still lacks, so that all of them together give
-    the target values.
+    A subclass says by :meth:`solve` how the pairs of one layer are written, and by :attr:`place`
+    what the target values are values of. Layers are edited from below; each takes its share of what
+    the last one still lacks, so that all of them together give the target values.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -50,6 +53,8 @@ class MassEditModule(LocateModule):
     """
 
     groups_contexts: ClassVar[bool] = True
+    #: What takes target values at the last edited layer.
+    place: ClassVar[Place] = "block"
 
     def __init__(
         self,
@@ -59,7 +64,7 @@ class MassEditModule(LocateModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        self.settings = replace(self.settings, place="block")
+        self.settings = replace(self.settings, place=self.place)
         self.aligned = aligned
         self._factors: dict[int, Tensor] = {}
 
@@ -84,6 +89,10 @@ class MassEditModule(LocateModule):
             The change as u vᵀ of shape [D, M], and figures of each request by name, [E] each.
         """
 
+    def portion(self, lacking: Tensor, layers: int) -> Tensor:
+        """What the next layer takes of what is lacking, [E, D], when so many are still to come."""
+        return lacking / layers
+
     def carry(self, batch: EditBatch, keys: dict[int, Tensor]) -> dict[str, Tensor]:
         """What later edits need of this one, once it is committed; see :attr:`carried`.
 
@@ -97,29 +106,27 @@ class MassEditModule(LocateModule):
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         sites = self.sites(self.tree)
         with self.base_weights() if self.aligned else nullcontext():
-            found = self.target_values(batch, sites[-1].layer)
-            passing = self._pass(batch, sites)
+            batch, found, failed = self.find_target_values(batch, sites[-1].layer)
+            passes = self._passes(batch, sites)
             if self.aligned:
-                asked = {site.layer: passing.keys(site.layer) for site in sites}
+                asked = {site.layer: self._ask(passes, site.layer) for site in sites}
         changes: dict[str, LowRank] = {}
         keys: dict[int, Tensor] = {}
         residuals: dict[int, Tensor] = {}
         figures: dict[int, dict[str, Tensor]] = {}
         for i, site in enumerate(sites):
-            seen = asked[site.layer] if self.aligned else passing.keys(site.layer)
-            key, hidden = (self._by_request(batch, part) for part in seen)
-            keys[site.layer] = self.mean_keys(key)
+            layer = site.layer
+            key, hidden = asked[layer] if self.aligned else self._ask(passes, layer)
+            keys[layer] = self.mean_keys(key)
             lacking = found.values - hidden[:, 0]
             if self.aligned:
-                written = self._written_at(site, keys[site.layer])
-                residuals[site.layer] = lacking / len(sites) - written
+                written = self._written_at(site, keys[layer])
+                residuals[layer] = self.portion(lacking, len(sites)) - written
             else:
-                residuals[site.layer] = lacking / (len(sites) - i)
-            pairs, figures[site.layer] = self.solve(site, keys[site.layer], residuals[site.layer])
+                residuals[layer] = self.portion(lacking, len(sites) - i)
+            pairs, figures[layer] = self.solve(site, keys[layer], residuals[layer])
             if not bool(torch.isfinite(pairs.u).all() and torch.isfinite(pairs.v).all()):
-                raise EditError(
-                    f"The update of layer {site.layer} is not finite. Nothing was written."
-                )
+                raise EditError(f"The update of layer {layer} is not finite. Nothing was written.")
             change = LowRank(pairs.v, pairs.u) if site.transposed else pairs
             changes[site.name] = change
             # Layers above see what this one has got.
@@ -130,6 +137,7 @@ class MassEditModule(LocateModule):
             "requests": [
                 self._row(batch, found, e, changes, figures) for e in range(len(batch.requests))
             ],
+            "failed": failed,
             "target_values": found,
             "keys": keys,
             "residuals": residuals,
@@ -137,21 +145,31 @@ class MassEditModule(LocateModule):
         }
         return edit
 
-    @staticmethod
-    def _by_request(batch: EditBatch, rows: Tensor) -> Tensor:
-        """Rows of requests in templates, [E T, X], as [E, T, X]."""
-        return rows.reshape(len(batch.requests), -1, rows.shape[-1])
-
-    def _pass(self, batch: EditBatch, sites: Sequence[WeightSite]) -> KeyPass:
+    def _passes(self, batch: EditBatch, sites: Sequence[WeightSite]) -> list[KeyPass]:
+        """The rows of a batch, few enough at a time for their attention to fit in memory."""
         layers = [site.layer for site in sites]
-        return KeyPass.capture(self.tree, layers, self.key_rows(batch), self.tokens.pad_id)
+        rows = self.key_rows(batch)
+        parts = [rows[start : start + KEY_ROWS] for start in range(0, len(rows), KEY_ROWS)]
+        return [
+            KeyPass.capture(self.tree, layers, part, self.tokens.pad_id, self.place)
+            for part in parts
+        ]
+
+    def _ask(self, passes: Sequence[KeyPass], layer: int) -> tuple[Tensor, Tensor]:
+        """Keys of a layer, and what the last layer makes of the rows; [E, T, X] each."""
+        keys, outputs = zip(*(one.keys(layer) for one in passes), strict=True)
+        templates = len(self.templates)
+        key, output = torch.cat(keys), torch.cat(outputs)
+        return (
+            key.reshape(-1, templates, key.shape[-1]),
+            output.reshape(-1, templates, output.shape[-1]),
+        )
 
     def layer_keys(self, batch: EditBatch) -> dict[int, Tensor]:
         """Keys of a batch in the model as it stands, [E, M] of each layer."""
         sites = self.sites(self.tree)
-        passing = self._pass(batch, sites)
-        found = {site.layer: passing.keys(site.layer)[0] for site in sites}
-        return {layer: self.mean_keys(self._by_request(batch, key)) for layer, key in found.items()}
+        passes = self._passes(batch, sites)
+        return {site.layer: self.mean_keys(self._ask(passes, site.layer)[0]) for site in sites}
 
     def _written_at(self, site: WeightSite, keys: Tensor) -> Tensor:
         """What committed edits add to a layer's output at some keys, [E, D]."""

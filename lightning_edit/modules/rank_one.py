@@ -64,7 +64,7 @@ class RankOneModule(LocateModule):
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         tree = self.tree
         [site] = self.sites(tree)
-        found = self.target_values(batch, site.layer)
+        batch, found, failed = self.find_target_values(batch, site.layer)
         moment = self.second_moment(site.layer)
         weight = site.read(self.model)
         change = torch.zeros(site.out_features, site.in_features, device=weight.device)
@@ -98,5 +98,10 @@ class RankOneModule(LocateModule):
         factors = (torch.cat(left, 1), torch.cat(right, 1))
         u_all, v_all = factors[::-1] if site.transposed else factors
         edit = WeightDelta({site.name: LowRank(u_all, v_all)})
-        edit.details = {"requests": rows, "target_values": found, "layer": site.layer}
+        edit.details = {
+            "requests": rows,
+            "failed": failed,
+            "target_values": found,
+            "layer": site.layer,
+        }
         return edit

@@ -7,21 +7,31 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.moments import regularize, second_moment_update
 
-__all__ = ["sample_text_ids", "second_moments", "seeded", "text_file_ids"]
+__all__ = [
+    "data_module_ids",
+    "sample_text_ids",
+    "second_moments",
+    "seeded",
+    "text_file_ids",
+]
 
 ROW_LENGTH = 64  # tokens of one row of text
 BATCH_ROWS = 64  # rows run at once: about four thousand tokens
@@ -41,11 +51,12 @@ def second_moments(
     layers: Sequence[int],
     *,
     model_hash: str,
-    text: str | None = None,
+    text: str | LightningDataModule | None = None,
     tokens_per_dimension: int = 4,
     ridge: float = 1e-3,
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    shared: bool = False,
 ) -> dict[int, Tensor]:
     """Second moments of the inputs of MLP output projections, all layers in one pass.
 
@@ -54,21 +65,32 @@ def second_moments(
         tokens: Its tokenizer.
         layers: Layers that are needed; the pass ends after the last of them.
         model_hash: Weight hash of the model, under which results are cached.
-        text: Path of a text file; without it the model samples its own text.
+        text: Path of a text file, or a data module; see :func:`data_module_ids`. Without it the
+            model samples its own text.
         tokens_per_dimension: Tokens read, as a multiple of the key's dimensions. A small multiple
             suffices (arXiv 2506.04226).
         ridge: Share of the mean eigenvalue that is added to the diagonal.
         seed: Seed of the samples.
         cache_dir: Folder to keep results in; nothing is kept when None.
+        shared: All processes call, and share out the rows; each gets the moments of all rows.
 
     Returns:
         Layer to C = E[k kᵀ], [M, M] float32.
 
     Raises:
-        ModelError: If the text file does not exist or is shorter than one row.
+        ModelError: If the text cannot be read or is shorter than one row.
     """
     layers = sorted({tree.index(layer) for layer in layers})
-    source = _source_name(text, tokens_per_dimension, seed)
+    dimension = max(tree.mlp_out(layer).in_features for layer in layers)
+    wanted = tokens_per_dimension * dimension
+    rows = None
+    source = f"samples-{tokens_per_dimension}-{seed}"
+    if text is not None:
+        if isinstance(text, str):
+            rows = text_file_ids(tokens, text, wanted)
+        else:
+            rows = data_module_ids(tokens, text, wanted)
+        source = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     files = {
         layer: Path(cache_dir)
         / "second_moments"
@@ -78,16 +100,25 @@ def second_moments(
     }
     kept = {layer: _read(file) for layer, file in files.items() if file.is_file()}
     sums = {layer: found for layer, found in kept.items() if found is not None}
-    missing = [layer for layer in layers if layer not in sums]
+    device = next(tree.blocks[0].parameters()).device
+    is_missing = torch.tensor([layer not in sums for layer in layers], device=device).int()
+    if shared:  # a process may lack a file that others have
+        torch.distributed.all_reduce(is_missing, torch.distributed.ReduceOp.MAX)
+    missing = [layer for layer, flag in zip(layers, is_missing.tolist(), strict=True) if flag]
     if missing:
-        dimension = max(tree.mlp_out(layer).in_features for layer in missing)
-        wanted = tokens_per_dimension * dimension
-        if text is None:
+        if rows is None:
             rank_zero_info(f"Sampling {wanted} tokens from the model for its second moments …")
-            rows = sample_text_ids(tree.model, tokens, wanted, seed)
-        else:
-            rows = text_file_ids(tokens, text, wanted)
-        sums |= _accumulate(tree, missing, rows)
+        world = torch.distributed.get_world_size() if shared else 1
+        first = torch.distributed.get_rank() if shared else 0
+        count = -(-wanted // ROW_LENGTH) if rows is None else len(rows)
+        batches = [
+            _sample(tree.model, tokens, min(BATCH_ROWS, count - start), seed + i)
+            if rows is None
+            else rows[start : start + BATCH_ROWS]
+            for i, start in enumerate(range(0, count, BATCH_ROWS))
+            if i % world == first
+        ]
+        sums |= _accumulate(tree, missing, batches, shared=shared)
         for layer in missing:
             if layer in files:
                 _write(files[layer], *sums[layer])
@@ -96,6 +127,8 @@ def second_moments(
 
 def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) -> Tensor:
     """Rows of text that the model writes itself, each begun with a random word.
+
+    Each batch of rows has a seed of its own, so that processes can share them out.
 
     Args:
         model: A decoder-only model.
@@ -106,29 +139,34 @@ def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) 
     Returns:
         Token ids, [rows, 64].
     """
+    n_rows = -(-count // ROW_LENGTH)
+    return torch.cat(
+        [
+            _sample(model, tokens, min(BATCH_ROWS, n_rows - start), seed + i)
+            for i, start in enumerate(range(0, n_rows, BATCH_ROWS))
+        ]
+    )
+
+
+def _sample(model: Any, tokens: PromptTokenizer, count: int, seed: int) -> Tensor:
     special = set(getattr(tokens.tokenizer, "all_special_ids", []))
     ordinary = torch.tensor([i for i in range(len(tokens.tokenizer)) if i not in special])
     device = next(model.parameters()).device
-    n_rows = -(-count // ROW_LENGTH)
-    rows = []
     with seeded(seed), torch.no_grad():
-        for start in range(0, n_rows, BATCH_ROWS):
-            size = min(BATCH_ROWS, n_rows - start)
-            first = ordinary[torch.randint(len(ordinary), (size, 1))].to(device)
-            written = model.generate(
-                first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=ROW_LENGTH - 1,
-                min_new_tokens=ROW_LENGTH - 1,
-                pad_token_id=tokens.pad_id,
-            )
-            rows.append(written)
-    return torch.cat(rows)
+        first = ordinary[torch.randint(len(ordinary), (count, 1))].to(device)
+        written: Tensor = model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=ROW_LENGTH - 1,
+            min_new_tokens=ROW_LENGTH - 1,
+            pad_token_id=tokens.pad_id,
+        )
+    return written
 
 
 def text_file_ids(tokens: PromptTokenizer, path: str | Path, count: int) -> Tensor:
@@ -151,11 +189,78 @@ def text_file_ids(tokens: PromptTokenizer, path: str | Path, count: int) -> Tens
     # A token is seldom longer than eight characters.
     with file.open(encoding="utf-8") as stream:
         text = stream.read(count * 8 + ROW_LENGTH * 8)
-    ids = tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
-    n_rows = min(-(-count // ROW_LENGTH), len(ids) // ROW_LENGTH)
+    return _rows_of(tokens, [text], count, f"`{path}`")
+
+
+def data_module_ids(tokens: PromptTokenizer, data: LightningDataModule, count: int) -> Tensor:
+    """Rows of tokens from the beginning of a data module's training data.
+
+    Its batches may be texts, edit requests (read with their old answers), or tokens under
+    ``input_ids``, with ``attention_mask`` where they are padded.
+
+    Args:
+        tokens: The model's tokenizer.
+        data: The data module; it is prepared and set up for ``fit``.
+        count: Tokens wanted, rounded up to whole rows; fewer where there are fewer.
+
+    Returns:
+        Token ids, [rows, 64].
+
+    Raises:
+        ModelError: If a batch holds something else, or all of it is shorter than one row.
+
+    Example:
+        >>> from lightning_edit.data import EditDataModule
+        >>> from lightning_edit.demos import tiny_requests, tiny_tokenizer
+        >>> data = EditDataModule(requests=tiny_requests(24))
+        >>> data_module_ids(PromptTokenizer(tiny_tokenizer()), data, 100).shape
+        torch.Size([2, 64])
+    """
+    data.prepare_data()
+    data.setup("fit")
+    name = type(data).__name__
+
+    def texts_of(batch: Any) -> Iterator[str | list[int]]:
+        if isinstance(batch, str):
+            yield batch
+        elif isinstance(batch, EditRequest):
+            answer = batch.target_old or ""
+            space = tokens.leading_space(batch.prompt, answer) if answer else ""
+            yield f"{batch.prompt}{space}{answer}."
+        elif isinstance(batch, Mapping) and "input_ids" in batch:
+            masks = batch.get("attention_mask")
+            for i, row in enumerate(batch["input_ids"]):
+                kept = row if masks is None else row[masks[i].bool()]
+                yield [int(token) for token in kept]
+        elif isinstance(batch, Sequence):
+            yield from chain.from_iterable(map(texts_of, batch))
+        else:
+            raise ModelError(
+                f"`second_moment_text`: a batch of {name} is a {type(batch).__name__}. Texts, edit "
+                "requests, or a mapping with `input_ids` were expected."
+            )
+
+    batches = data.train_dataloader()
+    return _rows_of(tokens, chain.from_iterable(map(texts_of, batches)), count, name)
+
+
+def _rows_of(
+    tokens: PromptTokenizer, texts: Iterable[str | list[int]], count: int, name: str
+) -> Tensor:
+    """Whole rows of the first tokens of some texts, put behind one another."""
+    wanted = -(-count // ROW_LENGTH) * ROW_LENGTH
+    ids: list[int] = []
+    for text in texts:
+        if isinstance(text, str):
+            ids += tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids += text
+        if len(ids) >= wanted:
+            break
+    n_rows = min(wanted, len(ids)) // ROW_LENGTH
     if n_rows < 1:
         raise ModelError(
-            f"`second_moment_text`: `{path}` has {len(ids)} tokens, fewer than {ROW_LENGTH}. "
+            f"`second_moment_text`: {name} has {len(ids)} tokens, fewer than {ROW_LENGTH}. "
             "Give a longer text, or none to let the model write its own."
         )
     return torch.tensor(ids[: n_rows * ROW_LENGTH]).reshape(n_rows, ROW_LENGTH)
@@ -166,8 +271,9 @@ class _Stop(Exception):  # noqa: N818  # control flow, not an error
 
 
 def _accumulate(
-    tree: ModelTree, layers: Sequence[int], rows: Tensor
+    tree: ModelTree, layers: Sequence[int], batches: Sequence[Tensor], *, shared: bool
 ) -> dict[int, tuple[Tensor, int]]:
+    """Sums of outer products and the number of tokens, over all processes where they share."""
     device = next(tree.blocks[0].parameters()).device
     totals = {}
     hooks = []
@@ -185,7 +291,7 @@ def _accumulate(
     model: Any = tree.model
     try:
         with torch.no_grad():
-            for batch in torch.split(rows, BATCH_ROWS):
+            for batch in batches:
                 try:
                     model.base_model(input_ids=batch.to(device), use_cache=False)
                 except _Stop:
@@ -193,15 +299,11 @@ def _accumulate(
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: (totals[layer].cpu(), rows.numel()) for layer in layers}
-
-
-def _source_name(text: str | None, tokens_per_dimension: int, seed: int) -> str:
-    if text is None:
-        return f"samples-{tokens_per_dimension}-{seed}"
-    file = Path(text)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing"
-    return f"{digest}-{tokens_per_dimension}"
+    count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
+    if shared:
+        for tensor in (count, *totals.values()):
+            torch.distributed.all_reduce(tensor)
+    return {layer: (totals[layer].cpu(), int(count)) for layer in layers}
 
 
 def _read(file: Path) -> tuple[Tensor, int] | None:

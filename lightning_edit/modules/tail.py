@@ -8,12 +8,13 @@ a cache of keys and values, computed once; what follows runs again from the edit
 """
 
 # Shapes: N rows, P positions before the subject's last token, Q positions from it on, D hidden,
-# M inputs of the edited projection, V vocabulary.
+# M inputs of the edited projection, V vocabulary, C outputs that change: one, or two (of the MLP
+# and of attention).
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from lightning_edit.evaluation.blocks import hidden_states, scaled_logits, with_
 
 __all__ = ["Place", "Tail", "frozen", "split_rows"]
 
-Place = Literal["mlp", "block"]
+Place = Literal["mlp", "block", "sublayers"]
 
 # Largest relative difference of logits that rounding in float32 accounts for.
 MAX_DIFFERENCE = 1e-2
@@ -106,13 +107,14 @@ class Tail:
         tree: Where the model's parts are.
         layer: The edited layer.
         keys: Input of the edited projection at column 0, [N, M].
-        values: What changes at column 0, as it was, [N, D]: the edited projection's output, or the
-            residual stream behind its block.
+        values: What changes at column 0, as it was, [N, C, D]: the edited projection's output, that
+            and the output of attention's last projection, or the residual stream behind the block.
         state: Residual stream that enters the first block of :attr:`calls`, [N, Q, D].
         calls: Blocks to run, each with the arguments that it got in the captured pass.
         prefix: Cached keys and values of the positions before.
-        inside: The change goes through the edited block, since something stands between its MLP
-            and the residual stream (a norm after the MLP, as in Gemma 2).
+        inside: The change goes through the edited block, since something stands between what
+            changes and the residual stream: a norm after the MLP, as in Gemma 2, or the MLP after
+            attention.
         dtype: Precision of the matrix products if lower than the model's; see :meth:`lower`.
         matrices: Copies of modules' matrices in that precision.
     """
@@ -149,7 +151,8 @@ class Tail:
             rows: Token ids of N rows.
             splits: Index of the subject's last token in each row.
             pad_id: Fills the gaps.
-            place: What changes at column 0: the output of the ``mlp``, or that of its ``block``.
+            place: What changes at column 0: the output of the ``mlp``, that of the whole ``block``,
+                or those of both its ``sublayers``, MLP and attention.
 
         Raises:
             ModelError: If the model's blocks cannot be run on their own.
@@ -208,7 +211,7 @@ class Tail:
             prefix = _Prefix(_masked(cache, mask_NP))
             for i, (keys, values) in prefix.layers.items():
                 cache.layers[i].keys, cache.layers[i].values = keys, values
-            seen = _Recorder(tree, layer)
+            seen = _Recorder(tree, layer, with_attention=place == "sublayers")
             with seen:
                 model.base_model(
                     input_ids=after_NQ,
@@ -217,23 +220,22 @@ class Tail:
                     cache=cache,
                     use_cache=True,
                 )
-            tail = cls(
-                tree, layer, seen.key, seen.value, seen.entry[layer], [], prefix, inside=True
-            )
+            values = torch.stack(seen.values, 1)
+            tail = cls(tree, layer, seen.key, values, seen.entry[layer], [], prefix, inside=True)
             blocks = [*enumerate(tree.blocks)][layer:]
             tail.calls = [(b, *with_cache(*seen.arguments[i], prefix)) for i, b in blocks]
             after = seen.entry.get(layer + 1, seen.last)
             if place == "block":
-                tail.values = after[:, 0].clone()
-            if place == "block" or tail._adds_up(after):
+                tail.values = after[:, :1].clone()
+            if place == "block" or (place == "mlp" and tail._adds_up(after)):
                 tail.inside, tail.state, tail.calls = False, after, tail.calls[1:]
         return tail
 
     def hidden(self, change: Tensor) -> Tensor:
-        """Final hidden states, before the last norm, with a change of the MLP's output.
+        """Final hidden states, before the last norm, with a change of what was captured.
 
         Args:
-            change: Added to :attr:`values` at column 0, [N, D].
+            change: Added to :attr:`values` at column 0, [N, C, D].
 
         Returns:
             Residual stream after the last block, [N, Q, D].
@@ -241,11 +243,11 @@ class Tail:
         state, calls = self.state, self.calls
         with short_attention(state.device, self.dtype or state.dtype), self._precision():
             if self.inside:
-                with _added(self.tree.mlp(self.layer), change):
+                with self._added(change):
                     state = self._run(*calls[0], state)
                 calls = calls[1:]
             else:
-                first = state[:, :1] + change[:, None].to(state.dtype)
+                first = state[:, :1] + change.to(state.dtype)
                 state = torch.cat([first, state[:, 1:]], 1)
             for call in calls:
                 state = self._run(*call, state)
@@ -343,25 +345,44 @@ class Tail:
                 return 0.0  # of such a model the losses tell, which name the request
             return float((found - own).norm() / own.norm())
 
+    @contextmanager
+    def _added(self, change: Tensor) -> Iterator[None]:
+        """Adds a change, [N, C, D], to what the edited block's parts return at column 0."""
+        parts = [self.tree.mlp(self.layer)]
+        if change.shape[1] > 1:
+            parts.append(self.tree.attention_out(self.layer).module(self.tree.model))
+        with ExitStack() as stack:
+            for part, added in zip(parts, change.unbind(1), strict=True):
+                stack.enter_context(_added(part, added))
+            yield
+
     def _adds_up(self, after: Tensor) -> bool:
         """Whether the MLP's output goes straight into the residual stream."""
-        nudge = torch.ones_like(self.values) * self.values.abs().mean()
+        sound = self.values.isfinite().all(-1)[:, 0]
+        if not bool(sound.any()):
+            return True  # of such rows the losses tell
+        nudge = torch.full_like(self.values, float(self.values[sound].abs().mean()))
         block, args, kwargs = self.calls[0]
-        with _added(self.tree.mlp(self.layer), nudge):
-            moved = hidden_states(block(self.state, *args, **kwargs))
-        wanted = after[:, 0] + nudge
-        return bool(torch.allclose(moved[:, 0], wanted, rtol=1e-3, atol=1e-3 * float(nudge.max())))
+        with self._added(nudge):
+            moved = hidden_states(block(self.state, *args, **kwargs))[sound, 0]
+        wanted = after[sound, 0] + nudge[sound, 0]
+        return bool(torch.allclose(moved, wanted, rtol=1e-3, atol=1e-3 * float(nudge.max())))
 
 
 class _Recorder:
-    """Records what enters each block and what goes through the edited projection."""
+    """Records what enters each block and what the edited block's projections return."""
 
-    def __init__(self, tree: ModelTree, layer: int) -> None:
+    def __init__(self, tree: ModelTree, layer: int, *, with_attention: bool) -> None:
         self.entry: dict[int, Tensor] = {}
         self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.key = self.value = self.last = torch.empty(0)
+        self.key = self.last = self._value = self._attended = torch.empty(0)
         self._hooks: list[Any] = []
-        self._tree, self._layer = tree, layer
+        self._tree, self._layer, self._with_attention = tree, layer, with_attention
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Outputs at column 0 of the MLP and, where it is asked for, of attention, [N, D] each."""
+        return [self._value, self._attended] if self._with_attention else [self._value]
 
     def __enter__(self) -> None:
         tree, layer = self._tree, self._layer
@@ -371,6 +392,9 @@ class _Recorder:
             self._hooks.append(hook)
         self._hooks.append(tree.blocks[-1].register_forward_hook(self._leave))
         self._hooks.append(projection.register_forward_hook(self._project))
+        if self._with_attention:
+            attention = tree.attention_out(self._layer).module(tree.model)
+            self._hooks.append(attention.register_forward_hook(self._attend))
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
@@ -390,11 +414,16 @@ class _Recorder:
         self.last = hidden_states(output)
 
     def _project(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.key, self._value = self._column_0(args[0]), self._column_0(output)
+
+    def _attend(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._attended = self._column_0(output)
+
+    def _column_0(self, states: Tensor) -> Tensor:
         # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
         # output to the MLP's in place.
         rows = self.entry[self._layer].shape[0]
-        self.key = args[0].reshape(rows, -1, args[0].shape[-1])[:, 0].clone()
-        self.value = output.reshape(rows, -1, output.shape[-1])[:, 0].clone()
+        return states.reshape(rows, -1, states.shape[-1])[:, 0].clone()
 
 
 @contextmanager

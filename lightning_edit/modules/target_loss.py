@@ -23,6 +23,7 @@ __all__ = [
     "all_places",
     "place_logits",
     "row_means",
+    "target_logits",
     "target_nll",
     "target_places",
     "target_probabilities",
@@ -58,6 +59,26 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
         >>> nll.shape == batch.labels[batch.labels != -100].shape
         True
     """
+    logits, targets = target_logits(tree, batch, objective)
+    return cross_entropy(logits, targets, reduction="none")
+
+
+def target_logits(
+    tree: ModelTree, batch: EditBatch, objective: Objective = "target_new"
+) -> tuple[Tensor, Tensor]:
+    """Logits at the place of every target token, in the order of the batch's labels.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model.
+        batch: Prompts and targets.
+        objective: As for :func:`target_nll`.
+
+    Returns:
+        Logits, [N, V] float32, and the targets, [N] int64.
+
+    Raises:
+        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+    """
     rows, columns = torch.nonzero(batch.labels != IGNORE_INDEX, as_tuple=True)
     where = target_places(tree, batch)
     if objective == "prompt_last":
@@ -68,7 +89,7 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
     logits = place_logits(tree, batch, where)
     if objective == "prompt_last":
         logits = logits[rows]
-    return cross_entropy(logits, batch.labels[rows, columns], reduction="none")
+    return logits, batch.labels[rows, columns]
 
 
 def target_places(tree: ModelTree, batch: EditBatch) -> tuple[Tensor, Tensor]:

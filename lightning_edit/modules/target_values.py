@@ -6,20 +6,21 @@ All requests of a batch are optimized together, each with its own step count, cl
 early stop, so that the figures are those of one request at a time.
 """
 
-# Shapes: E requests, T context templates, N = E (T + 1) rows, D hidden, M inputs of the edited
-# projection, V vocabulary.
+# Shapes: E requests, T context templates, N = E (T + 1) rows, C outputs that change, D hidden, M
+# inputs of the edited projection, X target tokens of all rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.modules.tail import Place, Tail, frozen
@@ -28,6 +29,10 @@ __all__ = ["TargetValueSettings", "TargetValues", "optimize_target_values"]
 
 # Adam's defaults, which the papers keep.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+# Once all target tokens are the likeliest, a search that settles counts their likelihood for this
+# much less, and ends where the divergence is not above the other.
+SETTLED_FACTOR, SETTLED_KL = 0.1, 1e-2
+LOSSES = ("total", "nll", "kl", "wd")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,11 @@ class TargetValueSettings:
         stop_loss: A request is finished once its loss is below.
         kl_prompt: Anchor prompt; ``{}`` stands for the subject.
         max_rows: Rows optimized at once; more requests are taken in turns.
-        place: What changes: the output of the layer's ``mlp``, or that of the whole ``block``.
+        place: What changes: the output of the layer's ``mlp``, that of the whole ``block``, or
+            those of its ``sublayers``, MLP and attention, each with a δ of its own.
+        nll_factor: Factor of the targets' negative log-likelihood.
+        settles: Once all target tokens are the likeliest, count their likelihood a tenth, and
+            finish where the divergence is at most 0.01 (PMET, arXiv 2308.08742).
     """
 
     steps: int = 20
@@ -55,6 +64,8 @@ class TargetValueSettings:
     kl_prompt: str = "{} is a"
     max_rows: int = 512
     place: Place = "mlp"
+    nll_factor: float = 1.0
+    settles: bool = False
 
 
 @dataclass
@@ -66,21 +77,58 @@ class TargetValues:
         outputs: What changes there, before the edit: the projection's output, or the residual
             stream behind the block, [E, T, D].
         deltas: v* minus the output for the first template, [E, D].
+        attention: The same of attention's output where it changes, too: the output for the first
+            template and δ, [E, 2, D]; [E, 0, D] where it does not.
         losses: Of each request a list, one entry a forward pass, of ``total``, ``nll``, ``kl``
-            and ``wd`` in nats (``kl`` and ``wd`` with their factors).
-        probabilities: Of each request exp(−nll) at the last pass, in [0, 1].
+            and ``wd`` in nats, each with its factor.
+        probabilities: Of each request the mean probability of its target's tokens (geometric) at
+            the last pass, in [0, 1].
+        failed: Request to the pass, counted from 1, at which its loss was no longer finite.
     """
 
     keys: Tensor
     outputs: Tensor
     deltas: Tensor
+    attention: Tensor
     losses: list[list[dict[str, float]]] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
+    failed: dict[int, int] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensor:
         """The target values v*, [E, D]."""
         return self.outputs[:, 0] + self.deltas
+
+    def select(self, requests: Sequence[int]) -> Self:
+        """The target values of some of the requests, in the order given."""
+        rows = list(requests)
+        return type(self)(
+            self.keys[rows],
+            self.outputs[rows],
+            self.deltas[rows],
+            self.attention[rows],
+            [self.losses[e] for e in rows],
+            [self.probabilities[e] for e in rows],
+            {i: self.failed[e] for i, e in enumerate(rows) if e in self.failed},
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The target values of several batches, one behind the other."""
+        starts = [sum(len(part.deltas) for part in parts[:i]) for i in range(len(parts))]
+        return cls(
+            torch.cat([part.keys for part in parts]),
+            torch.cat([part.outputs for part in parts]),
+            torch.cat([part.deltas for part in parts]),
+            torch.cat([part.attention for part in parts]),
+            [passes for part in parts for passes in part.losses],
+            [p for part in parts for p in part.probabilities],
+            {
+                start + e: step
+                for start, part in zip(starts, parts, strict=True)
+                for e, step in part.failed.items()
+            },
+        )
 
 
 @torch.inference_mode(False)
@@ -98,7 +146,7 @@ def optimize_target_values(
 
     Minimizes for each request, over a change δ of the MLP's output at the subject's last token,
 
-        mean over templates of −log P(target | template with prompt)
+        nll_factor · mean over templates of −log P(target | template with prompt)
         + kl_factor · KL(p_δ ‖ p_0) at the subject of the anchor prompt
         + weight_decay · ‖δ‖ / ‖v‖²
 
@@ -114,10 +162,11 @@ def optimize_target_values(
             the sums of losses and δ itself stay in float32.
 
     Returns:
-        Target values in the order of the requests.
+        Target values in the order of the requests. A request whose loss stops being finite leaves
+        the others alone and is named in ``failed``.
 
     Raises:
-        EditError: If a loss stops being finite; the message names the request.
+        RequestError: If a request in its context is longer than the model's.
 
     References:
         Locating and Editing Factual Associations in GPT, arXiv 2202.05262, section 3.1,
@@ -131,16 +180,7 @@ def optimize_target_values(
         for turn in turns
     ]
     order = [e for turn in turns for e in turn]
-    place = sorted(range(len(order)), key=order.__getitem__)
-    losses = [entry for part in found for entry in part.losses]
-    probabilities = [p for part in found for p in part.probabilities]
-    return TargetValues(
-        keys=torch.cat([part.keys for part in found])[place],
-        outputs=torch.cat([part.outputs for part in found])[place],
-        deltas=torch.cat([part.deltas for part in found])[place],
-        losses=[losses[i] for i in place],
-        probabilities=[probabilities[i] for i in place],
-    )
+    return TargetValues.joined(found).select(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _turns(
@@ -187,6 +227,7 @@ def _make_rows(
         for template in templates:
             prefix = template.removesuffix("{}")
             prompt, last = tokens.subject_last(request.prompt, request.subject, prefix)
+            tokens.check_length(request, len(prompt), len(target), prefix)
             for j, token in enumerate(target):
                 rows.row.append(len(rows.ids))
                 rows.column.append(len(prompt) - 1 + j - last)
@@ -232,51 +273,58 @@ def _optimize(
     template_N = torch.ones(len(rows.ids), dtype=torch.bool, device=device)
     template_N[anchor_E] = False
     keys = tail.keys[template_N].reshape(count, width, -1).float()
-    outputs = tail.values[template_N].reshape(count, width, -1).float()
+    values = tail.values[template_N]
+    values_ETCD = values.reshape(count, width, *values.shape[1:]).float()
+    first_ECD = values_ETCD[:, 0]
 
-    init_norm_E = torch.linalg.vector_norm(outputs[:, 0], dim=-1)
-    delta_ED = torch.zeros_like(outputs[:, 0])
-    moment1, moment2 = torch.zeros_like(delta_ED), torch.zeros_like(delta_ED)
+    init_norm_EC = torch.linalg.vector_norm(first_ECD, dim=-1)
+    delta_ECD = torch.zeros_like(first_ECD)
+    moment1, moment2 = torch.zeros_like(delta_ECD), torch.zeros_like(delta_ECD)
     losses: list[list[dict[str, float]]] = [[] for _ in requests]
     probabilities = [0.0] * count
+    failed: dict[int, int] = {}
     reference_EV: Tensor | None = None
     live_E = torch.arange(count, device=device)  # requests that are not finished
+    factor_E = torch.full((count,), settings.nll_factor, device=device)
 
     with torch.enable_grad(), frozen(tree.model):
         for step in range(settings.steps):
-            delta = delta_ED[live_E].requires_grad_()
+            delta = delta_ECD[live_E].requires_grad_()
             local_N = torch.searchsorted(live_E, owner_N)
             state = tail.hidden(delta[local_N])
             # Logits only where a loss reads them.
             read = torch.cat([state[row_X, column_X], state[anchor_E, 0]])
             logp = log_softmax(tail.logits(read), dim=-1)
             n_targets = token_X.shape[0]
-            logp_X = logp[:n_targets].gather(1, token_X[:, None])[:, 0]
-            nll_E = torch.zeros(len(live_E), device=device).index_add(
-                0, local_N[row_X], -logp_X * weight_X
-            )
-            logp_EV = logp[n_targets:]
+            logp_XV, logp_EV = logp[:n_targets], logp[n_targets:]
+            logp_X = logp_XV.gather(1, token_X[:, None])[:, 0]
+            zeros_E = torch.zeros(len(live_E), device=device)
+            plain_nll_E = zeros_E.index_add(0, local_N[row_X], -logp_X * weight_X)
+            nll_E = factor_E * plain_nll_E
             if reference_EV is None:
                 reference_EV = logp_EV.detach()
             kl_E = settings.kl_factor * (logp_EV.exp() * (logp_EV - reference_EV)).sum(-1)
-            norm_E = init_norm_E[live_E]
-            wd_E = settings.weight_decay * torch.linalg.vector_norm(delta, dim=-1) / norm_E**2
+            size_EC = torch.linalg.vector_norm(delta, dim=-1)
+            wd_E = settings.weight_decay * (size_EC / init_norm_EC[live_E] ** 2).sum(-1)
             total_E = nll_E + kl_E + wd_E
 
             table = torch.stack([total_E, nll_E, kl_E, wd_E], 1).detach().cpu().tolist()
-            for e, figures in zip(live_E.tolist(), table, strict=True):
-                losses[e].append(dict(zip(("total", "nll", "kl", "wd"), figures, strict=True)))
-                probabilities[e] = float(torch.tensor(-figures[1]).exp())
-                if figures[0] != figures[0]:  # NaN
-                    raise EditError(
-                        f"Request {requests[e].id!r}: the loss of its target value is not a number "
-                        f"at pass {step + 1}. Lower `lr`, or edit this request alone in float32."
-                    )
+            likely = torch.exp(-plain_nll_E.detach()).tolist()
+            for e, figures, probability in zip(live_E.tolist(), table, likely, strict=True):
+                losses[e].append(dict(zip(LOSSES, figures, strict=True)))
+                probabilities[e] = probability
+                if not math.isfinite(figures[0]):
+                    failed[e] = step + 1
             if on_step is not None:
                 on_step(step, sum(probabilities) / count)
             if step == settings.steps - 1:
                 break
-            going = total_E.detach() >= settings.stop_loss
+            going = (total_E.detach() >= settings.stop_loss) & total_E.detach().isfinite()
+            if settings.settles:
+                missed_X = (logp_XV.argmax(-1) != token_X).float()
+                right_E = zeros_E.index_add(0, local_N[row_X], missed_X) == 0
+                factor_E = torch.where(right_E, SETTLED_FACTOR, 1.0) * settings.nll_factor
+                going &= ~(right_E & (kl_E.detach() <= SETTLED_KL))
             if not bool(going.any()):
                 break
             (gradient,) = torch.autograd.grad(total_E[going].sum(), delta)
@@ -288,19 +336,22 @@ def _optimize(
                 # Every request that is still live has made the same number of steps.
                 step_size = settings.lr / (1 - BETA1 ** (step + 1))
                 scale = (moment2[live] / (1 - BETA2 ** (step + 1))).sqrt() + EPSILON
-                moved = delta_ED[live] - step_size * moment1[live] / scale
-                limit = settings.clamp_norm_factor * init_norm_E[live, None]
+                moved = delta_ECD[live] - step_size * moment1[live] / scale
+                limit = settings.clamp_norm_factor * init_norm_EC[live, :, None]
                 norm = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-                delta_ED[live] = torch.where(norm > limit, moved * limit / norm, moved)
+                delta_ECD[live] = torch.where(norm > limit, moved * limit / norm, moved)
                 if len(live) < len(live_E):  # finished requests leave the batch
                     stays_N = going[local_N]
                     new_row = stays_N.cumsum(0) - 1
                     tail = tail.select(stays_N.nonzero()[:, 0])
                     owner_N = owner_N[stays_N]
                     anchor_E = new_row[anchor_E[going]]
-                    reference_EV = reference_EV[going]
+                    reference_EV, factor_E = reference_EV[going], factor_E[going]
                     stays_X = stays_N[row_X]
                     row_X, column_X = new_row[row_X[stays_X]], column_X[stays_X]
                     token_X, weight_X = token_X[stays_X], weight_X[stays_X]
                     live_E = live
-    return TargetValues(keys, outputs, delta_ED, losses, probabilities)
+    attention = torch.stack([first_ECD[:, 1:], delta_ECD[:, 1:]], 2).flatten(1, 2)
+    return TargetValues(
+        keys, values_ETCD[:, :, 0], delta_ECD[:, 0], attention, losses, probabilities, failed
+    )

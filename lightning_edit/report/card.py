@@ -70,11 +70,9 @@ def render_card(report: RunReport) -> str:
             "",
             UNDO,
             "",
-            "Or from the command line:",
-            "",
-            *code_lines(apply_commands(report), "bash"),
-            "",
         ]
+        if commands := apply_commands(report):
+            lines += ["Or from the command line:", "", *code_lines(commands, "bash"), ""]
     lines += ["## Intended use and risks", "", INTENDED_USE, "", CAUTION, ""]
     return "\n".join(lines)
 

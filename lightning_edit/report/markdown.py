@@ -192,13 +192,13 @@ def _layers(report: RunReport) -> list[str]:
 def _undo(report: RunReport) -> list[str]:
     lines = [INTENDED_USE, "", CAUTION]
     if report.artifact:
+        commands = apply_commands(report)
         lines = [
             f"The edit lies in `{report.artifact}/` beside this file. {UNDO}",
             "",
             *code_lines(apply_python(report), "python"),
             "",
-            *code_lines(apply_commands(report), "bash"),
-            "",
+            *([*code_lines(commands, "bash"), ""] if commands else []),
             *lines,
         ]
     return lines

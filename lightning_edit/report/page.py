@@ -235,6 +235,12 @@ def _sequence(report: RunReport) -> str:
     if not series:
         return ""
     body = sequence_legend(series) + scroll(sequence_chart(series), "Curves")
+    read = [point for point in report.sequence if point.get("perplexity_ratio") is not None]
+    if read:
+        body += (
+            f"<p>Ordinary prose after {read[-1]['edits']} edits: its perplexity is "
+            f"{number(read[-1]['perplexity_ratio'])} times that of the unedited model.</p>"
+        )
     return section("sequence", "Over the sequence of edits", body)
 
 
@@ -257,12 +263,15 @@ def _layers(report: RunReport) -> str:
 def _undo(report: RunReport) -> str:
     body = f"<p>{escape(INTENDED_USE)}</p><p>{escape(CAUTION)}</p>"
     if report.artifact:
+        words, commands = "", apply_commands(report)
+        if commands:
+            words = "<p>Or write an edited copy of the model from the command line:</p>"
+            words += code_block(commands)
         body = (
             f"<p>The edit lies in <code>{escape(report.artifact)}/</code> beside this page. "
             f"{escape(UNDO)}</p>"
             + code_block(apply_python(report))
-            + "<p>Or write an edited copy of the model from the command line:</p>"
-            + code_block(apply_commands(report))
+            + words
             + "<h3>Before you use it</h3>"
             + body
         )

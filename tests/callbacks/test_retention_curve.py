@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_edit import EditCheckpoint, EditEvaluator, FineTune, RetentionCurve
+from lightning_edit import EditCheckpoint, EditEvaluator, EditReport, FineTune, RetentionCurve
 from lightning_edit.core.errors import EditError
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -117,6 +117,28 @@ def test_the_sequential_test_gives_the_same_curve_and_the_model_back(tmp_path: P
     assert found["test/retention/held"] == pytest.approx(sum(tested.held[-1]) / 7)
     assert found["test/retention/perplexity"] == pytest.approx(tested.perplexity[-1])
     assert (tmp_path / "test" / "retention.json").is_file()
+
+
+@pytest.mark.parametrize("turn", [("report", "curve"), ("curve", "report")])
+def test_the_report_draws_the_curve(tmp_path: Path, turn: tuple[str, str]) -> None:
+    curve = curve_of(tmp_path)
+    callbacks: dict[str, Any] = {"curve": curve, "report": EditReport(str(tmp_path))}
+    evaluator = EditEvaluator(every_n_steps=2, readings=["teacher_forced"])
+    trainer = bare_trainer(max_epochs=1, callbacks=[evaluator, *(callbacks[name] for name in turn)])
+    trainer.fit(editor_of(), datamodule=data_of())
+    sequence = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["sequence"]
+    places = [point["edits"] for point in sequence]
+    assert places == sorted(set(places))
+    points = [point for point in sequence if "perplexity_ratio" in point]
+    assert [point["edits"] for point in points] == STEPS
+    for point, held, cost in zip(points, curve.held, curve.perplexity, strict=True):
+        share = point["retention/teacher_forced_strict"]
+        assert share == pytest.approx(sum(held) / len(held))
+        assert point["perplexity_ratio"] == pytest.approx(cost / curve.perplexity_before)
+    assert any("reliability/teacher_forced" in point for point in sequence)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Retention, teacher-forced, all tokens" in page
+    assert "Ordinary prose after 7 edits: its perplexity is" in page
 
 
 def test_measures_where_a_batch_has_passed_the_number(tmp_path: Path) -> None:

@@ -41,11 +41,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 # What makes a run of an editor quick, by the name of the argument.
 QUICK: dict[str, Any] = {
+    "count": 0,
     "steps": 3,
     "rank": 2,
     "tokens_per_dimension": 1,
     "context_templates": ["{}", "Yes. {}"],
     "max_new_tokens": 4,
+}
+
+# What an editor needs more of to be of any use.
+QUICK_FOR: dict[str, dict[str, Any]] = {
+    "TPatcher": {"lr": 0.1, "steps": 8, "first_check": 8, "memory_tokens": 64}
 }
 
 
@@ -115,7 +121,8 @@ def documented_arguments(cls: type) -> dict[str, str]:
 def quick(cls: type[EditModule], kind: str = "trained") -> dict[str, Any]:
     """Arguments with which an editor of a tiny model of some kind is quick."""
     known = arguments_of(cls)
-    found = {name: value for name, value in QUICK.items() if name in known}
+    mine = {**QUICK, **QUICK_FOR.get(cls.__name__, {})}
+    found = {name: value for name, value in mine.items() if name in known}
     return {**found, "checkpoint": trained_editor(kind)} if cls is TrainedEditor else found
 
 

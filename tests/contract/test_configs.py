@@ -23,6 +23,7 @@ from tests.contract.enumeration import (
     class_in,
     quick,
 )
+from tests.modules.helpers import load_edit
 from tests.runs import TinyWorld, metrics_of, run_here
 
 ALL = sorted(CONFIGS.rglob("*.yaml"))
@@ -116,7 +117,7 @@ def test_a_method_runs_from_its_configuration(world: TinyWorld, tmp_path: Path, 
     configs = [part for file in files for part in ("-c", str(file))]
     assert run_here(["fit", *configs, *data, *words, *trainer]) == 0
     assert metrics_of(run)["reliability/teacher_forced"]["n"] == 3
-    delta = WeightDelta.load(run / "delta")
+    delta = load_edit(run / "delta")
     assert delta.norm() > 0
     assert delta.provenance.method == class_in(path)
     assert (run / "config.yaml").is_file()

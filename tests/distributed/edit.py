@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     # Of the last batch one process has no share.
     "rome_batches": ("ROME", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 2),
     "memit": ("MEMIT", {"layers": [0, 1], "steps": 4, "tokens_per_dimension": 1}, 3),
+    "pmet": ("PMET", {"layers": [0, 1], "steps": 4, "tokens_per_dimension": 1}, 3),
     "alpha_edit": ("AlphaEdit", {"layers": [0, 1], "steps": 4, "tokens_per_dimension": 1}, 2),
     "ultra_edit": ("UltraEdit", {"layers": [2], "lr": 1e-3}, 3),
     "fine_tune": ("FineTune", {"layers": [2], "steps": 3}, 2),

@@ -5,16 +5,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_edit import EditModule, EditRequest
+from lightning_edit import EditMemory, EditModule, EditRequest, MemoryWrite, WeightDelta
+from lightning_edit.core.hashing import tensor_hash, weight_hash
+from lightning_edit.core.storage import read_config
 from lightning_edit.evaluation.evaluator import Baseline
 
-__all__ = ["autoregressive", "bare_trainer", "plain_nll", "same", "snapshot"]
+__all__ = [
+    "autoregressive",
+    "bare_trainer",
+    "fingerprint",
+    "load_edit",
+    "plain_nll",
+    "same",
+    "same_edit",
+    "snapshot",
+]
 
 
 def bare_trainer(**settings: Any) -> Trainer:
@@ -39,6 +51,33 @@ def same(model: nn.Module, kept: dict[str, Tensor]) -> bool:
     """Whether the model has these parameters and no others, bit for bit."""
     now = dict(model.named_parameters())
     return now.keys() == kept.keys() and all(torch.equal(p, kept[n]) for n, p in now.items())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """All that makes a model say what it says: its weights, and what its memory holds."""
+    memory = EditMemory.find(model)
+    if memory is None or not len(memory):
+        return weight_hash(model)
+    tensors = [tensor_hash(tensor) for tensor in memory.state_dict().values()]
+    return " ".join([weight_hash(model), *tensors])
+
+
+def same_edit(one: Any, other: Any) -> bool:
+    """Whether two edits change the same by the same, bit for bit."""
+    if isinstance(one, WeightDelta):
+        same_names = list(one.changes) == list(other.changes)
+        return same_names and all(torch.equal(one.dense(n), other.dense(n)) for n in one.changes)
+    same_names = (one.kind, list(one.entries)) == (other.kind, list(other.entries))
+    return same_names and all(
+        entry is other.entries[n] or entry.equals(other.entries[n])
+        for n, entry in one.entries.items()
+    )
+
+
+def load_edit(folder: Path) -> WeightDelta | MemoryWrite:
+    """A saved edit, of whichever kind."""
+    is_memory = read_config(folder)["kind"] == "memory_write"
+    return MemoryWrite.load(folder) if is_memory else WeightDelta.load(folder)
 
 
 def autoregressive(editor: EditModule, requests: Sequence[EditRequest], metric: str) -> float:

@@ -11,11 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_edit import ROME
+from lightning_edit import MEMIT, PMET, ROME, AlphaEdit, EditRequest
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.errors import ArtifactError, LocatorError, ModelError
+from lightning_edit.core.errors import (
+    ArtifactError,
+    FailedRequestsError,
+    LocatorError,
+    ModelError,
+    RequestError,
+)
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.data import EditDataModule
 from lightning_edit.demos import (
     tiny_model,
     tiny_requests,
@@ -24,7 +31,7 @@ from lightning_edit.demos import (
 )
 from lightning_edit.modules.locate import LocateModule, sample_templates
 from tests import zoo
-from tests.modules.helpers import same, snapshot
+from tests.modules.helpers import bare_trainer, same, snapshot
 
 
 class Several(LocateModule):
@@ -187,3 +194,105 @@ def test_the_default_layer_is_in_the_lower_part() -> None:
         tree = ModelTree.of(zoo.build(kind))
         [layer] = editor_of(zoo.build(kind)).default_layers(tree)
         assert 0 <= layer < len(tree.blocks) / 2
+
+
+EDITORS: list[tuple[type[LocateModule], dict[str, Any]]] = [
+    (ROME, {"layers": [1]}),
+    (MEMIT, {"layers": [0, 1], "moment_weight": 0.3}),
+    (PMET, {"layers": [0, 1], "moment_weight": 0.3}),
+    (AlphaEdit, {"layers": [0, 1], "aligned": True}),
+]
+OTHERS = [request for request in tiny_requests(6) if request.subject != "Mirel"][:2]
+
+
+def half_broken(cls: type[LocateModule], settings: dict[str, Any]) -> tuple[Any, EditRequest]:
+    """An editor, and a request with a word that the model has no sound embedding of."""
+    model = zoo.build("llama")
+    strange = EditRequest("Qum lies on the", "Qum", "Brune", id="strange")
+    tokens = tiny_tokenizer()
+    known = {i for r in OTHERS for i in tokens(f"{r.prompt} {r.target_new}").input_ids}
+    token = next(i for i in tokens(strange.prompt).input_ids if i not in known)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    given = {"steps": 3, "context_templates": ["{}", "It is. {}"], **settings}
+    editor = cls.from_model(model, tokens, **given)
+    for site in editor.sites(editor.tree):
+        editor.set_second_moment(site.layer, torch.eye(site.in_features))
+    return editor, strange
+
+
+@pytest.mark.parametrize(("cls", "settings"), EDITORS, ids=[e.__name__ for e, _ in EDITORS])
+def test_a_request_that_fails_is_left_out_and_named(
+    cls: type[LocateModule], settings: dict[str, Any]
+) -> None:
+    editor, strange = half_broken(cls, settings)
+    wanted = editor.edit(OTHERS)
+    with pytest.warns(UserWarning, match=r"'strange' is left out of its batch: .* not finite"):
+        edit = editor.edit([OTHERS[0], strange, OTHERS[1]])
+    assert edit.provenance.request_ids == tuple(r.id for r in OTHERS)
+    assert list(edit.details["failed"]) == ["strange"]
+    assert [row["id"] for row in edit.details["requests"]] == [r.id for r in OTHERS]
+    assert (edit - wanted).norm() < 1e-4 * wanted.norm()
+    with pytest.raises(FailedRequestsError, match=r"Request 'strange': the loss .* Lower `lr`"):
+        editor.edit(strange)
+
+
+@pytest.mark.parametrize(("cls", "settings"), EDITORS, ids=[e.__name__ for e, _ in EDITORS])
+@pytest.mark.filterwarnings("ignore:Nothing is written:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*update direction:UserWarning")
+def test_runs_go_on_behind_a_request_that_fails(
+    cls: type[LocateModule], settings: dict[str, Any]
+) -> None:
+    editor, strange = half_broken(cls, settings)
+    data = EditDataModule(requests=[OTHERS[0], strange, OTHERS[1]], batch_size=1)
+    trainer = bare_trainer(max_epochs=1)
+    trainer.fit(editor, datamodule=data)
+    assert trainer.global_step == 3
+    assert [row["id"] for row in editor.history] == [OTHERS[0].id, "strange", OTHERS[1].id]
+    assert "not finite at pass 1" in editor.history[1]["failed"]
+    assert "failed" not in editor.history[2]
+    assert editor.delta.provenance.request_ids == tuple(r.id for r in OTHERS)
+    other, _ = half_broken(cls, settings)
+    bare_trainer(max_epochs=1).fit(other, datamodule=EditDataModule(requests=OTHERS, batch_size=1))
+    assert (editor.delta - other.delta).norm() < 1e-5 * other.delta.norm()
+
+
+def test_a_test_measures_the_request_that_fails_as_not_written() -> None:
+    editor, strange = half_broken(MEMIT, {"layers": [0, 1], "moment_weight": 0.3})
+    kept = snapshot(editor.model)
+    data = EditDataModule(requests=[OTHERS[0], strange], eval_batch_size=2)
+    trainer = bare_trainer()
+    with pytest.warns(UserWarning, match="Nothing is written"):
+        trainer.test(editor, datamodule=data, verbose=False)
+    names = [n for n, p in editor.model.named_parameters() if bool(p.isfinite().all())]
+    assert all(torch.equal(editor.model.get_parameter(n), kept[n]) for n in names)
+    assert 0 <= float(trainer.callback_metrics["test/reliability/teacher_forced"]) <= 1
+
+
+def test_a_subject_that_occurs_twice_is_told() -> None:
+    editor = editor_of(layers=[1], context_templates=["{}"])
+    request = EditRequest("Dorin is near Dorin and lies on the", "Dorin", "Brune", id="twice")
+    with pytest.warns(UserWarning, match=r"'twice': the subject 'Dorin' occurs 2 times"):
+        editor.edit(request)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_requests_longer_than_the_context_are_refused_by_name(kind: str) -> None:
+    model = zoo.build(kind)
+    kept = snapshot(model)
+    limit = model.config.max_position_embeddings
+    editor: Any = ROME.from_model(
+        model, tiny_tokenizer(), layers=[1], steps=2, context_templates=["{}", "so " * 90 + "{}"]
+    )
+    editor.set_second_moment(1, torch.eye(editor.sites(editor.tree)[0].in_features))
+    long = EditRequest("Dorin lies on the", "Dorin", "Brune " * limit, id="long")
+    with pytest.raises(
+        RequestError, match=rf"'long': .* positions for {limit}. Shorten the target"
+    ):
+        editor.edit(long)
+    tokens = editor.tokens
+    tokens.max_length = len(tokens.prompt("Dorin lies on the")) + 30
+    short = EditRequest("Dorin lies on the", "Dorin", "Brune", id="short")
+    with pytest.raises(RequestError, match=r"'short': .* behind the context 'so so .* the prompt"):
+        editor.edit(short)
+    assert same(model, kept)

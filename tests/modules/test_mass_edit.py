@@ -137,6 +137,17 @@ def test_layers_are_written_as_the_papers_say(
     assert all(0 < row["written_share"] <= 1 for row in edit.details["requests"])
 
 
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_keys_may_be_taken_in_turns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("llama")
+    wanted = editor_of(AlphaEdit, model).edit(REQUESTS)
+    monkeypatch.setattr("lightning_edit.modules.mass_edit.KEY_ROWS", rows)
+    found = editor_of(AlphaEdit, model).edit(REQUESTS)
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+    for name, tensor in wanted.carried.items():
+        torch.testing.assert_close(found.carried[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_target_values_are_residual_streams() -> None:
     model = zoo.build("llama")
     editor = editor_of(MEMIT, model)

@@ -4,19 +4,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
+from lightning_edit import AlphaEdit
 from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.errors import LocatorError, ModelError
+from lightning_edit.core.errors import ArtifactError, LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.demos import tiny_tokenizer, world_sentences
+from lightning_edit.data import EditDataModule, TextDataModule
+from lightning_edit.demos import tiny_requests, tiny_tokenizer, world_sentences
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.modules.second_moment import (
+    data_module_ids,
     sample_text_ids,
     second_moments,
     seeded,
@@ -259,3 +266,110 @@ def test_a_text_shorter_than_wanted_is_read_in_whole_rows(
     rows = text_file_ids(tokens, file, 10_000)
     assert rows.shape == (len(ids) // 64, 64)
     assert rows.flatten().tolist() == ids[: rows.numel()]
+
+
+class Batches(LightningDataModule):
+    """A data module of batches that are given."""
+
+    def __init__(self, *batches: Any) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> Any:
+        return self.batches
+
+
+def test_data_modules_give_texts_requests_and_tokens(
+    tokens: PromptTokenizer, tmp_path: Path
+) -> None:
+    encode = tokens.tokenizer
+    texts = [f"{prompt} {answer}." for prompt, answer in world_sentences()]
+    wanted = [i for text in texts for i in encode(text).input_ids]
+    file = tmp_path / "lines.txt"
+    file.write_text("\n\n".join(texts))
+    rows = data_module_ids(tokens, TextDataModule(path=str(file), batch_size=3), 128)
+    assert rows.flatten().tolist() == wanted[:128]
+    # Padded on either side, of which nothing is to be read.
+    ids = [encode(text).input_ids for text in texts]
+    width = max(map(len, ids))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    batch = {"input_ids": padded, "attention_mask": mask}
+    assert torch.equal(data_module_ids(tokens, Batches(batch), 128), rows)
+    # Tokens without a mask are all read.
+    plain = data_module_ids(tokens, Batches({"input_ids": rows}), 128)
+    assert torch.equal(plain, rows)
+    requests = tiny_requests(24)
+    facts = [f"{r.prompt} {r.target_old}." for r in requests]
+    rows = data_module_ids(tokens, EditDataModule(requests=requests, batch_size=5), 128)
+    assert rows.flatten().tolist() == [i for f in facts for i in encode(f).input_ids][:128]
+    with pytest.raises(ModelError, match=r"a batch of Batches is a int. Texts, edit requests"):
+        data_module_ids(tokens, Batches(3), 128)
+    with pytest.raises(ModelError, match=r"Batches has 0 tokens, fewer than 64"):
+        data_module_ids(tokens, Batches([]), 128)
+
+
+def test_an_editor_reads_a_data_module(text: Path) -> None:
+    model = zoo.build("llama")
+    data = TextDataModule(path=str(text))
+    settings: dict[str, Any] = {"layers": [1], "tokens_per_dimension": 1}
+    editor = AlphaEdit.from_model(model, tiny_tokenizer(), second_moment_text=data, **settings)
+    own = AlphaEdit.from_model(model, tiny_tokenizer(), **settings)
+    assert not torch.equal(editor.second_moment(1), own.second_moment(1))
+    # Named in the settings, but no object that a checkpoint would have to pickle.
+    assert editor.hparams["second_moment_text"] == "TextDataModule"
+    file = AlphaEdit.from_model(model, tiny_tokenizer(), second_moment_text=str(text), **settings)
+    torch.testing.assert_close(editor.second_moment(1), file.second_moment(1))
+    assert file.hparams["second_moment_text"] == str(text)
+
+
+def test_saved_second_moments_belong_to_their_model(tmp_path: Path) -> None:
+    def editor_of(seed: int, file: str | None = None) -> Any:
+        torch.manual_seed(seed)
+        model = zoo.build("llama", seed=seed)
+        return AlphaEdit.from_model(
+            model, tiny_tokenizer(), layers=[0, 1], tokens_per_dimension=1, second_moment=file
+        )
+
+    editor = editor_of(0)
+    file = editor.save_second_moments(tmp_path / "new" / "moments.safetensors")
+    again = editor_of(0, str(file))
+    for layer in (0, 1):
+        assert torch.equal(again.second_moment(layer), editor.second_moment(layer))
+    kept = {name: p.clone() for name, p in editor.model.named_parameters()}
+    other = editor_of(1, str(file))
+    with pytest.raises(ArtifactError, match=r"`second_moment`: .* was made from a model with the"):
+        other.edit(tiny_requests(1))
+    # An editor whose model was edited still knows that they are its own.
+    again.edit_optimizer.stage(again.edit(tiny_requests(1)))
+    again.edit_optimizer.step()
+    again._moments.clear()
+    assert torch.equal(again.second_moment(1), editor.second_moment(1))
+    assert all(torch.equal(p, kept[n]) for n, p in editor.model.named_parameters())
+
+
+@pytest.mark.parametrize("source", ["text", "samples"])
+def test_processes_share_the_rows_and_have_the_moments_of_all(
+    tokens: PromptTokenizer, text: Path, tmp_path: Path, source: str
+) -> None:
+    model = zoo.build("llama")
+    tree = ModelTree.of(model)
+    # More rows than a batch, so that there is something to share.
+    settings: dict[str, Any] = {"model_hash": "abc", "tokens_per_dimension": 100}
+    settings["text"] = str(text) if source == "text" else None
+    text.write_text(text.read_text() * 100)
+    whole = second_moments(tree, tokens, [0, 2], **settings)
+    script = Path(__file__).parent.parent / "distributed" / "second_moments.py"
+    command = [sys.executable, str(script), source, str(text), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for layer, moment in whole.items():
+        assert torch.equal(found[0][layer], found[1][layer])
+        torch.testing.assert_close(found[0][layer], moment, rtol=1e-5, atol=1e-7)
+    # Each process runs only its part of the batches, and does so again for what one has lost.
+    batches = -(-100 * tree.mlp_out(0).in_features // (64 * 64))
+    assert batches > 1
+    assert [one["passes"] for one in found] == [-(-batches // 2), batches // 2]
+    assert [one["again"] for one in found] == [one["passes"] for one in found]

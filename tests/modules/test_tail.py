@@ -51,7 +51,7 @@ def assert_like_whole(
     splits: Sequence[int],
 ) -> None:
     with torch.no_grad():
-        found = tail.logits(tail.hidden(change_ND))
+        found = tail.logits(tail.hidden(change_ND[:, None]))
     for n, (row, split) in enumerate(zip(rows, splits, strict=True)):
         with torch.no_grad():
             wanted = whole_logits(model, layer, row, split, change_ND[n])
@@ -113,7 +113,7 @@ def test_keys_and_values_are_what_goes_through_the_projection(kind: str) -> None
             model(input_ids=torch.tensor([row]))
         hook.remove()
         torch.testing.assert_close(tail.keys[n], seen[0][split], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(tail.values[n], seen[1][split], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tail.values[n, 0], seen[1][split], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_whole_model(kind: str) -> None:
     tail = Tail.capture(ModelTree.of(model), 0, ROWS, SPLITS, pad_id=0)
     change = torch.randn(len(ROWS), model.config.hidden_size, requires_grad=True)
     with frozen(model):
-        logits = tail.logits(tail.hidden(change))
+        logits = tail.logits(tail.hidden(change[:, None]))
         (found,) = torch.autograd.grad(logits[0, :2].square().mean(), change)
         whole = whole_logits(model, 0, ROWS[0], SPLITS[0], change[0])
         (wanted,) = torch.autograd.grad(whole.square().mean(), change)
@@ -138,11 +138,11 @@ def test_lower_precision_is_that_of_autocast(kind: str) -> None:
     low = tail.lower(torch.bfloat16)
     change = torch.randn(len(ROWS), model.config.hidden_size, requires_grad=True)
     with frozen(model), sdpa_kernel(SDPBackend.MATH):
-        exact = tail.logits(tail.hidden(change))
-        found = low.logits(low.hidden(change))
+        exact = tail.logits(tail.hidden(change[:, None]))
+        found = low.logits(low.hidden(change[:, None]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             # What nothing is stored for is converted in the pass.
-            wanted = tail.logits(tail.hidden(change))
+            wanted = tail.logits(tail.hidden(change[:, None]))
         (gradient,) = torch.autograd.grad(found[0, :2].square().mean(), change)
         (whole,) = torch.autograd.grad(exact[0, :2].square().mean(), change)
     assert found.dtype == torch.float32
@@ -260,7 +260,7 @@ def test_a_model_without_a_vocabulary_says_so() -> None:
     base: Any = zoo.build("llama").base_model
     tail = Tail.capture(ModelTree.of(base), 1, ROWS, SPLITS, pad_id=0)
     with pytest.raises(ModelError, match="AutoModelForCausalLM"):
-        tail.logits(tail.hidden(torch.zeros(len(ROWS), 32)))
+        tail.logits(tail.hidden(torch.zeros(len(ROWS), 1, 32)))
 
 
 @pytest.mark.parametrize("kind", zoo.EXPERTS)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.demos import tiny_requests, tiny_tokenizer
+from lightning_edit.modules.tail import Place
 from lightning_edit.modules.target_values import (
     TargetValues,
     TargetValueSettings,
@@ -196,11 +196,33 @@ def test_progress_is_told_after_each_pass() -> None:
     assert seen[0][1] < seen[2][1] < 1
 
 
-def test_a_loss_that_is_no_number_names_its_request() -> None:
-    model = zoo.build("llama")
+@pytest.mark.parametrize("place", ["mlp", "block", "sublayers"])
+def test_a_loss_that_is_no_number_leaves_the_other_requests_alone(place: Place) -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=5, place=place)
+    others = [0, 2, 3]
+    wanted = batched(model, [REQUESTS[e] for e in others], settings)
     with torch.no_grad():
-        # Of the second request alone.
-        token = tiny_tokenizer()(" Brune").input_ids[-1]
-        model.get_output_embeddings().weight[token] = float("nan")
-    with pytest.raises(EditError, match=r"'begins'.*not a number at pass 1"):
-        batched(model, REQUESTS[1:2], TargetValueSettings(steps=3))
+        # A token of the second request's subject, which no other one has.
+        token = tiny_tokenizer()(REQUESTS[1].prompt).input_ids[0]
+        model.get_input_embeddings().weight[token] = float("nan")
+    found = batched(model, REQUESTS, settings)
+    assert found.failed == {1: 1}
+    assert len(found.losses[1]) == 1
+    kept = found.select(others)
+    assert not kept.failed
+    for mine, theirs in zip(kept.losses, wanted.losses, strict=True):
+        assert [p["total"] for p in mine] == pytest.approx([p["total"] for p in theirs], rel=1e-4)
+    torch.testing.assert_close(kept.deltas, wanted.deltas, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept.keys, wanted.keys, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept.attention, wanted.attention, rtol=1e-4, atol=1e-5)
+    assert len(kept.attention[0]) == (2 if place == "sublayers" else 0)
+
+
+def test_a_search_that_explodes_ends_for_that_request() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=8, lr=1e38, clamp_norm_factor=float("inf"))
+    found = batched(model, REQUESTS, settings)
+    assert set(found.failed) == {0, 1, 2, 3}
+    assert all(1 < step <= 8 for step in found.failed.values())
+    assert all(len(found.losses[e]) == step for e, step in found.failed.items())

@@ -1,0 +1,220 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Locate-then-edit methods on facts that the default model knows, each alone and in batches.
+
+    python benchmarks/quality.py --counterfact counterfact.json --output quality.jsonl
+    python benchmarks/quality.py --output quality.jsonl --show      # the table of what is there
+
+Facts are those of the package and, with ``--counterfact``, as many of CounterFact, of which the
+unedited model writes the old answer by itself. They are edited each alone (``alone``), and one
+batch after another into the same model, measured when all are in (``1``, ``10``, ``50``: requests
+of a batch). Target values of the unedited model are searched once for methods that share them,
+since they are the same in a batch and alone. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightning_edit as le
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.evaluation.evaluator import Baseline, Evaluator, ScoredProbe
+from lightning_edit.modules.target_values import TargetValues
+
+METRICS = ("reliability", "generality", "locality", "portability")
+ALONE = "alone"
+LAYER, LAYERS = [5], [4, 5, 6, 7, 8]
+RANK_ONE: dict[str, Any] = {"layers": LAYER, "weight_decay": 1e-3, "clamp_norm_factor": 1.5}
+SPREAD: dict[str, Any] = {"layers": LAYERS, "clamp_norm_factor": 0.75}
+PLANS: dict[str, dict[str, Any]] = {
+    "ROME": RANK_ONE,
+    "RROME": RANK_ONE,
+    "MEMIT": SPREAD,
+    "PMET": SPREAD,
+    "EMMET": {**SPREAD, "layers": LAYER},
+    "AlphaEdit": SPREAD,
+    "UltraEdit": {},
+    "KN": {},
+}
+
+
+def few_probes(request: le.EditRequest) -> le.EditRequest:
+    """At most two rephrasings, three locality and two portability probes."""
+    return replace(
+        request,
+        rephrases=request.rephrases[:2],
+        locality=request.locality[:3],
+        portability=request.portability[:2],
+    )
+
+
+def known_facts(model: Any, tokenizer: Any, counterfact: str | None, count: int) -> list[Any]:
+    """Facts whose old answer the model writes by itself, half of them from CounterFact."""
+    sets = [le.Facts().requests]
+    if counterfact is not None:
+        sets.append(le.CounterFact(path=counterfact).requests)
+    evaluator = Evaluator(model, le.PromptTokenizer(tokenizer), readings=["autoregressive"])
+    facts: list[Any] = []
+    for requests in sets:
+        found: list[Any] = []
+        seen: set[str] = set()
+        for start in range(0, len(requests), 50):
+            old = [r for r in requests[start : start + 50] if r.target_old]
+            asked = [replace(r.reversed(), rephrases=(), locality=(), portability=()) for r in old]
+            scored = evaluator.evaluate(asked, Baseline({})).probes
+            for request, probe in zip(old, scored, strict=True):
+                if probe.autoregressive and request.subject not in seen:
+                    seen.add(request.subject)
+                    found.append(few_probes(request))
+            if len(found) >= -(-count // len(sets)):
+                break
+        facts += found[: -(-count // len(sets))]
+    return facts[:count]
+
+
+class Shared:
+    """Target values of the unedited model, searched once for all methods that look for the same."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], TargetValues] = {}
+
+    def of(self, editor: Any) -> None:
+        """Has an editor take them from here while its model is unedited."""
+        search: Callable[[EditBatch, int], TargetValues] = editor.target_values
+
+        def target_values(batch: EditBatch, layer: int) -> TargetValues:
+            if editor.delta.changes:
+                return search(batch, layer)
+            keys = [
+                (r.id, layer, editor.settings, tuple(map(tuple, editor.template_groups)))
+                for r in batch.requests
+            ]
+            missing = [i for i, key in enumerate(keys) if key not in self._found]
+            if missing:
+                found = search(batch.select(missing), layer)
+                for place, i in enumerate(missing):
+                    self._found[keys[i]] = found.select([place])
+            return TargetValues.joined([self._found[key] for key in keys])
+
+        editor.target_values = target_values
+
+
+def hits(probes: Sequence[ScoredProbe]) -> Iterator[tuple[str, float]]:
+    for probe in probes:
+        if probe.teacher_forced is not None:
+            yield f"{probe.metric}/teacher_forced", float(probe.teacher_forced)
+        if probe.autoregressive is not None:
+            yield f"{probe.metric}/autoregressive", float(probe.autoregressive)
+
+
+def run(editor: Any, requests: Sequence[Any], mode: str) -> dict[str, Any]:
+    """Edits with all requests and gives the model back."""
+    evaluator = Evaluator(editor.model, editor.tokens)
+    baseline = evaluator.baseline(requests)
+    found: list[tuple[str, float]] = []
+    began = time.process_time()
+    measuring = 0.0
+    failed: list[str] = []
+    if mode == ALONE:
+        for request in requests:
+            edit = editor.edit(request)
+            with edit.applied(editor.model):
+                at = time.process_time()
+                found += hits(evaluator.evaluate([request], baseline).probes)
+                measuring += time.process_time() - at
+    else:
+        size = int(mode)
+        for start in range(0, len(requests), size):
+            edit = editor.edit(requests[start : start + size])
+            failed += edit.details.get("failed", {})
+            editor.edit_optimizer.stage(edit)
+            editor.edit_optimizer.step()
+        at = time.process_time()
+        found += hits(evaluator.evaluate(requests, baseline).probes)
+        measuring += time.process_time() - at
+        editor.edit_optimizer.rewind()
+    spent = time.process_time() - began - measuring
+    names = dict.fromkeys(name for name, _ in found)
+    scores = {name: [score for key, score in found if key == name] for name in names}
+    return {
+        "seconds": round(spent / len(requests), 2),
+        "failed": failed,
+        "scores": {name: round(sum(part) / len(part), 3) for name, part in scores.items()},
+        "n": {name: len(part) for name, part in scores.items()},
+    }
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row a method and mode, each metric teacher-forced / autoregressive."""
+    lines = [
+        "| method | batch | " + " | ".join(METRICS) + " | CPU s an edit |",
+        "|---|---|" + "---|" * (len(METRICS) + 1),
+    ]
+    for row in rows:
+        cells = [
+            " / ".join(
+                f"{row['scores'].get(f'{metric}/{reading}', float('nan')):.2f}"
+                for reading in ("teacher_forced", "autoregressive")
+            )
+            for metric in METRICS
+        ]
+        head = f"| `{row['method']}` | {row['mode']} | "
+        lines.append(head + " | ".join(cells) + f" | {row['seconds']} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--counterfact", help="a file of CounterFact; the package's facts alone")
+    parser.add_argument("--output", type=Path, default=Path("quality.jsonl"))
+    parser.add_argument("--facts", type=int, default=50)
+    parser.add_argument("--methods", nargs="+", default=list(PLANS))
+    parser.add_argument("--modes", nargs="+", default=[ALONE, "50", "10", "1"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, nargs="+", help="instead of the methods' own")
+    parser.add_argument("--show", action="store_true", help="print the table of the output alone")
+    options = parser.parse_args()
+    lines = options.output.read_text("utf-8").splitlines() if options.output.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    if not options.show:
+        torch.set_num_threads(1)
+        model, tokenizer = le.load_model("smollm2"), le.load_tokenizer("smollm2")
+        requests = known_facts(model, tokenizer, options.counterfact, options.facts)
+        done = {(row["method"], row["mode"]) for row in rows}
+        # The same contexts for all: the bare prompt, and five that the model writes.
+        contexts = le.MEMIT.from_model(model, tokenizer, layers=LAYERS).template_groups
+        shared = Shared()
+        for mode in options.modes:
+            for name in options.methods:
+                if (name, mode) in done:
+                    continue
+                settings = dict(PLANS[name])
+                if options.layers is not None:
+                    settings["layers"] = options.layers
+                editor: Any = getattr(le, name).from_model(model, tokenizer, **settings)
+                if hasattr(editor, "template_groups"):
+                    settings |= {"context_templates": contexts, "steps": options.steps}
+                    editor = getattr(le, name).from_model(model, tokenizer, **settings)
+                    shared.of(editor)
+                row = {"method": name, "mode": mode, "facts": len(requests)}
+                rows.append(row | run(editor, requests, mode))
+                with options.output.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(rows[-1]) + "\n")
+                sys.stderr.write(tables(rows[-1:]).splitlines()[-1] + "\n")
+    sys.stdout.write(tables(rows) + "\n")
+    sys.stdout.write(
+        json.dumps({f"{row['method']}/{row['mode']}": row["scores"] for row in rows}) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of a memory beside a model: entries added, replaced or taken away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.edit import Edit, Provenance
+from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+
+__all__ = ["MemoryWrite"]
+
+_KIND = "memory_write"
+
+
+class MemoryWrite(Edit):
+    """What an edit writes into the memory of a model, whose weights stay as they are.
+
+    Args:
+        kind: Name of the memory's class, such as ``Codebook``.
+        settings: What that memory is built from.
+        entries: Id to the entry that is added or put in place of the one of this id; None takes
+            an entry away.
+        provenance: Where the edit comes from.
+        replaced: Id to what stood there before, None for nothing; needed to undo an edit that was
+            applied elsewhere.
+        order: Ids of all entries before the edit, so that undoing it brings back their order.
+
+    Example:
+        >>> from lightning_edit import GRACE
+        >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
+        >>> model, tokenizer = trained_tiny_model()
+        >>> edit = GRACE.from_model(model, tokenizer, steps=5).edit(tiny_requests(2))
+        >>> edit
+        MemoryWrite(Codebook: 2 entries)
+        >>> other, _ = trained_tiny_model()
+        >>> edit.apply_(other)
+        >>> list(EditMemory.find(other).requests)
+        ['capital-velmora', 'language-velmora']
+        >>> MemoryWrite.removing(other, ["capital-velmora"]).apply_(other)
+        >>> list(EditMemory.find(other).requests)
+        ['language-velmora']
+    """
+
+    changes_weights: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        kind: str,
+        settings: Mapping[str, Any],
+        entries: Mapping[str, MemoryEntry | None],
+        provenance: Provenance | None = None,
+        replaced: Mapping[str, MemoryEntry | None] | None = None,
+        order: Sequence[str] = (),
+    ) -> None:
+        self.kind = kind
+        self.settings = dict(settings)
+        self.entries: dict[str, MemoryEntry | None] = dict(entries)
+        self.provenance = provenance or Provenance()
+        self.replaced: dict[str, MemoryEntry | None] = dict(replaced or {})
+        self.details: dict[str, Any] = {}
+        self.carried: dict[str, Tensor] = {}
+        self.order = tuple(order)
+
+    def __repr__(self) -> str:
+        return f"MemoryWrite({self.kind}: {len(self)} entries)"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @classmethod
+    def between(cls, memory: EditMemory, entries: Mapping[str, MemoryEntry]) -> Self:
+        """The edit after which a memory holds these entries.
+
+        Args:
+            memory: The memory as it is.
+            entries: What it is to hold, by id; new ones last.
+        """
+        before = memory.entries
+        changed: dict[str, MemoryEntry | None] = dict.fromkeys(
+            name for name in before if name not in entries
+        )
+        changed |= {n: e for n, e in entries.items() if not e.equals(before.get(n))}
+        return cls(
+            type(memory).__name__,
+            memory.settings,
+            changed,
+            replaced={name: before.get(name) for name in changed},
+            order=tuple(before),
+        )
+
+    @classmethod
+    def removing(cls, model: nn.Module, request_ids: Sequence[str]) -> Self:
+        """The edit after which a model's memory has forgotten requests.
+
+        Args:
+            model: A model with a memory.
+            request_ids: Ids of the requests.
+
+        Raises:
+            EditError: If the memory holds nothing of one of them.
+            ArtifactError: If the model has no memory.
+        """
+        memory = _memory(model)
+        edit = cls.between(memory, memory.without(request_ids))
+        edit.provenance = Provenance(request_ids=tuple(request_ids))
+        return edit
+
+    def __add__(self, other: Self) -> Self:
+        entries = dict(self.entries)
+        for name, entry in other.entries.items():
+            if entries.get(name) is None:
+                entries.pop(name, None)  # what was taken away comes back as the last
+            entries[name] = entry
+        ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
+        provenance = replace(self.provenance, request_ids=tuple(ids))
+        replaced = {**other.replaced, **self.replaced}
+        total = type(self)(self.kind, self.settings, entries, provenance, replaced, self.order)
+        total.carried = {**self.carried, **other.carried}
+        return total
+
+    def norm(self) -> float:
+        """Frobenius norm over the tensors of all entries."""
+        tensors = [t for entry in self._present() for t in entry.tensors.values()]
+        return math.hypot(*(float(torch.linalg.vector_norm(t.float())) for t in tensors))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries' tensors."""
+        return sum(t.nbytes for entry in self._present() for t in entry.tensors.values())
+
+    def _present(self) -> list[MemoryEntry]:
+        return [entry for entry in self.entries.values() if entry is not None]
+
+    # -- on a model ------------------------------------------------------------------------
+
+    def apply_(self, model: nn.Module, *, check: bool = True) -> None:
+        """Writes the entries into the model's memory; a model without one gets it.
+
+        Args:
+            model: The model.
+            check: Compare its weights with the recorded base, whose hidden states the entries
+                are about.
+
+        Raises:
+            ArtifactError: If the model is not the recorded base, has a memory of another kind, or
+                lacks an entry that is to be taken away. Nothing has been written then.
+        """
+        if check:
+            self.check_base(model)
+        found = EditMemory.find(model)
+        memory = self._build() if found is None else found
+        memory.check_kind(self.kind, self.settings)
+        before = memory.entries
+        missing = [n for n, entry in self.entries.items() if entry is None and n not in before]
+        if missing:
+            raise ArtifactError(
+                f"The edit takes away {missing[0]!r}, which this memory does not hold: it was "
+                "made for another one, or has been applied already."
+            )
+        after = {n: e for n, e in {**before, **self.entries}.items() if e is not None}
+        if found is None:
+            memory.is_temporary = True
+            memory.attach_(model)
+        memory.write(after)
+        self.replaced = {name: before.get(name) for name in self.entries}
+        self.order = tuple(before)
+
+    def revert_(self, model: nn.Module) -> None:
+        """Puts the memory back, bit for bit and in its order.
+
+        Raises:
+            ArtifactError: If the memory does not hold what this edit wrote, or what it replaced is
+                not known. Nothing has been written then.
+        """
+        memory = _memory(model)
+        memory.check_kind(self.kind, self.settings)
+        now = memory.entries
+        missing = [name for name in self.entries if name not in self.replaced]
+        if missing:
+            raise ArtifactError(
+                f"What stood in place of {missing[0]!r} was not kept, so the edit cannot be undone "
+                "exactly. Save edits with their originals (`save(folder, originals=True)`)."
+            )
+        for name, entry in self.entries.items():
+            found = now.get(name)
+            if found is None if entry is None else entry.equals(found):
+                continue
+            raise ArtifactError(
+                f"The entry {name!r} of this memory is not what this edit wrote: the edit is not "
+                "applied here, or another change came after it. Undo later edits first."
+            )
+        back = {**now, **self.replaced}
+        # What came later stands behind what was there before.
+        order = dict.fromkeys((*self.order, *now, *self.replaced))
+        memory.write({name: e for name in order if (e := back.get(name)) is not None})
+        if memory.is_temporary and not len(memory):
+            memory.detach_()
+
+    def check_targets(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Checks that the model has the memory that the entries belong to.
+
+        Raises:
+            ArtifactError: If it has none, or another.
+        """
+        _memory(model).check_kind(self.kind, self.settings)
+
+    def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Has the model's memory hold the entries of this edit and no others."""
+        _memory(model).write({n: e for n, e in self.entries.items() if e is not None})
+
+    reset_ = write_
+
+    def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
+        """The edit that brings an empty memory to what the model's memory holds."""
+        entries = _memory(model).entries
+        return type(self)(self.kind, self.settings, entries, replaced=dict.fromkeys(entries))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: the memory is part of the model's state."""
+        return {}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
+        """The edit that brings an empty memory to what the model's memory holds."""
+        memory = _memory(model)
+        return cls(type(memory).__name__, memory.settings, memory.entries)
+
+    def _build(self) -> EditMemory:
+        kind = EditMemory.kinds.get(self.kind)
+        if kind is None:
+            raise ArtifactError(
+                f"The edit belongs to a memory of the kind {self.kind!r}, which is not known. "
+                "Import the package that defines it, or upgrade lightning_edit."
+            )
+        return kind(**self.settings)
+
+    # -- files -----------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, originals: bool = True) -> Path:
+        """Writes ``delta_config.json``, ``delta.safetensors`` and ``README.md``.
+
+        Args:
+            folder: Created if need be; files of an earlier edit in it are replaced.
+            originals: Keep the entries that the edit replaces with it, so that it can be undone in
+                a memory that holds it.
+
+        Returns:
+            The folder.
+        """
+        from lightning_edit.core.storage import save_artifact
+
+        sides = {"entries": self.entries, "replaced": self.replaced if originals else {}}
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {
+            "parameters": {},
+            "memory": {"kind": self.kind, "settings": self.settings},
+        }
+        for side, entries in sides.items():
+            present = {name: e for name, e in entries.items() if e is not None}
+            for f in next(iter(present.values())).tensors if present else ():
+                tensors[f"{side}.{f}"] = torch.stack([e.tensors[f].cpu() for e in present.values()])
+            about[side] = [
+                {"id": name, "requests": dict(e.requests), "notes": dict(e.notes)}
+                if e is not None
+                else {"id": name}
+                for name, e in entries.items()
+            ]
+        is_needed = originals and any(entry is not None for entry in self.replaced.values())
+        about["order"] = list(self.order) if is_needed else []
+        return save_artifact(self, Path(folder), _KIND, tensors, about)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads an edit that :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: If a file is missing, damaged or of a newer format, or the folder holds
+                an edit of weights.
+        """
+        from lightning_edit.core.storage import load_artifact, provenance_of
+
+        config, tensors = load_artifact(Path(folder), _KIND)
+        try:
+            sides = [_entries(config[side], side, tensors) for side in ("entries", "replaced")]
+            memory = config["memory"]
+            return cls(
+                str(memory["kind"]),
+                dict(memory["settings"]),
+                sides[0],
+                provenance_of(config),
+                sides[1],
+                [str(name) for name in config["order"]],
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"`{folder}` is damaged ({error!r}): its description and its tensors do not "
+                "belong together. Restore it from a backup, or make the edit again."
+            ) from None
+
+
+def _entries(
+    records: Sequence[Mapping[str, Any]], side: str, tensors: Mapping[str, Tensor]
+) -> dict[str, MemoryEntry | None]:
+    own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{side}.")}
+    found: dict[str, MemoryEntry | None] = {}
+    row = 0
+    for record in records:
+        if "requests" not in record:
+            found[str(record["id"])] = None
+            continue
+        rows = {name: tensor[row] for name, tensor in own.items()}
+        found[str(record["id"])] = MemoryEntry(rows, record["requests"], record["notes"])
+        row += 1
+    if any(len(tensor) != row for tensor in own.values()):
+        raise ValueError(f"{row} {side}, but other numbers of rows")
+    return found
+
+
+def _memory(model: nn.Module) -> EditMemory:
+    found = EditMemory.find(model)
+    if found is None:
+        raise ArtifactError(
+            f"This {type(model).__name__} has no memory: the edit is not applied here. Apply it "
+            "with `edit.apply_(model)`."
+        )
+    return found

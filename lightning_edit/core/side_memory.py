@@ -1,0 +1,298 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""A memory beside a model's weights: rows of tensors that hooks read while the model runs."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.errors import ArtifactError, EditError
+
+__all__ = ["EditMemory", "MemoryEntry"]
+
+_ATTRIBUTE = "edit_memory"
+
+
+@dataclass(frozen=True)
+class MemoryEntry:
+    """One row of a memory.
+
+    Args:
+        tensors: Field of the memory to this entry's row of it.
+        requests: Ids of the requests that the entry answers, each with what is kept of it, as JSON
+            types: its prompt and answer, and what the method has to know.
+        notes: What else the method keeps of the entry, as JSON types.
+    """
+
+    tensors: Mapping[str, Tensor]
+    requests: Mapping[str, Mapping[str, Any]]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def equals(self, other: MemoryEntry | None) -> bool:
+        """Whether another entry is the same, bit for bit."""
+        return (
+            other is not None
+            and dict(self.requests) == dict(other.requests)
+            and dict(self.notes) == dict(other.notes)
+            and self.tensors.keys() == other.tensors.keys()
+            and all(torch.equal(t.cpu(), other.tensors[n].cpu()) for n, t in self.tensors.items())
+        )
+
+
+class EditMemory(nn.Module, ABC):
+    """Entries that a model consults while it runs, attached to it by hooks.
+
+    The memory is a submodule of the model, ``edit_memory``, so that it moves with it, and its
+    state is part of the ``state_dict``: a buffer of one row an entry for each of :attr:`fields`,
+    and the texts as extra state. It has hooks in the model only while it holds entries: with an
+    empty memory the model is the base itself.
+
+    A subclass names its fields and writes :meth:`hook`. What it is built from, it hands to this
+    constructor, so that a saved memory can be built again.
+
+    Args:
+        settings: Arguments of the subclass, as JSON types.
+    """
+
+    #: Names of the buffers that hold a row of each entry.
+    fields: ClassVar[tuple[str, ...]] = ()
+    #: All kinds of memories by name.
+    kinds: ClassVar[dict[str, type[EditMemory]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        EditMemory.kinds[cls.__name__] = cls
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = settings
+        for name in self.fields:
+            self.register_buffer(name, torch.zeros(0))
+        #: Whether the memory came with an edit and goes with the last of its entries.
+        self.is_temporary = False
+        self._records: dict[str, MemoryEntry] = {}  # without tensors
+        self._handles: list[RemovableHandle] = []
+        self._model: weakref.ref[nn.Module] | None = None
+        self._is_off = False
+
+    @abstractmethod
+    def hook(self, model: nn.Module) -> list[RemovableHandle]:
+        """Puts hooks into a model. They must let pass what they get while :attr:`is_off`."""
+
+    def narrowed(self, entry: MemoryEntry) -> MemoryEntry:
+        """An entry that has just lost one of its requests and answers others still."""
+        return entry
+
+    def rewrite(self, prompts: Sequence[str], tokens: PromptTokenizer) -> list[str]:
+        """What the model is asked in place of some prompts: the same, unless edits are prompts.
+
+        Args:
+            prompts: Texts to continue or questions to answer.
+            tokens: The model's tokenizer.
+        """
+        return list(prompts)
+
+    def route_of(self, cache: Any) -> Tensor | None:
+        """What was decided for the rows whose keys and values a cache holds, [B] or None."""
+        return None
+
+    def keep_route(self, cache: Any, route: Tensor) -> None:
+        """Gives a cache that was filled by hand what was decided for its rows, [B]."""
+
+    # -- entries -----------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def entries(self) -> dict[str, MemoryEntry]:
+        """All entries by id, in order; their tensors are views of the buffers."""
+        return {
+            name: replace(record, tensors={f: self.get_buffer(f)[i] for f in self.fields})
+            for i, (name, record) in enumerate(self._records.items())
+        }
+
+    @property
+    def requests(self) -> dict[str, dict[str, Any]]:
+        """What is remembered, by the id of its request: the entries, and what is kept of it."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, record in self._records.items():
+            for request, kept in record.requests.items():
+                found.setdefault(request, {"entries": [], **kept})["entries"].append(name)
+        return found
+
+    def without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
+        """The entries that are left when requests are forgotten.
+
+        Args:
+            request_ids: Ids of requests; the memory itself stays as it is.
+
+        Raises:
+            EditError: If the memory holds nothing of one of them.
+        """
+        unknown = [name for name in request_ids if name not in self.requests]
+        if unknown:
+            known = ", ".join(list(self.requests)[:5]) or "nothing"
+            more = ", …" if len(self.requests) > 5 else ""
+            raise EditError(
+                f"The memory holds no edit with the id {unknown[0]!r}. It holds {known}{more}; "
+                "`memory.requests` lists all."
+            )
+        left: dict[str, MemoryEntry] = {}
+        for name, entry in self.entries.items():
+            others = {r: kept for r, kept in entry.requests.items() if r not in request_ids}
+            if len(others) == len(entry.requests):
+                left[name] = entry
+            elif others:
+                left[name] = self.narrowed(replace(entry, requests=others))
+        return left
+
+    def write(self, entries: Mapping[str, MemoryEntry]) -> None:
+        """Sets what the memory holds.
+
+        Args:
+            entries: All entries by id, in order.
+        """
+        rows = {
+            name: torch.stack(
+                [e.tensors[name].detach().to(self._device()) for e in entries.values()]
+            )
+            if entries
+            else torch.zeros(0, device=self._device())
+            for name in self.fields
+        }
+        for name, tensor in rows.items():
+            setattr(self, name, tensor)
+        self._records = {name: replace(entry, tensors={}) for name, entry in entries.items()}
+        self._settle()
+
+    def _device(self) -> torch.device:
+        model = self._model() if self._model is not None else None
+        parameter = next(model.parameters(), None) if model is not None else None
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    # -- a model -----------------------------------------------------------------------------
+
+    @staticmethod
+    def find(model: nn.Module) -> EditMemory | None:
+        """The memory that is attached to a model."""
+        found = getattr(model, _ATTRIBUTE, None)
+        return found if isinstance(found, EditMemory) else None
+
+    def attach_(self, model: nn.Module) -> Self:
+        """Makes this the memory of a model.
+
+        Raises:
+            EditError: If the model has another memory.
+        """
+        found = EditMemory.find(model)
+        if found is not None and found is not self:
+            raise EditError(
+                f"The model has a memory already ({type(found).__name__} with {len(found)} "
+                "entries), and can have but one. Take it off with "
+                "`EditMemory.find(model).detach_()`, or load the model again."
+            )
+        model.add_module(_ATTRIBUTE, self)
+        self._model = weakref.ref(model)
+        self.to(self._device())
+        self._settle()
+        return self
+
+    def detach_(self) -> None:
+        """Takes the memory off its model, which is then the base again."""
+        model = self._model() if self._model is not None else None
+        self._unhook()
+        self._model = None
+        if model is not None and EditMemory.find(model) is self:
+            delattr(model, _ATTRIBUTE)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the model runs as if there were no memory."""
+        return self._is_off
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Has the base model inside a ``with`` block."""
+        before, self._is_off = self._is_off, True
+        try:
+            yield
+        finally:
+            self._is_off = before
+
+    def _settle(self) -> None:
+        """Has hooks in the model if there is anything to look up."""
+        model = self._model() if self._model is not None else None
+        if len(self) and not self._handles and model is not None:
+            self._handles = self.hook(model)
+        elif not len(self):
+            self._unhook()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # -- state -------------------------------------------------------------------------------
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """Settings and texts, as JSON in bytes: a tensor goes into any file."""
+        text = json.dumps({"kind": type(self).__name__, **self.description()})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        found = json.loads(bytes(state.tolist()).decode())
+        self.check_kind(found["kind"], found["settings"])
+        self._records = {
+            e["id"]: MemoryEntry({}, e["requests"], e["notes"]) for e in found["entries"]
+        }
+
+    def description(self) -> dict[str, Any]:
+        """Settings and texts, as JSON types."""
+        return {
+            "settings": self.settings,
+            "entries": [
+                {"id": name, "requests": dict(e.requests), "notes": dict(e.notes)}
+                for name, e in self._records.items()
+            ],
+        }
+
+    def check_kind(self, kind: str, settings: Mapping[str, Any]) -> None:
+        """Checks that entries of another memory belong into this one.
+
+        Raises:
+            ArtifactError: If they do not.
+        """
+        if (kind, dict(settings)) != (type(self).__name__, self.settings):
+            raise ArtifactError(
+                f"These entries belong to a {kind} with {dict(settings)}, but the model has a "
+                f"{type(self).__name__} with {self.settings}. Take that off with "
+                "`EditMemory.find(model).detach_()`, or use the settings that the entries were "
+                "made with."
+            )
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        extra = state_dict.get(f"{prefix}_extra_state")
+        if extra is not None:
+            for name in self.fields:  # as many rows as the state has
+                if (tensor := state_dict.get(f"{prefix}{name}")) is not None:
+                    setattr(self, name, torch.empty_like(tensor, device=self._device()))
+        super()._load_from_state_dict(dict(state_dict), prefix, *args, **kwargs)
+        self._settle()

@@ -1,0 +1,92 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of T-Patcher: neurons that fire for one mistake and stay silent for all else."""
+
+# Shapes: P patches, M remembered states, N target tokens, V vocabulary.
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+__all__ = ["activation_loss", "margin_losses", "smoothed_nll"]
+
+# Beyond it, float32 knows no exponential.
+_MAX_EXPONENT = 80.0
+
+
+def activation_loss(own: Tensor, threshold: float = 0.0, top: int = 5) -> Tensor:
+    """Lₐ, the mean of the largest exp(μ − q): patches are to fire where they are wanted.
+
+    Args:
+        own: Pre-activation q of each patch at its own position, [P].
+        threshold: μ.
+        top: How many of the largest count.
+
+    Returns:
+        A scalar.
+
+    References:
+        Transformer-Patcher, arXiv 2301.09785, section 3.4.
+
+    Example:
+        >>> import torch
+        >>> activation_loss(torch.tensor([0.0, 2.0]), top=1)
+        tensor(1.)
+    """
+    return _largest(_exp(threshold - own), top)
+
+
+def margin_losses(
+    memory: Tensor, own: Tensor, gap: float = 3.0, ceiling: float = -3.0, top: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """The two memory losses: patches are to be silent for what is remembered.
+
+    Means of the largest exp(q' − q + γ₁), by which a remembered state lies under the patch's own
+    position, and of the largest exp(q' − γ₂), by which it lies under the threshold of the ReLU.
+
+    Args:
+        memory: Pre-activation q' of each patch at each remembered state, [M, P].
+        own: Pre-activation q of each patch at its own position, [P].
+        gap: γ₁.
+        ceiling: γ₂.
+        top: How many of the largest count.
+
+    Returns:
+        Two scalars.
+
+    References:
+        Transformer-Patcher, arXiv 2301.09785, section 3.4.
+
+    Example:
+        >>> import torch
+        >>> margin_losses(torch.tensor([[-3.0], [0.0]]), torch.tensor([3.0]), top=1)
+        (tensor(1.), tensor(20.0855))
+    """
+    first = _largest(_exp(memory - own + gap), top)
+    return first, _largest(_exp(memory - ceiling), top)
+
+
+def smoothed_nll(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Mean of (1 − ε − ε/(V−1)) · nll + ε/(V−1) · Σᵥ −log p(v): targets with smoothed labels.
+
+    Args:
+        logits: [N, V].
+        targets: [N] int64.
+        smoothing: ε, the share that all other tokens have in the target.
+
+    Returns:
+        A scalar in nats.
+    """
+    size = logits.shape[-1]
+    # PyTorch's own smoothing gives the target its share, too.
+    return cross_entropy(logits.float(), targets, label_smoothing=smoothing * size / (size - 1))
+
+
+def _exp(exponents: Tensor) -> Tensor:
+    return exponents.clamp_max(_MAX_EXPONENT).exp()
+
+
+def _largest(values: Tensor, top: int) -> Tensor:
+    flat = values.flatten()
+    return flat.topk(min(top, flat.numel())).values.mean()

@@ -1,0 +1,117 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Texts as vectors, by which a memory finds what a prompt is about."""
+
+# Shapes: B texts, T tokens, D hidden.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_edit.core.batch import PromptTokenizer, pad_rows
+from lightning_edit.core.errors import ModelError
+
+__all__ = ["encode_by_folder", "encode_by_model", "mean_states"]
+
+MAX_TEXTS = 64  # run at once
+
+
+def mean_states(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the tokens' hidden states, scaled to length one.
+
+    Args:
+        states: [B, T, D].
+        mask: 1 on tokens, 0 on padding, [B, T].
+
+    Returns:
+        [B, D] float32.
+
+    Example:
+        >>> mean_states(torch.tensor([[[3.0, 4.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
+        tensor([[0.6000, 0.8000]])
+    """
+    kept = mask[..., None].float()
+    means = (states.float() * kept).sum(1) / kept.sum(1)
+    return torch.nn.functional.normalize(means, dim=1)
+
+
+def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -> Tensor:
+    """Vectors out of a language model's own hidden states, behind its last block.
+
+    Args:
+        model: A Hugging Face language model; of one with an encoder, that is run alone.
+        tokens: Its tokenizer.
+        texts: Plain texts; no chat template is put around them.
+
+    Returns:
+        [B, D] float32, of length one, on the model's device.
+    """
+    device = next(model.parameters()).device
+    part = model.get_encoder() if tokens.is_encoder_decoder else model.base_model
+
+    def run(chosen: Sequence[str]) -> Tensor:
+        rows = [tokens.tokenizer(text)["input_ids"] for text in chosen]
+        ids, mask = (tensor.to(device) for tensor in pad_rows(rows, tokens.pad_id))
+        states = part(input_ids=ids, attention_mask=mask).last_hidden_state
+        return mean_states(states, mask)
+
+    return _in_parts(run, texts)
+
+
+def encode_by_folder(folder: str, texts: Sequence[str]) -> Tensor:
+    """Vectors by an encoder out of a folder, as sentence-transformers saves its models.
+
+    Args:
+        folder: Folder of a model and its tokenizer, read by transformers. Its tokens' states are
+            averaged, as most sentence encoders are trained to be used.
+        texts: Texts to encode; what is too long for the encoder is cut.
+
+    Returns:
+        [B, D] float32, of length one, on the CPU.
+
+    Raises:
+        ModelError: If there is no such encoder.
+    """
+    tokenizer, encoder = _load(folder)
+
+    def run(chosen: Sequence[str]) -> Tensor:
+        given = tokenizer(list(chosen), padding=True, truncation=True, return_tensors="pt")
+        return mean_states(encoder(**given).last_hidden_state, given["attention_mask"])
+
+    return _in_parts(run, texts)
+
+
+@torch.no_grad()
+def _in_parts(run: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> Tensor:
+    """Runs texts of like length together and gives their vectors in the order asked for."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    parts = [
+        run([texts[i] for i in order[start : start + MAX_TEXTS]])
+        for start in range(0, len(order), MAX_TEXTS)
+    ]
+    vectors = torch.cat(parts)
+    back = torch.empty(len(order), dtype=torch.long, device=vectors.device)
+    back[torch.tensor(order, device=vectors.device)] = torch.arange(
+        len(order), device=vectors.device
+    )
+    return vectors[back]
+
+
+@cache
+def _load(folder: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`encoder={folder!r}` cannot be loaded as a text encoder ({error}). Give a folder "
+            "with a model and its tokenizer, or null for the language model's own states."
+        ) from None
+    return tokenizer, encoder.eval().requires_grad_(False)

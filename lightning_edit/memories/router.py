@@ -1,0 +1,139 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a forward pass are asked anew, at which position, and which were asked before."""
+
+# Shapes: B rows, T positions.
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_edit.core.locator import ModelTree
+
+__all__ = ["Router"]
+
+
+class Router:
+    """Follows the passes of a stack of blocks, so that a memory decides once for each row.
+
+    A row is asked when its prompt is read: at its last token, or at the first token of a decoder
+    that has an encoder before it. What a memory decides then, its route, is kept with the cache
+    of keys and values, and holds for all tokens that are generated with that cache. Beams need
+    nothing more: those of one prompt share a route.
+
+    Attributes:
+        positions: Column at which each row is asked in the running pass, [B] int64; None outside
+            a pass, and in one that continues rows that were asked before.
+        prompt: Tokens of each row's prompt in the running pass, [B, T] bool; None as above.
+        route: What was decided for each row, [B] int64; None until :meth:`decide`.
+    """
+
+    def __init__(self) -> None:
+        self.positions: Tensor | None = None
+        self.prompt: Tensor | None = None
+        self.route: Tensor | None = None
+        self._asked: Tensor | None = None
+        self._kept: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+
+    def follow(self, tree: ModelTree, *, begins: bool) -> list[RemovableHandle]:
+        """Puts hooks around a stack.
+
+        Args:
+            tree: The stack.
+            begins: Its rows are asked at their first token rather than at their last: it is a
+                decoder whose prompt is read by an encoder.
+        """
+        stack = tree.model.get_submodule(tree.block_names[0].rsplit(".", 2)[0])
+        parameters = list(inspect.signature(stack.forward).parameters)
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._begin({**dict(zip(parameters, args, strict=False)), **kwargs}, begins=begins)
+
+        def end(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            made = _cache_in(output) if isinstance(output, Mapping) else None
+            self._end(_cache_in(kwargs) if made is None else made)
+
+        return [
+            stack.register_forward_pre_hook(begin, with_kwargs=True),
+            stack.register_forward_hook(end, with_kwargs=True),
+        ]
+
+    def decide(self, route: Tensor) -> None:
+        """Settles the route of all rows of the running pass.
+
+        Args:
+            route: [B] int64; what it means is the memory's affair.
+        """
+        self.route = route
+
+    @contextmanager
+    def asked_at(self, positions: Tensor) -> Iterator[None]:
+        """Has rows asked at other positions than their last inside a ``with`` block.
+
+        For rows of prompts and answers in one, as teacher forcing has them.
+
+        Args:
+            positions: Column of the last token of each prompt, [B].
+        """
+        self._asked = positions
+        try:
+            yield
+        finally:
+            self._asked = None
+
+    def kept(self, cache: Any) -> Tensor | None:
+        """The route of rows that a cache of keys and values holds, [B]."""
+        return self._kept.get(cache)
+
+    def keep(self, cache: Any, route: Tensor) -> None:
+        """Gives a cache that was filled by hand the route of its rows.
+
+        Args:
+            cache: Keys and values of B rows.
+            route: [B], as :meth:`kept` returns it.
+        """
+        self._kept[cache] = route
+
+    def _begin(self, given: Mapping[str, Any], *, begins: bool) -> None:
+        tokens = given.get("input_ids")
+        if tokens is None:
+            tokens = given["inputs_embeds"]
+        rows, width = tokens.shape[:2]
+        cache = _cache_in(given)
+        route = None if cache is None else self._kept.get(cache)
+        self.positions = self.prompt = self.route = None
+        if route is not None and cache.get_seq_length() and len(route) == rows:
+            self.route = route
+            return
+        columns = torch.arange(width, device=tokens.device)
+        attended = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
+        mask = given.get("attention_mask")
+        if not begins and isinstance(mask, Tensor) and mask.ndim == 2:
+            attended = mask[:, -width:].bool()
+        if self._asked is not None:
+            self.positions = self._asked.to(tokens.device)
+        elif begins:
+            self.positions = columns.new_zeros(rows)
+        else:
+            self.positions = (attended * columns).amax(1)
+        self.prompt = attended & (columns <= self.positions[:, None])
+
+    def _end(self, cache: Any) -> None:
+        if cache is not None and self.route is not None:
+            self._kept[cache] = self.route
+        self.positions = self.prompt = self.route = None
+
+
+def _cache_in(values: Mapping[str, Any]) -> Any:
+    """The cache among a stack's arguments or results, by either of its names."""
+    return next(
+        (values[n] for n in ("cache", "past_key_values") if values.get(n) is not None), None
+    )

@@ -1,0 +1,190 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What editors have in common that leave the weights alone and remember edits beside them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_edit.core.edit import Provenance
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.modules.base import EditModule
+from lightning_edit.optim import EditOptimizer
+
+__all__ = ["MemoryModule"]
+
+
+class MemoryModule(EditModule[MemoryWrite]):
+    """Base of editors that remember: their edits are entries of a memory beside the weights.
+
+    A subclass writes :meth:`build_memory`, and :meth:`compute_edit`, which begins from
+    :meth:`entries_without` the requests of its batch, so that a request whose id is remembered
+    already takes the place of the earlier one, and ends with :meth:`memory_write`.
+
+    Args:
+        model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
+        layers: Layers to edit; negative ones count from the end. The method's default when None.
+        max_entries: Entries that the memory may hold; any number if None.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        layers: list[int] | None = None,
+        max_entries: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, layers, **kwargs)
+        if max_entries is not None and max_entries < 1:
+            raise ValueError(
+                f"`max_entries` is expected to be at least 1, or None for no bound, but got "
+                f"{max_entries}."
+            )
+        self.max_entries = max_entries
+
+    # -- the method --------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_memory(self, tree: ModelTree) -> EditMemory:
+        """Builds an empty memory for a model.
+
+        Raises:
+            EditError: If the model has no place for it.
+        """
+
+    @property
+    def memory(self) -> EditMemory:
+        """The memory of the model."""
+        found = EditMemory.find(self.model) if self.model is not None else None
+        if found is None:
+            raise EditError("There is no memory yet. Call `configure_model()` first.")
+        return found
+
+    def entries_without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
+        """What the memory holds beside what it holds of some requests, which it need not know."""
+        known = self.memory.requests
+        return self.memory.without([name for name in request_ids if name in known])
+
+    def entry_id(self, request_id: str, entries: Mapping[str, MemoryEntry]) -> str:
+        """A name for a new entry: that of its request, with a number where it has several."""
+        names = (f"{request_id}#{n}" if n else request_id for n in range(len(entries) + 1))
+        return next(name for name in names if name not in entries)
+
+    def check_budget(self, entries: Mapping[str, MemoryEntry]) -> None:
+        """Checks that the memory may hold so many entries.
+
+        Raises:
+            EditError: If it may not.
+        """
+        if self.max_entries is not None and len(entries) > self.max_entries:
+            raise EditError(
+                f"The memory holds {len(self.memory)} of `max_entries={self.max_entries}` entries, "
+                f"and would hold {len(entries)}. Take edits out of it (`editor.remove([id])`), or "
+                "raise `max_entries`."
+            )
+
+    def memory_write(self, entries: Mapping[str, MemoryEntry]) -> MemoryWrite:
+        """The edit after which the memory holds these entries.
+
+        Raises:
+            EditError: If these are too many.
+        """
+        self.check_budget(entries)
+        return MemoryWrite.between(self.memory, entries)
+
+    def remove(self, request_ids: Sequence[str]) -> MemoryWrite:
+        """Forgets requests: commits an edit that takes them out of the memory.
+
+        Args:
+            request_ids: Ids of the requests.
+
+        Returns:
+            The edit.
+
+        Raises:
+            EditError: If the memory holds nothing of one of them; then nothing is forgotten.
+        """
+        edit = MemoryWrite.removing(self.model, request_ids)
+        self.edit_optimizer.stage(edit)
+        self.edit_optimizer.step()
+        return edit
+
+    # -- what the base class asks ------------------------------------------------------------
+
+    @override
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        """None: the weights stay as they are."""
+        self._memory_for(tree)  # fails before the model is touched
+        return []
+
+    def _memory_for(self, tree: ModelTree) -> EditMemory:
+        """The memory that the model has, or else a new one."""
+        memory = self.build_memory(tree)
+        found = EditMemory.find(tree.model)
+        if found is None:
+            return memory
+        found.check_kind(type(memory).__name__, memory.settings)
+        return found
+
+    @override
+    def _make_optimizer(
+        self, tree: ModelTree, originals: dict[str, Tensor]
+    ) -> EditOptimizer[MemoryWrite]:
+        # A model may come with a memory that is gone on with.
+        memory = self._memory_for(tree).attach_(tree.model)
+        memory.is_temporary = False
+        return _MemoryOptimizer(tree.model, memory)
+
+    @override
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        with self.memory.off():
+            yield
+
+    @override
+    def _size(self) -> tuple[str, float]:
+        return "entries", float(len(self.memory))
+
+    @override
+    def _is_kept(self, name: str) -> bool:
+        return name.startswith("edit_memory.")
+
+    @override
+    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
+        prefix = "model.edit_memory."
+        state = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        self.memory.load_state_dict(state)
+
+
+class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
+    """Writes edits of a memory, and asks the memory itself what was committed."""
+
+    def __init__(self, model: nn.Module, memory: EditMemory) -> None:
+        self._order: tuple[str, ...] = ()
+        self._carried: dict[str, Tensor] = {}
+        nothing = MemoryWrite(type(memory).__name__, memory.settings, {})
+        super().__init__(model, {}, nothing)
+
+    @property
+    def delta(self) -> MemoryWrite:
+        """All that the memory holds."""
+        edit = MemoryWrite.from_state({}, self.model)
+        known = {request for e in edit.entries.values() if e is not None for request in e.requests}
+        ids = dict.fromkeys((*(name for name in self._order if name in known), *sorted(known)))
+        edit.provenance = Provenance(request_ids=tuple(ids))
+        edit.carried = self._carried
+        return edit
+
+    @delta.setter
+    def delta(self, edit: MemoryWrite) -> None:
+        self._order, self._carried = edit.provenance.request_ids, edit.carried

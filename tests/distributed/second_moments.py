@@ -1,0 +1,67 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates second moments on two processes; each writes what it has.
+
+Usage: ``python second_moments.py SOURCE TEXT_FILE OUTPUT_FOLDER``
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.multiprocessing import spawn  # type: ignore[attr-defined]
+
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.demos import tiny_tokenizer
+from lightning_edit.modules.second_moment import second_moments
+from tests import zoo
+
+
+def estimate(rank: int, source: str, text: str, folder: str) -> None:
+    store = FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = zoo.build("llama")
+    tokens = PromptTokenizer(tiny_tokenizer())
+    passes: list[int] = []
+    ran = ModelTree.of(model).blocks[2]
+    # Each token that is sampled is a pass, too, but of one position.
+    ran.register_forward_pre_hook(
+        lambda _, args: passes.append(1) if args[0].shape[1] == 64 else None
+    )
+    cache = Path(folder, f"cache{rank}")
+
+    def run() -> dict[Any, Any]:
+        return dict(
+            second_moments(
+                ModelTree.of(model),
+                tokens,
+                [0, 2],
+                model_hash="abc",
+                text=text if source == "text" else None,
+                tokens_per_dimension=100,
+                cache_dir=cache,
+                shared=True,
+            )
+        )
+
+    found = run()
+    found["passes"] = len(passes)
+    if rank:  # one process loses what it had
+        for file in cache.rglob("*.safetensors"):
+            file.unlink()
+    passes.clear()
+    again = run()
+    assert all(torch.equal(again[layer], found[layer]) for layer in again)
+    found["again"] = len(passes)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    spawn(estimate, tuple(sys.argv[1:4]), nprocs=2)  # type: ignore[no-untyped-call]
