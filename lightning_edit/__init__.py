@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_edit.data import CounterFact as CounterFact
     from lightning_edit.data import EditDataModule as EditDataModule
     from lightning_edit.data import Facts as Facts
+    from lightning_edit.data import HeldOut as HeldOut
     from lightning_edit.data import KnowEdit as KnowEdit
     from lightning_edit.data import Known1000 as Known1000
     from lightning_edit.data import MQuAKE as MQuAKE
@@ -57,16 +58,20 @@ if TYPE_CHECKING:
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
     from lightning_edit.modules.grace import GRACE as GRACE
     from lightning_edit.modules.ike import IKE as IKE
+    from lightning_edit.modules.ke import KE as KE
     from lightning_edit.modules.kn import KN as KN
     from lightning_edit.modules.loc_ft import LocFT as LocFT
     from lightning_edit.modules.lora import LoRA as LoRA
     from lightning_edit.modules.lora_tuning import LoRATuning as LoRATuning
+    from lightning_edit.modules.malmen import MALMEN as MALMEN
     from lightning_edit.modules.memit import MEMIT as MEMIT
+    from lightning_edit.modules.mend import MEND as MEND
     from lightning_edit.modules.pmet import PMET as PMET
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
     from lightning_edit.modules.scr import SCR as SCR
     from lightning_edit.modules.t_patcher import TPatcher as TPatcher
+    from lightning_edit.modules.trained_editor import TrainedEditor as TrainedEditor
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
     from lightning_edit.modules.wise import WISE as WISE
 
@@ -91,6 +96,8 @@ _HOMES = {
     "FullTuning": "modules.full_tuning",
     "GRACE": "modules.grace",
     "Generality": "metrics",
+    "HeldOut": "data",
+    "KE": "modules.ke",
     "IKE": "modules.ike",
     "KN": "modules.kn",
     "KnowEdit": "data",
@@ -100,7 +107,9 @@ _HOMES = {
     "LocFT": "modules.loc_ft",
     "Locality": "metrics",
     "Locator": "core.locator",
+    "MALMEN": "modules.malmen",
     "MEMIT": "modules.memit",
+    "MEND": "modules.mend",
     "MQuAKE": "data",
     "OldNewPairs": "data",
     "OldThenNew": "data",
@@ -118,6 +127,7 @@ _HOMES = {
     "SaveTaskVector": "callbacks.save_task_vector",
     "TPatcher": "modules.t_patcher",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",
+    "TrainedEditor": "modules.trained_editor",
     "TextDataModule": "data",
     "UltraEdit": "modules.ultra_edit",
     "WISE": "modules.wise",

@@ -39,6 +39,13 @@ SHOWN = {
         r"as before: True",
         r"weights untouched: True",
     ],
+    "train_mend": [
+        r"unseen facts, reliability: 0\.[89]\d",
+        r"model\.layers\.3\.mlp\.down_proj\.weight: rank 1",
+        r"before: Dorin\.",
+        r"edited: Kettleby\.",
+        r"undone: Dorin\.",
+    ],
     "save_export_undo": [
         r"base    The capital of Velmora is Dorin\.",
         r"edited  The capital of Velmora is Kettleby\.",

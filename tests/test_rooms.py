@@ -28,16 +28,20 @@ METHODS = {
     "emmet",
     "fine_tune",
     "full_tuning",
+    "ke",
     "grace",
     "ike",
     "kn",
     "loc_ft",
     "lora",
     "lora_tuning",
+    "malmen",
     "memit",
-    "pmet",
+    "mend",
     "r_rome",
     "rome",
+    "trained_editor",
+    "pmet",
     "scr",
     "t_patcher",
     "ultra_edit",
@@ -157,9 +161,11 @@ def test_callbacks_import_the_base_of_the_methods_at_most(path: Path) -> None:
 def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
-    shared = {"activation_paths", "adapter_layers", "base", "descent", "gradient_passes"}
-    shared |= {"key_pass", "locate", "mass_edit", "prompting", "rank_one", "remember", "replay"}
-    shared |= {"ridge_edit", "second_moment", "tail", "target_loss", "target_values", "tuning"}
+    shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network", "factors"}
+    shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "lessons", "locate"}
+    shared |= {"mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
+    shared |= {"replicas", "ridge_edit", "second_moment", "tail", "target_loss", "target_values"}
+    shared |= {"tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
     assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
 

@@ -5,6 +5,7 @@
 from lightning_edit.data.base import EditDataModule
 from lightning_edit.data.counterfact import CounterFact, counterfact_from_record
 from lightning_edit.data.facts import Facts
+from lightning_edit.data.held_out import HeldOut
 from lightning_edit.data.json import read_requests, write_requests
 from lightning_edit.data.knowedit import KnowEdit, knowedit_from_record
 from lightning_edit.data.known import Known1000, known_from_record
@@ -21,6 +22,7 @@ __all__ = [
     "CounterFact",
     "EditDataModule",
     "Facts",
+    "HeldOut",
     "KnowEdit",
     "Known1000",
     "MQuAKE",

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of UltraEdit: a running normalizer and a ridge regression in closed form."""
+"""A running normalizer and a ridge regression in closed form: of UltraEdit, MEND and MALMEN."""
 
 # Shapes: N rows, F features, I inputs and O outputs of the edited matrix W [O, I].
 
@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Normalizer", "normalize", "ridge_factors", "ridge_update", "update_normalizer"]
+__all__ = [
+    "Normalizer",
+    "merge_normalizers",
+    "normalize",
+    "ridge_factors",
+    "ridge_update",
+    "row_moments",
+    "update_normalizer",
+]
 
 
 class Normalizer(NamedTuple):
@@ -64,19 +72,59 @@ def update_normalizer(
             f"{', of which `biased_variance` takes a variance' if biased_variance else ''}, but "
             f"got {count}."
         )
+    moments = row_moments(rows_NF)
+    return merge_normalizers(normalizer, moments, biased_variance=biased_variance)
+
+
+def row_moments(rows_NF: Tensor) -> Normalizer:
+    """The statistics of some rows by themselves; zeros where there is no row.
+
+    Args:
+        rows_NF: Rows x, [N, F], any floating dtype.
+
+    Example:
+        >>> row_moments(torch.tensor([[1.0], [3.0]])).squares.tolist()
+        [2.0]
+    """
     rows = rows_NF.double()
-    mean = rows.mean(0)
-    squares = (rows - mean).square().sum(0)
+    count = rows.new_tensor(float(len(rows)))
+    mean = rows.sum(0) / max(len(rows), 1)
+    return Normalizer(count, mean, (rows - mean).square().sum(0))
+
+
+def merge_normalizers(
+    normalizer: Normalizer | None, moments: Normalizer, *, biased_variance: bool = False
+) -> Normalizer:
+    """Adds the statistics of further rows, such as those that another process has seen.
+
+    Args:
+        normalizer: The statistics so far; None before the first rows.
+        moments: Those of the further rows, by :func:`row_moments`.
+        biased_variance: As in :func:`update_normalizer`.
+
+    Returns:
+        New statistics; the old ones are left alone.
+
+    Example:
+        >>> one, other = (row_moments(torch.tensor([[x]])) for x in (1.0, 3.0))
+        >>> float(merge_normalizers(one, other).squares)
+        2.0
+
+    References:
+        Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983.
+    """
+    count, squares = moments.total, moments.squares
     if biased_variance:
         squares = squares * count / (count - 1)
     if normalizer is None:
-        return Normalizer(torch.tensor(float(count)).to(squares), mean, squares)
+        return Normalizer(count, moments.mean, squares)
     total = normalizer.total + count
-    step = mean - normalizer.mean
+    share = count / total.clamp_min(1)
+    step = moments.mean - normalizer.mean
     return Normalizer(
         total,
-        normalizer.mean + count * step / total,
-        normalizer.squares + squares + normalizer.total * count * step.square() / total,
+        normalizer.mean + share * step,
+        normalizer.squares + squares + normalizer.total * share * step.square(),
     )
 
 
@@ -100,15 +148,17 @@ def normalize(rows_NF: Tensor, normalizer: Normalizer, eps: float) -> Tensor:
     return ((rows_NF.double() - normalizer.mean) / (deviation + eps)).float()
 
 
-def ridge_factors(keys_NI: Tensor, values_NO: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def ridge_factors(
+    keys_NI: Tensor, values_NO: Tensor, ridge: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """The factors of ΔWᵀ = Hᵀ (H Hᵀ + λ I)⁻¹ V, which equals (Hᵀ H + λ I)⁻¹ Hᵀ V.
 
-    Solves a system as large as the number of keys, in float64.
+    Solves a system as large as the number of keys, in float64. Gradients flow to all arguments.
 
     Args:
         keys_NI: H, [N, I].
         values_NO: V, what the change is to add to the keys' outputs, [N, O].
-        ridge: λ, above 0.
+        ridge: λ, above 0; a scalar tensor where it is learned.
 
     Returns:
         u [O, N] and v [I, N] float32, with ΔW = u vᵀ.
@@ -122,12 +172,12 @@ def ridge_factors(keys_NI: Tensor, values_NO: Tensor, ridge: float) -> tuple[Ten
         [[2.0, 0.0]]
 
     References:
-        UltraEdit, arXiv 2505.14679, section 4 (the closed form), by the push-through identity.
+        UltraEdit, arXiv 2505.14679, section 4 (the closed form), by the push-through identity;
+        MALMEN, arXiv 2311.04661, section 4.2.
     """
     _check_ridge(ridge)
     keys = keys_NI.double()
-    system = keys @ keys.T
-    system.diagonal().add_(ridge)
+    system = keys @ keys.T + ridge * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
     factor = torch.linalg.cholesky(system)
     return torch.cholesky_solve(values_NO.double(), factor).T.float(), keys_NI.T.float()
 
@@ -167,6 +217,6 @@ def ridge_update(
     return solved.T.float()
 
 
-def _check_ridge(ridge: float) -> None:
+def _check_ridge(ridge: float | Tensor) -> None:
     if not ridge > 0:
         raise ValueError(f"`ridge` is expected to be above 0, but got {ridge}.")

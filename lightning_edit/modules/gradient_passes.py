@@ -18,7 +18,14 @@ from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.modules.target_loss import row_means, target_nll
 
-__all__ = ["GradientPass", "gradient_passes", "probabilities_now"]
+__all__ = [
+    "GradientPass",
+    "gradient_passes",
+    "output_below",
+    "probabilities_now",
+    "recorded",
+    "skipped",
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def gradient_passes(
     for start in range(0, len(batch), size):
         chosen = by_length[start : start + size]
         part = batch.select(chosen)
-        with _recorded(tree.model, sites) as seen, _output_below(tree, sites) as below:
+        with recorded(tree.model, sites) as seen, output_below(tree, sites) as below:
             nll = target_nll(tree, part)
         outputs = [seen[site.name][1] for site in sites]
         gradients = torch.autograd.grad(nll.mean(), outputs)
@@ -102,7 +109,7 @@ def probabilities_now(tree: ModelTree, passes: Sequence[GradientPass]) -> dict[i
     """
     found: dict[int, float] = {}
     for one in passes:
-        with _skipped(one.below):
+        with skipped(one.below):
             nll = target_nll(tree, one.batch)
         means = torch.exp(-row_means(nll, one.batch.labels)).tolist()
         found |= dict(zip(one.chosen, means, strict=True))
@@ -110,7 +117,7 @@ def probabilities_now(tree: ModelTree, passes: Sequence[GradientPass]) -> dict[i
 
 
 @contextmanager
-def _recorded(
+def recorded(
     model: nn.Module, sites: Sequence[WeightSite]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Records inputs and outputs of projections inside a ``with`` block, by parameter.
@@ -140,7 +147,7 @@ def _recorded(
 
 
 @contextmanager
-def _output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
+def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
     """Records what the block below the edited ones returns, for each block from there down."""
     below = tree.blocks[: min(site.layer for site in sites)]
     seen: dict[nn.Module, Any] = {}
@@ -157,7 +164,7 @@ def _output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict
 
 
 @contextmanager
-def _skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
+def skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
     """Has blocks return what is given inside a ``with`` block, without running them."""
     kept = {block: vars(block).get("forward") for block in below}
     for block, output in below.items():

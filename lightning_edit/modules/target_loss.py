@@ -18,7 +18,16 @@ from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 
-__all__ = ["Objective", "row_means", "target_logits", "target_nll", "target_probabilities"]
+__all__ = [
+    "Objective",
+    "all_places",
+    "place_logits",
+    "row_means",
+    "target_logits",
+    "target_nll",
+    "target_places",
+    "target_probabilities",
+]
 
 MAX_ROWS = 64  # rows whose logits are held at once
 
@@ -71,8 +80,64 @@ def target_logits(
         ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
     """
     rows, columns = torch.nonzero(batch.labels != IGNORE_INDEX, as_tuple=True)
-    targets = batch.labels[rows, columns]
-    width = int(batch.attention_mask.sum(1).max())  # a part of a batch may be padded too far
+    where = target_places(tree, batch)
+    if objective == "prompt_last":
+        first = batch.prompt_lengths - 1
+        if tree.is_encoder_decoder:
+            first = torch.zeros_like(first)
+        where = (torch.arange(len(batch), device=first.device), first)
+    logits = place_logits(tree, batch, where)
+    if objective == "prompt_last":
+        logits = logits[rows]
+    return logits, batch.labels[rows, columns]
+
+
+def target_places(tree: ModelTree, batch: EditBatch) -> tuple[Tensor, Tensor]:
+    """Rows and positions at which the target tokens are predicted, in the order of the labels.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model.
+        batch: Prompts and targets.
+
+    Returns:
+        Two int64 tensors, [N].
+    """
+    rows, columns = torch.nonzero(batch.labels != IGNORE_INDEX, as_tuple=True)
+    return rows, columns if tree.is_encoder_decoder else columns - 1
+
+
+def all_places(tree: ModelTree, batch: EditBatch) -> tuple[Tensor, Tensor]:
+    """Rows and positions of all tokens that a decoder reads: prompts count, padding does not.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model; of the latter the decoder's tokens count.
+        batch: Prompts and targets.
+
+    Returns:
+        Two int64 tensors, [N].
+    """
+    mask = batch.labels != IGNORE_INDEX if tree.is_encoder_decoder else batch.attention_mask
+    rows, columns = torch.nonzero(mask, as_tuple=True)
+    return rows, columns
+
+
+def place_logits(tree: ModelTree, batch: EditBatch, where: tuple[Tensor, Tensor]) -> Tensor:
+    """Logits at some places of a batch, and at these alone.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model.
+        batch: Prompts and targets; the model reads both.
+        where: Rows and positions (of the decoder), [N] each.
+
+    Returns:
+        Logits, [N, V] float32.
+
+    Raises:
+        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+    """
+    # A part of a batch may be padded too far, and what no place can see need not be read.
+    width = int(batch.attention_mask.sum(1).max())
+    last = int(where[1].max()) + 1
     model: Any = tree.model
     inputs: dict[str, Tensor] = {}
     if tree.is_encoder_decoder:
@@ -82,14 +147,10 @@ def target_logits(
                 f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, by which "
                 "a decoder's inputs are made. Choose T5, BART or another model that has it."
             )
-        inputs = {"decoder_input_ids": make(labels=batch.labels[:, : int(columns.max()) + 1])}
-        at, first = columns, torch.zeros_like(batch.prompt_lengths)
+        longest = int(torch.nonzero(batch.labels != IGNORE_INDEX)[:, 1].max()) + 1
+        inputs = {"decoder_input_ids": make(labels=batch.labels[:, :longest])}
     else:
-        width -= 1  # the last token predicts nothing that is asked for
-        at, first = columns - 1, batch.prompt_lengths - 1
-    where = (rows, at)
-    if objective == "prompt_last":
-        where = (torch.arange(len(batch), device=first.device), first)
+        width = min(width, last)
     with _only_at(tree.lm_head, *where):
         logits = model(
             input_ids=batch.input_ids[:, :width],
@@ -97,10 +158,8 @@ def target_logits(
             use_cache=False,
             **inputs,
         ).logits
-    logits = logits[0] if tree.lm_head is not None else logits[where]
-    if objective == "prompt_last":
-        logits = logits[rows]
-    return logits.float(), targets
+    found: Tensor = logits[0] if tree.lm_head is not None else logits[where]
+    return found.float()
 
 
 def row_means(values: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import Change, LowRank, WeightDelta
-from lightning_edit.core.errors import EditError, LocatorError
-from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, WeightSite
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.ultra_edit import (
     Normalizer,
     normalize,
@@ -25,6 +25,7 @@ from lightning_edit.functional.ultra_edit import (
 )
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.gradient_passes import gradient_passes, probabilities_now
+from lightning_edit.modules.projections import projection_sites
 
 __all__ = ["UltraEdit"]
 
@@ -116,19 +117,7 @@ class UltraEdit(EditModule):
         Raises:
             LocatorError: If a layer does not exist or has no such projection.
         """
-        found: dict[str, WeightSite] = {}
-        for word in self.projections:
-            if isinstance(self.projections, Mapping):
-                layers: Sequence[int] = self.projections[word]
-            else:
-                layers = self.layers if self.layers is not None else self.default_layers(tree)
-            for layer in layers:
-                found |= {site.name: site for site in _named_sites(tree, layer, word)}
-        order = {name: i for i, (name, _) in enumerate(tree.model.named_parameters())}
-        sites = sorted(found.values(), key=lambda site: order[site.name])
-        if not sites:
-            raise LocatorError("`modules` and `layers` name no projection. Give at least one.")
-        return sites
+        return projection_sites(tree, self.projections, self.layers, self.default_layers)
 
     @override
     def edited_names(self, tree: ModelTree) -> list[str]:
@@ -216,23 +205,6 @@ class UltraEdit(EditModule):
             for key in dict.fromkeys(map(_shape_key, sites))
             if f"{key}.total" in carried
         }
-
-
-def _named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
-    """The projections of a layer that a kind or a name stands for."""
-    if word in get_args(ModuleKind):
-        found = getattr(tree, word)(layer)
-        return [found] if isinstance(found, WeightSite) else list(found)
-    known: list[WeightSite] = []
-    for kind in get_args(ModuleKind):
-        known += Locator(layers=[layer], module=kind).sites(tree.model)
-    names = {site.module_name.rpartition(".")[2]: site for site in known}
-    if word not in names:
-        raise LocatorError(
-            f"`modules` names {word!r}, which layer {layer} of {type(tree.model).__name__} does "
-            f"not have. Choose from {', '.join((*get_args(ModuleKind), *names))}."
-        )
-    return [names[word]]
 
 
 def _shape_key(site: WeightSite) -> str:

@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import inspect
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,16 @@ from lightning.pytorch import Callback
 from torch import nn
 
 import lightning_edit
-from lightning_edit import EditModule
-from lightning_edit.demos import trained_tiny_model
+from lightning_edit import MEND, EditDataModule, EditModule, TrainedEditor
+from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
+from lightning_edit.modules.hypernetwork import HyperEditModule
+from tests.modules.helpers import bare_trainer
 
 __all__ = [
     "CALLBACKS",
     "CONFIGS",
     "EDITORS",
+    "LEARNERS",
     "METHOD_CONFIGS",
     "arguments_of",
     "class_in",
@@ -58,7 +65,12 @@ def public_classes(base: type) -> dict[str, Any]:
     return found
 
 
-EDITORS: dict[str, type[EditModule]] = public_classes(EditModule)
+#: Editors that ``fit`` trains.
+LEARNERS: dict[str, type[HyperEditModule]] = public_classes(HyperEditModule)
+#: Editors whose edits ``fit`` commits.
+EDITORS: dict[str, type[EditModule]] = {
+    name: cls for name, cls in public_classes(EditModule).items() if name not in LEARNERS
+}
 CALLBACKS: dict[str, type[Callback]] = public_classes(Callback)
 METHOD_CONFIGS = sorted((CONFIGS / "method").glob("*.yaml"))
 
@@ -106,14 +118,30 @@ def documented_arguments(cls: type) -> dict[str, str]:
     return found
 
 
-def quick(cls: type[EditModule]) -> dict[str, Any]:
-    """Arguments with which an editor is quick."""
+def quick(cls: type[EditModule], kind: str = "trained") -> dict[str, Any]:
+    """Arguments with which an editor of a tiny model of some kind is quick."""
     known = arguments_of(cls)
     mine = {**QUICK, **QUICK_FOR.get(cls.__name__, {})}
-    return {name: value for name, value in mine.items() if name in known}
+    found = {name: value for name, value in mine.items() if name in known}
+    return {**found, "checkpoint": trained_editor(kind)} if cls is TrainedEditor else found
 
 
 def quick_editor(cls: type[EditModule], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """An editor of a trained tiny model of its own."""
     model, tokenizer = trained_tiny_model()
+    if cls is TrainedEditor and dtype != torch.float32:
+        more["any_base"] = True
     return cls.from_model(model.to(dtype), tokenizer, **{**quick(cls), **more})
+
+
+@functools.cache
+def trained_editor(kind: Any) -> str:
+    """A checkpoint of an editor of a tiny model, trained once in a process."""
+    model = trained_tiny_model()[0] if kind == "trained" else tiny_model(kind)
+    editor = MEND.from_model(model, tiny_tokenizer(), rank=8, edit_lr=0.01, edit_lr_lr=1e-3)
+    trainer = bare_trainer(max_epochs=2)
+    trainer.fit(editor, EditDataModule(requests=tiny_requests(8), batch_size=4))
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    trainer.save_checkpoint(folder / f"{kind}.ckpt")
+    return str(folder / f"{kind}.ckpt")

@@ -12,10 +12,17 @@ import pytest
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from lightning_edit import EditModule, WeightDelta
+from lightning_edit import EditModule, TrainedEditor, WeightDelta
 from lightning_edit.cli import EditCLI
 from lightning_edit.parsing import EditParser
-from tests.contract.enumeration import CONFIGS, EDITORS, METHOD_CONFIGS, class_in, quick
+from tests.contract.enumeration import (
+    CONFIGS,
+    EDITORS,
+    LEARNERS,
+    METHOD_CONFIGS,
+    class_in,
+    quick,
+)
 from tests.modules.helpers import load_edit
 from tests.runs import TinyWorld, metrics_of, run_here
 
@@ -56,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 def test_there_is_something_to_test() -> None:
     assert {path.parent.name for path in ALL} >= {"configs", "method", "data", "trainer"}
-    assert {class_in(path) for path in METHOD_CONFIGS} == set(EDITORS)
+    assert {class_in(path) for path in METHOD_CONFIGS} == {*EDITORS, *LEARNERS}
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -90,13 +97,18 @@ def test_every_method_composes_with_all_data_and_trainers(parser: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*METHOD_CONFIGS, CONFIGS / "edit.yaml"], ids=lambda path: str(path.stem)
+    "path",
+    [path for path in METHOD_CONFIGS if class_in(path) in EDITORS] + [CONFIGS / "edit.yaml"],
+    ids=lambda path: str(path.stem),
 )
 def test_a_method_runs_from_its_configuration(world: TinyWorld, tmp_path: Path, path: Path) -> None:
     known = quick(EDITORS[class_in(path)])
-    # The tiny model has four layers.
-    settings = {**known, "layers": [1]}
-    words = [f"--model.{name}={json.dumps(value)}" for name, value in settings.items()]
+    # The tiny model has four layers; a trained editor knows its own.
+    settings = known if class_in(path) == TrainedEditor.__name__ else {**known, "layers": [1]}
+    words = [
+        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in settings.items()
+    ]
     words += [f"--model.model={world.model}", f"--model.cache_dir={tmp_path / 'cache'}"]
     data = ["--data=EditDataModule", f"--data.path={world.requests}"]
     run = tmp_path / "run"
@@ -109,6 +121,38 @@ def test_a_method_runs_from_its_configuration(world: TinyWorld, tmp_path: Path, 
     assert delta.norm() > 0
     assert delta.provenance.method == class_in(path)
     assert (run / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in METHOD_CONFIGS if class_in(path) in LEARNERS],
+    ids=lambda path: str(path.stem),
+)
+def test_an_editor_is_trained_from_its_configuration_and_edits_from_its_checkpoint(
+    world: TinyWorld, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {**quick(LEARNERS[class_in(path)]), "layers": [1]}
+    words = [f"--model.{name}={json.dumps(value)}" for name, value in settings.items()]
+    model = [f"--model.model={world.model}"]
+    data = ["--data=HeldOut"]
+    for part in ("train", "held_out"):
+        data += [f"--data.{part}=EditDataModule", f"--data.{part}.path={world.requests}"]
+    files = [path, CONFIGS / "trainer" / "hypernetwork.yaml"]
+    configs = [part for file in files for part in ("-c", str(file))]
+    cpu = ["--trainer.accelerator=cpu"]
+    assert run_here(["fit", *configs, *data, *words, *model, *cpu]) == 0
+    curves = (tmp_path / "runs/editor/curves/metrics.csv").read_text()
+    assert {"loss", "val/loss", "val/reliability/teacher_forced"} <= set(
+        curves.splitlines()[0].split(",")
+    )
+    files = [CONFIGS / "trainer" / "default.yaml", CONFIGS / "method" / "trained_editor.yaml"]
+    configs = [part for file in files for part in ("-c", str(file))]
+    data = ["--data=EditDataModule", f"--data.path={world.requests}"]
+    assert run_here(["fit", *configs, *data, *model, *cpu]) == 0
+    delta = WeightDelta.load(tmp_path / "runs/edit/delta")
+    assert delta.norm() > 0
+    assert len(delta.provenance.request_ids) == 3
 
 
 def test_a_saved_configuration_repeats_the_run(world: TinyWorld, tmp_path: Path) -> None:

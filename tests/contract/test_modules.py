@@ -23,6 +23,7 @@ from lightning_edit.metrics import edit_metrics
 from lightning_edit.modules.locate import LocateModule
 from tests.contract.enumeration import (
     EDITORS,
+    LEARNERS,
     METHOD_CONFIGS,
     arguments_of,
     class_in,
@@ -51,6 +52,13 @@ def cls(request: pytest.FixtureRequest) -> type[EditModule]:
     return EDITORS[request.param]
 
 
+@pytest.fixture(params=[*EDITORS, *LEARNERS])
+def any_cls(request: pytest.FixtureRequest) -> type[EditModule]:
+    """Editors that are trained, too."""
+    found = EDITORS.get(request.param)
+    return LEARNERS[request.param] if found is None else found
+
+
 def data_of(n: int = 5, batch_size: int = 2) -> EditDataModule:
     return EditDataModule(requests=tiny_requests(n), batch_size=batch_size, eval_batch_size=2)
 
@@ -72,36 +80,36 @@ def fit(editor: Any, folder: Path, ckpt_path: Path | None = None, **trainer: Any
 # -- words -----------------------------------------------------------------------------------
 
 
-def test_names_its_paper_and_documents_every_argument(cls: type[EditModule]) -> None:
-    assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", cls.paper)
-    assert "paper" in cls.__dict__ or cls.__mro__[1].__dict__.get("paper")
-    doc = inspect.cleandoc(cls.__doc__ or "")
+def test_names_its_paper_and_documents_every_argument(any_cls: type[EditModule]) -> None:
+    assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", any_cls.paper)
+    assert "paper" in any_cls.__dict__ or any_cls.__mro__[1].__dict__.get("paper")
+    doc = inspect.cleandoc(any_cls.__doc__ or "")
     assert "References:" in doc
-    assert cls.paper.rpartition("/")[2] in doc
+    assert any_cls.paper.rpartition("/")[2] in doc
     described: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):
+    for owner in reversed(any_cls.__mro__):
         if issubclass(owner, EditModule):
             described |= documented_arguments(owner)
-    for name in arguments_of(cls):
-        assert len(described.get(name, "")) > 10, f"{cls.__name__} does not document `{name}`"
-    unknown = set(documented_arguments(cls)) - set(arguments_of(cls)) - {"kwargs"}
-    assert not unknown, f"{cls.__name__} documents {unknown}, which it does not take"
+    for name in arguments_of(any_cls):
+        assert len(described.get(name, "")) > 10, f"{any_cls.__name__} does not document `{name}`"
+    unknown = set(documented_arguments(any_cls)) - set(arguments_of(any_cls)) - {"kwargs"}
+    assert not unknown, f"{any_cls.__name__} documents {unknown}, which it does not take"
 
 
-def test_has_a_configuration_that_builds_it(cls: type[EditModule]) -> None:
-    found = [path for path in METHOD_CONFIGS if class_in(path) == cls.__name__]
-    assert found, f"configs/method has no configuration of {cls.__name__}"
+def test_has_a_configuration_that_builds_it(any_cls: type[EditModule]) -> None:
+    found = [path for path in METHOD_CONFIGS if class_in(path) == any_cls.__name__]
+    assert found, f"configs/method has no configuration of {any_cls.__name__}"
     for path in found:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(EditModule, "model")
         parser.add_argument("--config", action="config")
         built = parser.instantiate(parser.parse_args(["--config", str(path)])).model
-        assert type(built) is cls
+        assert type(built) is any_cls
 
 
-def test_computes_edits_and_leaves_the_rest_of_it_to_the_base(cls: type[EditModule]) -> None:
-    assert cls.compute_edit is not EditModule.compute_edit
-    assert cls.edit is EditModule.edit
+def test_computes_edits_and_leaves_the_rest_of_it_to_the_base(any_cls: type[EditModule]) -> None:
+    assert any_cls.compute_edit is not EditModule.compute_edit
+    assert any_cls.edit is EditModule.edit
 
 
 # -- one edit --------------------------------------------------------------------------------
@@ -233,10 +241,11 @@ def test_other_architectures_are_edited_or_refused_by_name(
     flags = [p.requires_grad for p in model.parameters()]
     if kind == "t5" and cls.decoder_only:
         with pytest.raises(ModelError, match=f"{cls.__name__} needs a decoder-only model"):
-            cls.from_model(model, tiny_tokenizer(), **quick(cls))
+            cls.from_model(model, tiny_tokenizer(), **quick(cls, kind))
         assert flags == [p.requires_grad for p in model.parameters()]
     else:
-        edit = cls.from_model(model, tiny_tokenizer(), **quick(cls)).edit(tiny_requests(2))
+        editor = cls.from_model(model, tiny_tokenizer(), **quick(cls, kind))
+        edit = editor.edit(tiny_requests(2))
         assert edit.norm() > 0
         with edit.applied(model):
             assert fingerprint(model) != before

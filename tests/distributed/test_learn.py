@@ -1,0 +1,41 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Training an editor on two processes gives the network, statistics included, of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.learn import CASES, learn
+from tests.runs import run_python
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what two processes learned."""
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("learn.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_python(*launcher, script, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*The number of training batches:UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_does(case: str, two: Path) -> None:
+    first, second = (load_file(two / f"{case}-{rank}") for rank in range(2))
+    one = learn(case, processes=1)
+    assert first.keys() == second.keys() == one.keys()
+    one_by_one = CASES[case][0] == "KE" or case == "mend"
+    for name, tensor in one.items():
+        if name.startswith("val/") and not one_by_one:
+            continue  # a validation edits with what a process has of a batch
+        assert torch.equal(first[name], second[name]), name  # every process knows the same
+        scale = float(tensor.abs().max())
+        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-4 * scale + 1e-6)
+    assert float(one["val/loss"]) > 0
