@@ -133,7 +133,5 @@ class Router:
 
 
 def _cache_in(values: Mapping[str, Any]) -> Any:
-    """The cache among a stack's arguments or results, by either of its names."""
-    # Asking results for the older name, where they have none of it, makes transformers warn.
-    found = (values[name] for name in ("cache", "past_key_values") if name in values)
-    return next((cache for cache in found if cache is not None), None)
+    """The cache among a stack's arguments or results; None where there is none."""
+    return values["cache"] if "cache" in values else None
