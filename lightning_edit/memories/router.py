@@ -134,4 +134,4 @@ class Router:
 
 def _cache_in(values: Mapping[str, Any]) -> Any:
     """The cache among a stack's arguments or results; None where there is none."""
-    return values["cache"] if "cache" in values else None
+    return values.get("cache")
