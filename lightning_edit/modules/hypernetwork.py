@@ -166,7 +166,17 @@ class HyperEditModule(EditModule):
         return ["mlp_in", "mlp_out"]
 
     def check_ready(self) -> None:
-        """Raises an error unless the network can edit, such as before it has statistics."""
+        """Checks that the network can edit.
+
+        Raises:
+            EditError: If a part of it that normalizes rows has no statistics yet.
+        """
+        if not all(getattr(part, "is_ready", True) for part in self.network.modules()):
+            raise EditError(
+                "This editor has no statistics yet by which it could normalize gradients: it was "
+                "never trained. Train it with `Trainer.fit`, or load a trained one with "
+                "`load_editor(checkpoint)` or `TrainedEditor(checkpoint=...)`."
+            )
 
     def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each token of the new answers, [N], from logits [N, V] and tokens [N]."""

@@ -185,15 +185,6 @@ class MALMEN(HyperEditModule):
         )
 
     @override
-    def check_ready(self) -> None:
-        if not all(network.is_ready for network in self.network.by_shape.values()):
-            raise EditError(
-                "This editor has no statistics yet by which it could normalize gradients: it was "
-                "never trained. Train it with `Trainer.fit`, or load a trained one with "
-                "`load_editor(checkpoint)` or `TrainedEditor(checkpoint=...)`."
-            )
-
-    @override
     def inner_weights(self, batch: EditBatch, groups: Tensor) -> Tensor:
         passes = torch.arange(len(batch), device=groups.device) // self.micro_batch_size
         return shared_weights(batch.labels != IGNORE_INDEX, passes)

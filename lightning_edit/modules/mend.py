@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from typing_extensions import override
 
-from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import WeightSite
 from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.mend import mend_factors
@@ -137,15 +136,6 @@ class MEND(HyperEditModule):
                 {"params": [self.network.edit_lr], "lr": self.edit_lr_lr},
             ]
         )
-
-    @override
-    def check_ready(self) -> None:
-        if not all(network.is_ready for network in self.network.by_shape.values()):
-            raise EditError(
-                "This editor has no statistics yet by which it could normalize gradients: it was "
-                "never trained. Train it with `Trainer.fit`, or load a trained one with "
-                "`load_editor(checkpoint)` or `TrainedEditor(checkpoint=...)`."
-            )
 
     @override
     def transform(
