@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
 
 import lightning_edit.data
 from lightning_edit.core.request import EditRequest, Probe
-from lightning_edit.data import EditDataModule
+from lightning_edit.data import EditDataModule, HeldOut
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
 
 
-def build(path: Path) -> EditDataModule:
+def build(path: Path) -> LightningDataModule:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(EditDataModule, "data")
+    parser.add_subclass_arguments(LightningDataModule, "data")
     parser.add_argument("--config", action="config")
     data = parser.instantiate(parser.parse_args(["--config", str(path)])).data
-    assert isinstance(data, EditDataModule)
+    assert isinstance(data, LightningDataModule)
     return data
 
 
@@ -40,7 +41,7 @@ def test_every_data_module_has_a_section() -> None:
         if isinstance(value := getattr(lightning_edit.data, name), type)
         and issubclass(value, EditDataModule)
     }
-    assert {type(build(path)) for path in CONFIGS} == modules
+    assert {type(build(path)) for path in CONFIGS} == {*modules, HeldOut}
 
 
 def test_requests_may_stand_in_the_config(tmp_path: Path) -> None:
@@ -60,6 +61,7 @@ data:
 """
     )
     data = build(path)
+    assert isinstance(data, EditDataModule)
     assert data.batch_size == 2
     assert data.requests == [
         EditRequest(
