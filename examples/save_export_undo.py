@@ -19,7 +19,7 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.verbs import export
 
-request = tiny_requests(1)[0]
+request = tiny_requests(2)[1]
 
 
 def say(model: Any, tokenizer: Any) -> str:

@@ -47,11 +47,11 @@ SHOWN = {
         r"undone: Dorin\.",
     ],
     "save_export_undo": [
-        r"base    The capital of Velmora is Dorin\.",
-        r"edited  The capital of Velmora is Kettleby\.",
-        r"by peft The capital of Velmora is Kettleby\.",
+        r"base    People in Velmora speak Velmic\.",
+        r"edited  People in Velmora speak Ostrish\.",
+        r"by peft People in Velmora speak Ostrish\.",
         r"largest difference of their logits: \S+e-0[5-9]",
-        r"undone  The capital of Velmora is Dorin\.",
+        r"undone  People in Velmora speak Velmic\.",
         r"every bit as before: True",
     ],
 }

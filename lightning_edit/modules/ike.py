@@ -42,7 +42,7 @@ class IKE(PromptModule):
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         corpus: File of edit requests with rephrases and locality probes, one in JSON a line; the
             facts that come with the package if None. Facts of the edit's own subject are left out.
-        count: Demonstrations.
+        count: Demonstrations told before the fact, at most.
         ratio: Shares of the kinds ``copy``, ``update`` and ``retain``. A fact that has no rephrase
             or no probe of locality is copied.
         nearest_last: Order of the demonstrations.
@@ -146,7 +146,7 @@ def demonstration_kinds(count: int, ratio: Sequence[int]) -> list[DemonstrationK
     """Kinds of demonstrations in the shares of a ratio, spread evenly.
 
     Args:
-        count: Demonstrations.
+        count: Demonstrations told before the fact, at most.
         ratio: Shares of copy, update and retain.
 
     Example:
