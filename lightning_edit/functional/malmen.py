@@ -35,6 +35,7 @@ def malmen_block(
         [N, F].
 
     Example:
+        >>> import torch
         >>> eye, zero, one = torch.eye(2), torch.zeros(2), torch.ones(2)
         >>> malmen_block(torch.tensor([[1.0, -1.0]]), eye, eye, zero, -one, zero).tolist()
         [[0.0, -1.0]]
@@ -61,6 +62,7 @@ def value_differences(
         [N, O].
 
     Example:
+        >>> import torch
         >>> one = torch.ones(1, 2)
         >>> value_differences(one, one, torch.ones(1, 1), torch.tensor(0.5)).tolist()
         [[-1.0]]

@@ -80,7 +80,7 @@ class IKE(PromptModule):
         max_entries: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, encoder, 1, threshold, max_entries, **kwargs)
+        super().__init__(model, encoder, threshold, max_entries, **kwargs)
         if count < 0:
             raise ValueError(f"`count` is expected to be at least 0, but got {count}.")
         if len(ratio) != 3 or min(ratio) < 0 or not sum(ratio):

@@ -33,30 +33,28 @@ class PromptModule(MemoryModule):
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         encoder: Folder of a text encoder by which facts are found, such as one that
             sentence-transformers saved; the language model's own mean hidden states if None.
-        facts: Facts that a prompt is told at most, the most fitting last.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
         kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
     """
 
+    #: Facts that a prompt is told at most, the most fitting last.
+    facts: int = 1
+
     def __init__(
         self,
         model: str = "smollm2",
         encoder: str | None = None,
-        facts: int = 1,
         threshold: float = -1.0,
         max_entries: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, max_entries=max_entries, **kwargs)
-        if facts < 1:
-            raise ValueError(f"`facts` is expected to be at least 1, but got {facts}.")
         if not -1 <= threshold < 1:
             raise ValueError(
                 f"`threshold` is expected to be a cosine from -1 to below 1, but got {threshold}."
             )
         self.encoder = encoder
-        self.facts = facts
         self.threshold = threshold
 
     @abstractmethod

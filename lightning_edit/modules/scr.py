@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -46,6 +46,20 @@ class SCR(PromptModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.05212"
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        encoder: str | None = None,
+        facts: int = 1,
+        threshold: float = -1.0,
+        max_entries: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, encoder, threshold, max_entries, **kwargs)
+        if facts < 1:
+            raise ValueError(f"`facts` is expected to be at least 1, but got {facts}.")
+        self.facts = facts
 
     @override
     def contexts(self, requests: Sequence[EditRequest]) -> list[str]:
