@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.evaluation.blocks import running
 
 __all__ = ["blocks_below", "replayed"]
 
@@ -64,5 +63,14 @@ def replayed(blocks: list[nn.Module]) -> Iterator[None]:
 
         return recall
 
-    with running({block: once(block.forward) for block in blocks}):
+    # Other packages put a method of their own into the instance.
+    earlier = {block: block.__dict__["forward"] for block in blocks if "forward" in vars(block)}
+    try:
+        for block in blocks:
+            block.forward = once(block.forward)
         yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+            if block in earlier:
+                block.forward = earlier[block]
