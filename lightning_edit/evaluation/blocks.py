@@ -20,8 +20,9 @@ __all__ = [
     "BlockRecorder",
     "Prefix",
     "StopPass",
+    "explained",
     "hidden_states",
-    "runs_alone",
+    "running",
     "scaled_logits",
     "with_cache",
 ]
@@ -138,12 +139,13 @@ class Prefix:
 
 
 @contextmanager
-def runs_alone(what: str, advice: str) -> Iterator[None]:
+def explained(problem: str, advice: str) -> Iterator[None]:
     """Turns what a model of another make stumbles over into an error that says so.
 
     Args:
-        what: What cannot be run on its own, such as ``The blocks of GPT2LMHeadModel``.
-        advice: What to do then.
+        problem: What then cannot be done, such as ``The blocks of GPT2LMHeadModel cannot be run on
+            their own``.
+        advice: What to do instead.
 
     Raises:
         ModelError: In place of errors that come from the model's code.
@@ -153,9 +155,24 @@ def runs_alone(what: str, advice: str) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
         if isinstance(reason, torch.OutOfMemoryError):
             raise
-        raise ModelError(
-            f"{what} cannot be run on their own ({type(reason).__name__}: {reason}). {advice}"
-        ) from reason
+        raise ModelError(f"{problem} ({type(reason).__name__}: {reason}). {advice}") from reason
+
+
+@contextmanager
+def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Has modules run something else in place of their ``forward`` inside a ``with`` block."""
+    # Other packages put a method of their own into the instance.
+    kept = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in kept.items():
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -28,8 +28,8 @@ from lightning_edit.evaluation.blocks import (
     Arguments,
     BlockRecorder,
     Prefix,
+    explained,
     hidden_states,
-    runs_alone,
     scaled_logits,
     with_cache,
 )
@@ -109,7 +109,8 @@ class CorruptedRun:
         #: Clean outputs of the parts of each block, [T, D] each.
         self._clean: dict[Kind, list[Tensor]] = {}
         advice = "Its facts cannot be traced. Choose another model."
-        with runs_alone(f"The blocks of {name}", advice), torch.no_grad():
+        problem = f"The blocks of {name} cannot be run on their own"
+        with explained(problem, advice), torch.no_grad():
             self._capture()
             logits_RV = self._logits(self._states[-1][:, -1])
         probabilities_RV = logits_RV.softmax(-1)

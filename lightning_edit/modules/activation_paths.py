@@ -13,7 +13,7 @@ scaled. All of them reach the top together, and one backward pass gives every gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
+from lightning_edit.evaluation.blocks import explained
 from lightning_edit.functional.knowledge_neurons import probability_gradient
 from lightning_edit.modules.tail import frozen
 
@@ -206,19 +207,11 @@ class ActivationPaths:
             )
 
 
-@contextmanager
-def _explained(model: nn.Module) -> Iterator[None]:
-    """Turns what a model of another make stumbles over into an error that says so."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
-        if isinstance(reason, torch.OutOfMemoryError):
-            raise
-        raise ModelError(
-            f"{type(model).__name__} cannot be run on its last token over cached keys and values "
-            f"({type(reason).__name__}: {reason}). Choose another model, or a method that needs no "
-            "attribution, such as FineTune or LoRA."
-        ) from reason
+def _explained(model: nn.Module) -> AbstractContextManager[None]:
+    return explained(
+        f"{type(model).__name__} cannot be run on its last token over cached keys and values",
+        "Choose another model, or a method that needs no attribution, such as FineTune or LoRA.",
+    )
 
 
 class _Rows:

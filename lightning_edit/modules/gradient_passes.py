@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.evaluation.blocks import running
 from lightning_edit.modules.target_loss import row_means, target_nll
 
 __all__ = [
@@ -166,13 +167,5 @@ def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[
 @contextmanager
 def skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
     """Has blocks return what is given inside a ``with`` block, without running them."""
-    kept = {block: vars(block).get("forward") for block in below}
-    for block, output in below.items():
-        block.forward = lambda *_, output=output, **__: output
-    try:
+    with running({block: lambda *_, o=output, **__: o for block, output in below.items()}):
         yield
-    finally:
-        for block, own in kept.items():
-            del block.forward
-            if own is not None:  # some libraries wrap it
-                block.forward = own

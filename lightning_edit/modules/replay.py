@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.evaluation.blocks import running
 
 __all__ = ["blocks_below", "replayed"]
 
@@ -63,14 +64,5 @@ def replayed(blocks: list[nn.Module]) -> Iterator[None]:
 
         return recall
 
-    # Other packages put a method of their own into the instance.
-    earlier = {block: block.__dict__["forward"] for block in blocks if "forward" in vars(block)}
-    try:
-        for block in blocks:
-            block.forward = once(block.forward)
+    with running({block: once(block.forward) for block in blocks}):
         yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-            if block in earlier:
-                block.forward = earlier[block]

@@ -111,14 +111,10 @@ def second_moments(
             rank_zero_info(f"Sampling {wanted} tokens from the model for its second moments …")
         world = torch.distributed.get_world_size() if shared else 1
         first = torch.distributed.get_rank() if shared else 0
-        count = -(-wanted // ROW_LENGTH) if rows is None else len(rows)
-        batches = [
-            _sample(tree.model, tokens, min(BATCH_ROWS, count - start), seed + i)
-            if rows is None
-            else rows[start : start + BATCH_ROWS]
-            for i, start in enumerate(range(0, count, BATCH_ROWS))
-            if i % world == first
-        ]
+        if rows is None:
+            batches = list(_sampled(tree.model, tokens, wanted, seed, first, world))
+        else:
+            batches = list(torch.split(rows, BATCH_ROWS))[first::world]
         sums |= _accumulate(tree, missing, batches, shared=shared)
         for layer in missing:
             if layer in files:
@@ -140,34 +136,34 @@ def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) 
     Returns:
         Token ids, [rows, 64].
     """
-    n_rows = -(-count // ROW_LENGTH)
-    return torch.cat(
-        [
-            _sample(model, tokens, min(BATCH_ROWS, n_rows - start), seed + i)
-            for i, start in enumerate(range(0, n_rows, BATCH_ROWS))
-        ]
-    )
+    return torch.cat(list(_sampled(model, tokens, count, seed)))
 
 
-def _sample(model: Any, tokens: PromptTokenizer, count: int, seed: int) -> Tensor:
+def _sampled(
+    model: Any, tokens: PromptTokenizer, count: int, seed: int, first: int = 0, every: int = 1
+) -> Iterator[Tensor]:
+    """Batches of rows, from the first on every so many."""
     special = set(getattr(tokens.tokenizer, "all_special_ids", []))
     ordinary = torch.tensor([i for i in range(len(tokens.tokenizer)) if i not in special])
     device = next(model.parameters()).device
-    with seeded(seed), torch.no_grad():
-        first = ordinary[torch.randint(len(ordinary), (count, 1))].to(device)
-        written: Tensor = model.generate(
-            first,
-            attention_mask=torch.ones_like(first),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=ROW_LENGTH - 1,
-            min_new_tokens=ROW_LENGTH - 1,
-            pad_token_id=tokens.pad_id,
-        )
-    return written
+    n_rows = -(-count // ROW_LENGTH)
+    for i in range(first, -(-n_rows // BATCH_ROWS), every):
+        size = min(BATCH_ROWS, n_rows - i * BATCH_ROWS)
+        with seeded(seed + i), torch.no_grad():
+            begun = ordinary[torch.randint(len(ordinary), (size, 1))].to(device)
+            written: Tensor = model.generate(
+                begun,
+                attention_mask=torch.ones_like(begun),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=ROW_LENGTH - 1,
+                min_new_tokens=ROW_LENGTH - 1,
+                pad_token_id=tokens.pad_id,
+            )
+        yield written
 
 
 def text_file_ids(tokens: PromptTokenizer, path: str | Path, count: int) -> Tensor:

@@ -29,8 +29,8 @@ from lightning_edit.evaluation.attention import short_attention
 from lightning_edit.evaluation.blocks import (
     BlockRecorder,
     Prefix,
+    explained,
     hidden_states,
-    runs_alone,
     scaled_logits,
     with_cache,
 )
@@ -141,7 +141,8 @@ class Tail:
         Raises:
             ModelError: If the model's blocks cannot be run on their own.
         """
-        with runs_alone(f"The blocks of {type(tree.model).__name__}", ADVICE):
+        problem = f"The blocks of {type(tree.model).__name__} cannot be run on their own"
+        with explained(problem, ADVICE):
             tail = cls._capture(tree, layer, rows, splits, pad_id, place)
             error = tail._difference(rows, splits)
         limit = MAX_DIFFERENCE if tail.state.dtype == torch.float32 else 10 * MAX_DIFFERENCE
