@@ -1,15 +1,20 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Locate-then-edit methods on facts that the default model knows, each alone and in batches.
+"""Editors on facts that the default model knows, each fact alone and in batches.
 
     python benchmarks/quality.py --counterfact counterfact.json --output quality.jsonl
     python benchmarks/quality.py --output quality.jsonl --show      # the table of what is there
+    python benchmarks/quality.py --counterfact counterfact.json --output memory.jsonl \
+        --methods GRACE WISE TPatcher SCR IKE --facts 200 --modes 1 --retention 50
 
 Facts are those of the package and, with ``--counterfact``, as many of CounterFact, of which the
 unedited model writes the old answer by itself. They are edited each alone (``alone``), and one
 batch after another into the same model, measured when all are in (``1``, ``10``, ``50``: requests
 of a batch). Target values of the unedited model are searched once for methods that share them,
 since they are the same in a batch and alone. A run that was stopped goes on where it was.
+
+With ``--retention n`` the edits so far are measured after every n, group by group of n, which shows
+what later edits leave of earlier ones.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import torch
 
 import lightning_edit as le
 from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator, ScoredProbe
 from lightning_edit.modules.target_values import TargetValues
 
@@ -35,7 +41,7 @@ ALONE = "alone"
 LAYER, LAYERS = [5], [4, 5, 6, 7, 8]
 RANK_ONE: dict[str, Any] = {"layers": LAYER, "weight_decay": 1e-3, "clamp_norm_factor": 1.5}
 SPREAD: dict[str, Any] = {"layers": LAYERS, "clamp_norm_factor": 0.75}
-PLANS: dict[str, dict[str, Any]] = {
+LOCATE: dict[str, dict[str, Any]] = {
     "ROME": RANK_ONE,
     "RROME": RANK_ONE,
     "MEMIT": SPREAD,
@@ -45,6 +51,14 @@ PLANS: dict[str, dict[str, Any]] = {
     "UltraEdit": {},
     "KN": {},
 }
+REMEMBER: dict[str, dict[str, Any]] = {
+    "GRACE": {},
+    "WISE": {"steps": 40},
+    "TPatcher": {},
+    "SCR": {},
+    "IKE": {"count": 8},
+}
+PLANS = LOCATE | REMEMBER
 
 
 def few_probes(request: le.EditRequest) -> le.EditRequest:
@@ -116,7 +130,19 @@ def hits(probes: Sequence[ScoredProbe]) -> Iterator[tuple[str, float]]:
             yield f"{probe.metric}/autoregressive", float(probe.autoregressive)
 
 
-def run(editor: Any, requests: Sequence[Any], mode: str) -> dict[str, Any]:
+def mean(scores: Sequence[float]) -> float:
+    return round(sum(scores) / len(scores), 3)
+
+
+def kept(evaluator: Evaluator, requests: Sequence[Any], group: int) -> list[float]:
+    """Teacher-forced reliability of the edits so far, group by group."""
+    bare = [replace(r, rephrases=(), locality=(), portability=()) for r in requests]
+    scored = evaluator.evaluate(bare, Baseline({})).probes
+    found = [float(p.teacher_forced) for p in scored if p.teacher_forced is not None]
+    return [mean(found[start : start + group]) for start in range(0, len(found), group)]
+
+
+def run(editor: Any, requests: Sequence[Any], mode: str, group: int | None) -> dict[str, Any]:
     """Edits with all requests and gives the model back."""
     evaluator = Evaluator(editor.model, editor.tokens)
     baseline = evaluator.baseline(requests)
@@ -124,6 +150,7 @@ def run(editor: Any, requests: Sequence[Any], mode: str) -> dict[str, Any]:
     began = time.process_time()
     measuring = 0.0
     failed: list[str] = []
+    retention: dict[int, list[float]] = {}
     if mode == ALONE:
         for request in requests:
             edit = editor.edit(request)
@@ -138,6 +165,11 @@ def run(editor: Any, requests: Sequence[Any], mode: str) -> dict[str, Any]:
             failed += edit.details.get("failed", {})
             editor.edit_optimizer.stage(edit)
             editor.edit_optimizer.step()
+            held = min(start + size, len(requests))
+            if group is not None and held // group > start // group:
+                at = time.process_time()
+                retention[held] = kept(evaluator, requests[:held], group)
+                measuring += time.process_time() - at
         at = time.process_time()
         found += hits(evaluator.evaluate(requests, baseline).probes)
         measuring += time.process_time() - at
@@ -148,8 +180,9 @@ def run(editor: Any, requests: Sequence[Any], mode: str) -> dict[str, Any]:
     return {
         "seconds": round(spent / len(requests), 2),
         "failed": failed,
-        "scores": {name: round(sum(part) / len(part), 3) for name, part in scores.items()},
+        "scores": {name: mean(part) for name, part in scores.items()},
         "n": {name: len(part) for name, part in scores.items()},
+        **({"retention": retention} if retention else {}),
     }
 
 
@@ -177,10 +210,11 @@ def main() -> None:
     parser.add_argument("--counterfact", help="a file of CounterFact; the package's facts alone")
     parser.add_argument("--output", type=Path, default=Path("quality.jsonl"))
     parser.add_argument("--facts", type=int, default=50)
-    parser.add_argument("--methods", nargs="+", default=list(PLANS))
+    parser.add_argument("--methods", nargs="+", default=list(LOCATE), choices=list(PLANS))
     parser.add_argument("--modes", nargs="+", default=[ALONE, "50", "10", "1"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, nargs="+", help="instead of the methods' own")
+    parser.add_argument("--retention", type=int, help="measure all edits after every so many")
     parser.add_argument("--show", action="store_true", help="print the table of the output alone")
     options = parser.parse_args()
     lines = options.output.read_text("utf-8").splitlines() if options.output.is_file() else []
@@ -189,24 +223,28 @@ def main() -> None:
         torch.set_num_threads(1)
         model, tokenizer = le.load_model("smollm2"), le.load_tokenizer("smollm2")
         requests = known_facts(model, tokenizer, options.counterfact, options.facts)
-        done = {(row["method"], row["mode"]) for row in rows}
-        # The same contexts for all: the bare prompt, and five that the model writes.
-        contexts = le.MEMIT.from_model(model, tokenizer, layers=LAYERS).template_groups
+        done = {(row["method"], row["mode"], row["facts"]) for row in rows}
+        contexts: Any = None
         shared = Shared()
         for mode in options.modes:
             for name in options.methods:
-                if (name, mode) in done:
+                if (name, mode, len(requests)) in done:
                     continue
                 settings = dict(PLANS[name])
                 if options.layers is not None:
                     settings["layers"] = options.layers
                 editor: Any = getattr(le, name).from_model(model, tokenizer, **settings)
                 if hasattr(editor, "template_groups"):
+                    if contexts is None:  # the same for all: bare, and behind five sampled texts
+                        memit = le.MEMIT.from_model(model, tokenizer, layers=LAYERS)
+                        contexts = memit.template_groups
                     settings |= {"context_templates": contexts, "steps": options.steps}
                     editor = getattr(le, name).from_model(model, tokenizer, **settings)
                     shared.of(editor)
                 row = {"method": name, "mode": mode, "facts": len(requests)}
-                rows.append(row | run(editor, requests, mode))
+                rows.append(row | run(editor, requests, mode, options.retention))
+                if (memory := EditMemory.find(model)) is not None:
+                    memory.detach_()
                 with options.output.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(rows[-1]) + "\n")
                 sys.stderr.write(tables(rows[-1:]).splitlines()[-1] + "\n")
