@@ -223,6 +223,11 @@ class EditMemory(nn.Module, ABC):
         """Whether the model runs as if there were no memory."""
         return self._is_off
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether the model's passes go through the memory."""
+        return bool(self._handles)
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """Has the base model inside a ``with`` block."""

@@ -18,15 +18,19 @@ from torch.nn.functional import pad
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.evaluation.prefixes import SharedPrefix, shared_prefixes
 
 __all__ = ["Continuation", "Score", "continuations", "prompt_ids", "score_targets"]
 
 _T = TypeVar("_T")
-_Row = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and its answer but for the last token
+_Ids = tuple[int, ...]
+_Row = tuple[_Ids, _Ids]  # a prompt, and its answer but for the last token
 
 # A batch of this many tokens keeps a processor busy; from there on padding is what costs.
 ENOUGH_TOKENS = 128
 MAX_PADDING = 1.1  # times the tokens that are none
+# Tokens whose keys and values are held at once, for each token that is run at once.
+HELD_TOKENS = 4
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
 
@@ -80,7 +84,8 @@ def score_targets(
     A decoder reads each prompt once, whatever the number of its answers, whose tokens continue from
     the prompt's keys and values. Prompts are padded on the left with explicit positions, so that
     logits are computed for their last position only and models with absolute positions read what
-    they would read unpadded.
+    they would read unpadded. What several prompts begin with, such as the demonstrations of
+    :class:`IKE`, is read once for all of them, if it is long.
 
     Args:
         model: A Hugging Face language model.
@@ -96,7 +101,7 @@ def score_targets(
     rows: dict[_Row, list[int]] = {}
     for i, (prompt, target) in enumerate(pairs):
         rows.setdefault((tuple(prompt), tuple(target[:-1])), []).append(i)
-    run = _encoder_decoder_logits if tokens.is_encoder_decoder else _decoder_logits
+    run = _encoder_decoder_logits if tokens.is_encoder_decoder else _all_decoder_logits
     scores: list[Score | None] = [None] * len(pairs)
     for row, logits_KV in run(model, tokens, list(rows), max_tokens):
         logp_KV = torch.log_softmax(logits_KV.float(), dim=-1)
@@ -114,6 +119,55 @@ def score_targets(
     return [score for score in scores if score is not None]
 
 
+def _all_decoder_logits(
+    model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+) -> Iterator[tuple[_Row, Tensor]]:
+    """Logits of the places of each row's answer, [K, V], also where prompts begin alike."""
+    prefixes = _prefixes(model, tokens, [prompt for prompt, _ in rows])
+    parts: dict[_Ids, list[_Row]] = {}
+    for row in rows:
+        parts.setdefault(prefixes.get(row[0], ()), []).append(row)
+    yield from _decoder_logits(model, tokens, parts.pop((), []), max_tokens)
+    for prefix, own in parts.items():
+        yield from _logits_after(model, tokens, prefix, own, max_tokens)
+
+
+def _prefixes(model: Any, tokens: PromptTokenizer, prompts: Sequence[_Ids]) -> dict[_Ids, _Ids]:
+    """Prompts that begin like others, and what can be read once for all of these."""
+    memory = EditMemory.find(model)
+    # A memory that looks at whole prompts has to see them whole.
+    if tokens.is_encoder_decoder or (memory is not None and memory.is_hooked):
+        return {}
+    groups = shared_prefixes(prompts)
+    return {prompt: prefix for prefix, group in groups.items() for prompt in group}
+
+
+def _logits_after(
+    model: Any, tokens: PromptTokenizer, beginning: _Ids, rows: Sequence[_Row], max_tokens: int
+) -> Iterator[tuple[_Row, Tensor]]:
+    """Logits of rows whose prompts begin with the same tokens."""
+    prefix, length = SharedPrefix(model, beginning), len(beginning)
+    lengths = {row: len(row[0]) + len(row[1]) for row in rows}
+    for batch in _batches(lengths, HELD_TOKENS * max_tokens, ENOUGH_TOKENS):
+        ids, mask = pad_rows([[*row[0][length:], *row[1]] for row in batch], tokens.pad_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        whole = torch.cat([mask.new_ones(len(batch), length), mask], 1)
+        first = min(len(prompt) for prompt, _ in batch) - length - 1
+        keep = {"logits_to_keep": ids.shape[1] - first} if _keeps_logits(model) else {}
+        logits_BKV = model(
+            input_ids=ids,
+            attention_mask=whole,
+            position_ids=(whole.cumsum(1) - 1)[:, length:],
+            cache=prefix.cache(len(batch)),
+            use_cache=True,
+            **keep,
+        ).logits
+        skipped = ids.shape[1] - logits_BKV.shape[1]
+        for row, logits_KV in zip(batch, logits_BKV, strict=True):
+            at = len(row[0]) - length - 1 - skipped
+            yield row, logits_KV[at : at + len(row[1]) + 1]
+
+
 def _decoder_logits(
     model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
@@ -123,7 +177,7 @@ def _decoder_logits(
     device = next(model.parameters()).device
     keep = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     memory = EditMemory.find(model)
-    answers: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    answers: dict[_Ids, list[_Ids]] = {}
     for prompt, forced in rows:
         answers.setdefault(prompt, []).append(forced)
     begun: list[_Begun] = []
@@ -299,13 +353,24 @@ def continuations(
     asked = list(zip(prompts, min_new_tokens or [1] * len(prompts), strict=True))
     ids = prompt_ids(model, tokens, prompts)
     order = sorted(dict.fromkeys(asked), key=lambda item: len(ids[item[0]]))
+    prefixes = _prefixes(model, tokens, [tuple(ids[prompt]) for prompt, _ in order])
+    parts: dict[_Ids, list[tuple[str, int]]] = {}
+    for item in order:
+        parts.setdefault(prefixes.get(tuple(ids[item[0]]), ()), []).append(item)
     texts: dict[tuple[str, int], Continuation] = {}
-    for start in range(0, len(order), max_rows):
-        chunk = order[start : start + max_rows]
-        written = _generate(
-            model, tokens, [ids[p] for p, _ in chunk], max_new_tokens, [n for _, n in chunk]
-        )
-        texts.update(zip(chunk, written, strict=True))
+    for beginning, items in parts.items():
+        prefix = SharedPrefix(model, beginning) if beginning else None
+        for start in range(0, len(items), max_rows):
+            chunk = items[start : start + max_rows]
+            written = _generate(
+                model,
+                tokens,
+                [ids[p] for p, _ in chunk],
+                max_new_tokens,
+                [n for _, n in chunk],
+                prefix,
+            )
+            texts.update(zip(chunk, written, strict=True))
     return [texts[item] for item in asked]
 
 
@@ -315,13 +380,21 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     least: Sequence[int],
+    prefix: SharedPrefix | None = None,
 ) -> list[Continuation]:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     tokenizer = tokens.tokenizer
     device = next(model.parameters()).device
     side = "right" if tokens.is_encoder_decoder else "left"
-    ids, mask = pad_rows(prompts, tokens.pad_id, side=side)
+    # With a prefix, padding stands behind it.
+    length = 0 if prefix is None else prefix.length
+    ids, mask = pad_rows([prompt[length:] for prompt in prompts], tokens.pad_id, side=side)
+    read = {} if prefix is None else {"cache": prefix.cache(len(prompts))}
+    if prefix is not None:
+        start = torch.tensor([list(prompts[0][:length])]).expand(len(prompts), -1)
+        ids = torch.cat([start, ids], 1)
+        mask = torch.cat([torch.ones_like(start), mask], 1)
     begin = 1 if tokens.is_encoder_decoder else ids.shape[1]
     ends = {i for i in (tokens.eos_id,) if i is not None}
     done = [False] * len(prompts)
@@ -352,6 +425,7 @@ def _generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokens.pad_id,
         stopping_criteria=StoppingCriteriaList([NaturalStop()]),
+        **read,
     )
     written: list[Continuation] = []
     for b, row in enumerate(output[:, begin:].tolist()):

@@ -11,7 +11,7 @@ import torch
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.demos import tiny_tokenizer, trained_tiny_model, world_sentences
-from lightning_edit.evaluation import scoring
+from lightning_edit.evaluation import prefixes, scoring
 from lightning_edit.evaluation.scoring import continuations, score_targets
 from tests import zoo
 
@@ -134,3 +134,52 @@ def test_half_precision_scores_are_finite_and_close() -> None:
     rough = score_targets(model.to(torch.bfloat16), tokens, pairs)
     for a, b in zip(exact, rough, strict=True):
         assert b.nll == pytest.approx(a.nll, rel=0.1, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", zoo.DECODERS)
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind: str) -> None:
+    model = zoo.build(kind)
+    tokens = PromptTokenizer(tiny_tokenizer())
+    told = [tokens.prompt("The capital of Velmora is Dorin . " * n) for n in (12, 13, 14)]
+    pairs = [
+        (start[:length] + tokens.prompt(asked), tokens.target("x", answer))
+        for start, length in zip(told, (80, 90, 70), strict=True)
+        for asked in ("People in Ostrane speak", "The flag is", "a")
+        for answer in ("Dorin", "Ivory Bay", "green")
+    ]
+    tokens_read = 0
+
+    def count(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal tokens_read
+        tokens_read += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+
+    handle = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    scores = score_targets(model, tokens, pairs, with_first=[True] * len(pairs))
+    handle.remove()
+    assert tokens_read < sum(len(prompt) for prompt, _ in pairs) / 4
+    with torch.no_grad():
+        for (prompt, target), score in zip(pairs, scores, strict=True):
+            wanted = alone(model, prompt, target)
+            picked = wanted.gather(1, torch.tensor(target)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(score.log_probs), picked, atol=2e-5, rtol=1e-4)
+            assert score.first is not None
+            torch.testing.assert_close(score.first, wanted[0], atol=2e-5, rtol=1e-4)
+
+
+def test_texts_go_on_from_what_their_prompts_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = trained_tiny_model()
+    tokens = PromptTokenizer(tokenizer)
+    told = " ".join(f"{prompt} {answer}." for prompt, answer in world_sentences()[:16])
+    prompts = [f"{told} {asked}" for asked in ("The capital of Velmora is", "People in", "Dorin")]
+    read: list[int] = []
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    texts = continuations(model, tokens, [*prompts, "Velmora"], max_new_tokens=5)
+    shared = sum(read)
+    read.clear()
+    monkeypatch.setattr(prefixes, "SHORTEST", 10**6)
+    assert continuations(model, tokens, [*prompts, "Velmora"], max_new_tokens=5) == texts
+    handle.remove()
+    assert shared < 0.6 * sum(read)
+    assert len({text.text for text in texts}) > 1
