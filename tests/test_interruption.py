@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_edit import MemoryWrite
+from lightning_edit.demos import WORLD, tiny_requests
 from tests.runs import TinyWorld, assert_same_edit, metrics_of, printed_command, run_here
 
 # ROME on a tiny model shares directions among its few keys, which it says.
@@ -86,3 +89,33 @@ def test_a_terminated_run_finishes_its_edit_and_does_not_claim_success(
     assert "Stopped after 2 committed step(s)" in ended.stderr
     assert committed_steps(tmp_path) == 2
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_two_hundred_remembered_edits_go_on_where_they_were_killed(tmp_path: Path) -> None:
+    settings = {"layers": [1], "steps": 2, "radius": 0.01}
+    world = TinyWorld(tmp_path, method="GRACE", settings=settings)
+    places = [fact.subject for fact in WORLD]
+    rows = [
+        {
+            "id": f"{request.id}-{i}",
+            "prompt": f"{places[i % len(places)]} and {request.prompt}",
+            "subject": request.subject,
+            "target_new": request.target_new,
+        }
+        for i, request in enumerate(tiny_requests(20) * 10)
+    ]
+    world.requests.write_text("\n".join(map(json.dumps, rows)))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_here(world.arguments(whole)) == 0
+    assert interrupted(world, killed, "SIGKILL", 100, "committed").returncode == -9
+    assert committed_steps(killed) == 100
+    assert run_here(world.arguments(killed, "--ckpt_path=last")) == 0
+    assert committed_steps(killed) == 200
+    a, b = (MemoryWrite.load(run / "delta") for run in (whole, killed))
+    assert list(a.entries) == list(b.entries)
+    assert len(a.entries) > 100
+    for name, entry in a.entries.items():
+        assert entry is not None
+        assert entry.equals(b.entries[name])
+    assert metrics_of(whole) == metrics_of(killed)
