@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from safetensors.torch import save_file
+from torch import Tensor
 
 import lightning_edit
-from lightning_edit import EditCheckpoint, EditEvaluator, EditModule, EditReport
-from lightning_edit.core.hashing import weight_hash
+from lightning_edit import EditCheckpoint, EditEvaluator, EditMemory, EditModule, EditReport
+from lightning_edit.core.hashing import tensor_hash, weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests
 
@@ -35,6 +36,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ultra_edit": ("UltraEdit", {"layers": [2], "lr": 1e-3}, 3),
     "fine_tune": ("FineTune", {"layers": [2], "steps": 3}, 2),
     "lora": ("LoRA", {"layers": [1], "rank": 2, "steps": 3}, 2),
+    "grace": ("GRACE", {"layers": [1], "steps": 3}, 2),
+    "t_patcher": ("TPatcher", {"steps": 8, "first_check": 8, "memory_tokens": 64}, 2),
+    "ike": ("IKE", {"count": 2}, 2),
 }
 
 
@@ -52,6 +56,23 @@ def trainer_of(folder: Path, processes: int, *callbacks: Callback, **settings: A
         enable_model_summary=False,
         **settings,
     )
+
+
+def written(editor: EditModule) -> dict[str, Tensor]:
+    """All that the editor has written, by name."""
+    memory = EditMemory.find(editor.model)
+    if memory is None:
+        return {name: editor.delta.dense(name).contiguous() for name in editor.delta.changes}
+    return {
+        f"{name}.{field}": tensor.clone()
+        for name, entry in memory.entries.items()
+        for field, tensor in entry.tensors.items()
+    }
+
+
+def fingerprint(editor: EditModule) -> list[str]:
+    """Hashes of the weights and of all that was written."""
+    return [weight_hash(editor.model), *map(tensor_hash, written(editor).values())]
 
 
 def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]:
@@ -81,7 +102,7 @@ def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]
     evaluator = EditEvaluator(every_n_steps=2)
     trainer = trainer_of(folder, processes, evaluator, max_epochs=1)
     trainer.fit(editor, data)
-    edited = weight_hash(editor.model)
+    edited = fingerprint(editor)
     resumed, data = fresh()
     part = folder / "resumed"
     trainer_of(part, processes, EditEvaluator(), max_epochs=1, max_steps=2).fit(resumed, data)
@@ -91,14 +112,11 @@ def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]
     measuring.validate(editor, data, verbose=False)
     validated = {k: float(v) for k, v in measuring.callback_metrics.items()}
     measuring.test(fresh()[0], data, verbose=False)
-    save_file(
-        {name: editor.delta.dense(name).contiguous() for name in editor.delta.changes},
-        folder / f"delta-{trainer.global_rank}.safetensors",
-    )
+    save_file(written(editor), folder / f"delta-{trainer.global_rank}.safetensors")
     return {
         "steps": trainer.global_step,
         "weights": edited,
-        "resumed": weight_hash(resumed.model),
+        "resumed": fingerprint(resumed),
         "history": [row["id"] for row in editor.history],
         "rows": {key: [row.before, row.after, row.n] for key, row in evaluator.rows.items()},
         "sequence": evaluator.sequence,
