@@ -71,28 +71,41 @@ def few_probes(request: le.EditRequest) -> le.EditRequest:
     )
 
 
-def known_facts(model: Any, tokenizer: Any, counterfact: str | None, count: int) -> list[Any]:
-    """Facts whose old answer the model writes by itself, half of them from CounterFact."""
+def known_facts(
+    model: Any, tokenizer: Any, counterfact: str | None, count: int, cache: Path
+) -> list[Any]:
+    """Facts whose old answer the model writes by itself, half of them from CounterFact if it can.
+
+    Args:
+        model: The unedited model.
+        tokenizer: Its tokenizer.
+        counterfact: A file of CounterFact.
+        count: Facts wanted.
+        cache: Where the ids of those that were found are kept for the next run.
+    """
     sets = [le.Facts().requests]
     if counterfact is not None:
         sets.append(le.CounterFact(path=counterfact).requests)
+    if cache.is_file():
+        by_id = {request.id: request for requests in sets for request in requests}
+        return [few_probes(by_id[name]) for name in json.loads(cache.read_text("utf-8"))]
     evaluator = Evaluator(model, le.PromptTokenizer(tokenizer), readings=["autoregressive"])
     facts: list[Any] = []
-    for requests in sets:
-        found: list[Any] = []
+    for left, requests in zip(range(len(sets), 0, -1), sets, strict=True):
+        wanted = len(facts) + -(-(count - len(facts)) // left)
         seen: set[str] = set()
         for start in range(0, len(requests), 50):
             old = [r for r in requests[start : start + 50] if r.target_old]
             asked = [replace(r.reversed(), rephrases=(), locality=(), portability=()) for r in old]
             scored = evaluator.evaluate(asked, Baseline({})).probes
             for request, probe in zip(old, scored, strict=True):
-                if probe.autoregressive and request.subject not in seen:
+                if probe.autoregressive and request.subject not in seen and len(facts) < wanted:
                     seen.add(request.subject)
-                    found.append(few_probes(request))
-            if len(found) >= -(-count // len(sets)):
+                    facts.append(few_probes(request))
+            if len(facts) >= wanted:
                 break
-        facts += found[: -(-count // len(sets))]
-    return facts[:count]
+    cache.write_text(json.dumps([fact.id for fact in facts]), encoding="utf-8")
+    return facts
 
 
 class Shared:
@@ -222,7 +235,8 @@ def main() -> None:
     if not options.show:
         torch.set_num_threads(1)
         model, tokenizer = le.load_model("smollm2"), le.load_tokenizer("smollm2")
-        requests = known_facts(model, tokenizer, options.counterfact, options.facts)
+        cache = options.output.with_suffix(f".{options.facts}.json")
+        requests = known_facts(model, tokenizer, options.counterfact, options.facts, cache)
         done = {(row["method"], row["mode"], row["facts"]) for row in rows}
         contexts: Any = None
         shared = Shared()
