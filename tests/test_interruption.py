@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_edit import MemoryWrite
 from lightning_edit.demos import WORLD, tiny_requests
-from tests.runs import TinyWorld, assert_same_edit, metrics_of, printed_command, run_here
+from tests.runs import (
+    TinyWorld,
+    assert_same_edit,
+    metrics_of,
+    printed_command,
+    run_here,
+    run_python,
+)
 
 # ROME on a tiny model shares directions among its few keys, which it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
@@ -89,6 +97,49 @@ def test_a_terminated_run_finishes_its_edit_and_does_not_claim_success(
     assert "Stopped after 2 committed step(s)" in ended.stderr
     assert committed_steps(tmp_path) == 2
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_killed_training_of_an_editor_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    settings = {"rank": 8, "edit_lr": 0.01, "edit_lr_lr": 1e-3}
+    world = TinyWorld(tmp_path, n=8, method="MEND", settings=settings)
+    config = yaml.safe_load(world.config.read_text())
+    config["data"]["init_args"]["batch_size"] = 2
+    trainer = {"logger": False, "max_epochs": 2, "accelerator": "cpu", "limit_val_batches": 0}
+    config["trainer"] = {**trainer, "enable_model_summary": False}
+    world.config.write_text(yaml.safe_dump(config))
+
+    def words(run: Path, *more: str) -> list[str]:
+        callbacks = (
+            "--trainer.callbacks+=EditCheckpoint",
+            f"--trainer.callbacks.dirpath={run}",
+        )
+        return [
+            "fit",
+            "-c",
+            str(world.config),
+            f"--trainer.default_root_dir={run}",
+            *callbacks,
+            *more,
+        ]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_here(words(whole)) == 0
+    done = run_python(
+        *("-m", "lightning_edit"),
+        *words(killed),
+        "--trainer.callbacks+=tests.interrupting.Interrupt",
+        "--trainer.callbacks.signal_name=SIGKILL",
+        "--trainer.callbacks.step=5",
+    )
+    assert done.returncode == -9, done.stderr
+    stopped = torch.load(killed / "last.ckpt", weights_only=True)
+    assert stopped["global_step"] == 5
+    assert run_here(words(killed, f"--ckpt_path={killed / 'last.ckpt'}")) == 0
+    a, b = (torch.load(run / "last.ckpt", weights_only=True) for run in (whole, killed))
+    assert a["global_step"] == b["global_step"] == 8
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert any(not torch.equal(t, stopped["state_dict"][n]) for n, t in a["state_dict"].items())
+    assert all(torch.equal(t, b["state_dict"][n]) for n, t in a["state_dict"].items())
 
 
 @pytest.mark.slow
