@@ -73,7 +73,8 @@ class EditMemory(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        EditMemory.kinds[cls.__name__] = cls
+        if cls.fields:  # a base of several kinds has none of its own
+            EditMemory.kinds[cls.__name__] = cls
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
