@@ -163,7 +163,7 @@ def test_methods_are_those_that_are_exported() -> None:
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
     shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network", "factors"}
     shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "lessons", "locate"}
-    shared |= {"mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
+    shared |= {"loop", "mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
     shared |= {"replicas", "ridge_edit", "second_moment", "tail", "target_loss", "target_values"}
     shared |= {"tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}
