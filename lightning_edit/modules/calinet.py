@@ -222,6 +222,8 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         Raises:
             RequestError: If there is no wrong relation to compare a request with.
         """
+        if not requests:
+            return {}
         contrasts = wrong_relations(requests, self.contrast_templates, self.contrast_count)
         asked = [
             (prompt, request.target_new)

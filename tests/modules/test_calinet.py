@@ -411,6 +411,7 @@ def test_cka_is_the_ratio_of_probabilities(kind: str, monkeypatch: pytest.Monkey
     templates = ["{} was born in", "The mother of {} is", "Song about {}:", "{} eats"]
     editor = _editor(kind, contrast_templates=templates)
     requests = tiny_requests(2)
+    assert editor.assess([]) == {}
     found = editor.assess(requests)
     assert list(found) == [request.id for request in requests]
     for request in requests:
