@@ -22,7 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_edit import GRACE, SCR, WISE, Facts, TPatcher, load_model, load_tokenizer
+from lightning_edit import (
+    GRACE,
+    SCR,
+    WISE,
+    CaliNET,
+    Facts,
+    TPatcher,
+    load_model,
+    load_tokenizer,
+)
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.modules.remember import MemoryModule
 
@@ -31,6 +40,7 @@ EDITORS: tuple[tuple[type[MemoryModule], dict[str, Any]], ...] = (
     (GRACE, {}),
     (WISE, {"keep_ratio": 0.01}),
     (TPatcher, {}),
+    (CaliNET, {}),
     (SCR, {}),
 )
 
@@ -59,6 +69,13 @@ def noise(editor: MemoryModule, count: int) -> dict[str, MemoryEntry]:
             case TPatcher():
                 tensors = {"keys": draw(size), "biases": torch.tensor(-1e6)}
                 tensors |= {"values": draw(size), "queries": draw(size)}
+            case CaliNET():
+                if i % editor.slots:  # a block for as many facts as it has slots
+                    continue
+                # States have no common direction: half of the slots fire at any.
+                tensors = {"keys": draw(1, 1, editor.slots, size)}
+                tensors |= {"values": 1e-9 * draw(1, editor.slots, size)}
+                notes = {"number": i}
             case _:
                 tensors = {"embeddings": torch.nn.functional.normalize(draw(size), dim=0)}
                 notes = {"context": "", "fact": "The capital of France is Rome"}

@@ -55,6 +55,7 @@ REMEMBER: dict[str, dict[str, Any]] = {
     "GRACE": {},
     "WISE": {"steps": 40},
     "TPatcher": {},
+    "CaliNET": {},
     "SCR": {},
     "IKE": {"count": 8},
 }

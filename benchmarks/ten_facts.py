@@ -28,7 +28,7 @@ from typing import Any
 EDITORS = (
     *("ft_m", "lora", "rome", "rome_bf16", "r_rome", "memit", "memit_bf16"),
     *("emmet", "alpha_edit", "alpha_edit_bf16", "kn", "ultra_edit"),
-    *("grace", "wise", "t_patcher", "scr"),
+    *("grace", "wise", "t_patcher", "calinet", "scr"),
 )
 SPREAD = {"layers": [4, 5, 6, 7, 8], "steps": 25, "clamp_norm_factor": 0.75}
 
@@ -54,6 +54,7 @@ def build(name: str, model: Any, tokenizer: Any) -> Any:
         "grace": (le.GRACE, {}),
         "wise": (le.WISE, {"steps": 40}),
         "t_patcher": (le.TPatcher, {}),
+        "calinet": (le.CaliNET, {}),
         "scr": (le.SCR, {}),
     }
     editor, settings = plans[name.removesuffix("_bf16")]

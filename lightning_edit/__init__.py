@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_edit.models import load_tokenizer as load_tokenizer
     from lightning_edit.modules.alpha_edit import AlphaEdit as AlphaEdit
     from lightning_edit.modules.base import EditModule as EditModule
+    from lightning_edit.modules.calinet import CaliNET as CaliNET
     from lightning_edit.modules.emmet import EMMET as EMMET
     from lightning_edit.modules.fine_tune import FineTune as FineTune
     from lightning_edit.modules.full_tuning import FullTuning as FullTuning
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AlphaEdit": "modules.alpha_edit",
+    "CaliNET": "modules.calinet",
     "CausalTracing": "callbacks.causal_tracing",
     "CounterFact": "data",
     "EMMET": "modules.emmet",

@@ -25,6 +25,7 @@ OPTIONAL = {"rich", "peft", "matplotlib", "datasets", "gguf", "ruamel", "shtab"}
 # Shared bases and building blocks: a module that is no method.
 METHODS = {
     "alpha_edit",
+    "calinet",
     "emmet",
     "fine_tune",
     "full_tuning",
@@ -161,9 +162,10 @@ def test_callbacks_import_the_base_of_the_methods_at_most(path: Path) -> None:
 def test_methods_are_those_that_are_exported() -> None:
     source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
-    shared = {"activation_paths", "adapter_layers", "base", "descent", "factor_network", "factors"}
+    shared = {"activation_paths", "adapter_layers", "base", "contrasts"}
+    shared |= {"descent", "factor_network", "factors"}
     shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "lessons", "locate"}
-    shared |= {"mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
+    shared |= {"loop", "mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
     shared |= {"replicas", "ridge_edit", "second_moment", "tail", "target_loss", "target_values"}
     shared |= {"tuning"}
     files = {path.stem for path in room("modules")} - {"__init__"}

@@ -73,7 +73,8 @@ class EditMemory(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        EditMemory.kinds[cls.__name__] = cls
+        if cls.fields:  # a base of several kinds has none of its own
+            EditMemory.kinds[cls.__name__] = cls
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -92,7 +93,14 @@ class EditMemory(nn.Module, ABC):
         """Puts hooks into a model. They must let pass what they get while :attr:`is_off`."""
 
     def narrowed(self, entry: MemoryEntry) -> MemoryEntry:
-        """An entry that has just lost one of its requests and answers others still."""
+        """An entry that has just lost some of its requests and answers others still.
+
+        Args:
+            entry: The entry, with the requests that are left.
+
+        Raises:
+            EditError: If what the entry holds is of all its requests together.
+        """
         return entry
 
     def rewrite(self, prompts: Sequence[str], tokens: PromptTokenizer) -> list[str]:
@@ -133,6 +141,25 @@ class EditMemory(nn.Module, ABC):
                 found.setdefault(request, {"entries": [], **kept})["entries"].append(name)
         return found
 
+    def check_ids(self, request_ids: Sequence[str]) -> None:
+        """Checks that requests are remembered.
+
+        Args:
+            request_ids: Their ids.
+
+        Raises:
+            EditError: If the memory holds nothing of one of them.
+        """
+        known = self.requests
+        unknown = [name for name in request_ids if name not in known]
+        if unknown:
+            names = ", ".join(list(known)[:5]) or "nothing"
+            more = ", …" if len(known) > 5 else ""
+            raise EditError(
+                f"The memory holds no edit with the id {unknown[0]!r}. It holds {names}{more}; "
+                "`memory.requests` lists all."
+            )
+
     def without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
         """The entries that are left when requests are forgotten.
 
@@ -142,14 +169,7 @@ class EditMemory(nn.Module, ABC):
         Raises:
             EditError: If the memory holds nothing of one of them.
         """
-        unknown = [name for name in request_ids if name not in self.requests]
-        if unknown:
-            known = ", ".join(list(self.requests)[:5]) or "nothing"
-            more = ", …" if len(self.requests) > 5 else ""
-            raise EditError(
-                f"The memory holds no edit with the id {unknown[0]!r}. It holds {known}{more}; "
-                "`memory.requests` lists all."
-            )
+        self.check_ids(request_ids)
         left: dict[str, MemoryEntry] = {}
         for name, entry in self.entries.items():
             others = {r: kept for r, kept in entry.requests.items() if r not in request_ids}

@@ -10,8 +10,10 @@ from lightning_edit.memories.codebook import Codebook
 from lightning_edit.memories.patches import PatchNeurons
 from lightning_edit.memories.prompts import PromptMemory
 from lightning_edit.memories.side_matrix import SideMatrices
+from lightning_edit.memories.slots import CalibrationSlots
 
 __all__ = [
+    "CalibrationSlots",
     "Codebook",
     "EditMemory",
     "MemoryEntry",

@@ -11,18 +11,17 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_edit.core.locator import ModelTree, StackKind
-from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.core.locator import StackKind
+from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.codebook import Replacement, nearest_keys, replace_outputs
-from lightning_edit.memories.router import Router
+from lightning_edit.memories.routed import RoutedMemory
 
 __all__ = ["Codebook"]
 
 
-class Codebook(EditMemory):
+class Codebook(RoutedMemory):
     """Keys, values and radii of GRACE (arXiv 2211.11031), looked up once for each prompt.
 
     The query is the layer's input at the last token of a prompt, or at a decoder's first token
@@ -48,24 +47,7 @@ class Codebook(EditMemory):
         self, module: str, stack: StackKind = "decoder", replacement: Replacement = "last"
     ) -> None:
         super().__init__(module=module, stack=stack, replacement=replacement)
-        self.router = Router()
         self.replacement: Replacement = replacement
-
-    @override
-    def hook(self, model: nn.Module) -> list[RemovableHandle]:
-        stack: StackKind = self.settings["stack"]
-        tree = ModelTree.of(model, stack)
-        layer = model.get_submodule(self.settings["module"])
-        begins = tree.is_encoder_decoder and stack == "decoder"
-        return [*self.router.follow(tree, begins=begins), layer.register_forward_hook(self._answer)]
-
-    @override
-    def route_of(self, cache: Any) -> Tensor | None:
-        return self.router.kept(cache)
-
-    @override
-    def keep_route(self, cache: Any, route: Tensor) -> None:
-        self.router.keep(cache, route)
 
     @override
     def narrowed(self, entry: MemoryEntry) -> MemoryEntry:
@@ -87,7 +69,8 @@ class Codebook(EditMemory):
         distances, indices = nearest_keys(queries, self.keys)
         return torch.where(distances <= self.radii[indices], indices, -1)
 
-    def _answer(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    @override
+    def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         router = self.router
         if self.is_off or (router.positions is None and router.route is None):
             return None

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.memories.beside import beside_mlp
 
-__all__ = ["PatchNeurons", "beside_mlp", "patch_output"]
+__all__ = ["PatchNeurons", "patch_output"]
 
 
 def patch_output(states: Tensor, keys: Tensor, biases: Tensor, values: Tensor) -> Tensor:
@@ -37,28 +38,6 @@ def patch_output(states: Tensor, keys: Tensor, biases: Tensor, values: Tensor) -
         [[3.0], [0.0]]
     """
     return torch.relu(states.float() @ keys.T + biases) @ values
-
-
-def beside_mlp(tree: ModelTree, layer: int, add: Any) -> list[RemovableHandle]:
-    """Hooks that add to an MLP's output what a function makes of its input.
-
-    Args:
-        tree: The stack of blocks.
-        layer: The block whose MLP it is.
-        add: Takes the MLP's inputs, [..., D], and returns what is added to its outputs, or None.
-    """
-    inputs: list[Tensor] = []
-
-    def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = [args[0]]
-
-    def give(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        more = add(inputs.pop()) if inputs else None
-        return None if more is None else output + more.to(output.dtype)
-
-    first = tree.mlp_in(layer)[0].module(tree.model)
-    last = tree.mlp_out(layer).module(tree.model)
-    return [first.register_forward_pre_hook(take), last.register_forward_hook(give)]
 
 
 class PatchNeurons(EditMemory):

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_edit.core.locator import ModelTree, StackKind
-from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.core.locator import StackKind
+from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, ties
-from lightning_edit.memories.router import Router
+from lightning_edit.memories.routed import RoutedMemory
 
 __all__ = ["SideMatrices", "mask_indices"]
 
@@ -46,7 +45,7 @@ def mask_indices(numel: int, keep_ratio: float, seed: int) -> Tensor:
     )
 
 
-class SideMatrices(EditMemory):
+class SideMatrices(RoutedMemory):
     """The side memories of WISE (arXiv 2405.14768), looked up once for each prompt.
 
     Edits are numbered. ``copy_size`` of them share a side copy W' = W + Δ, in a random share of
@@ -104,7 +103,6 @@ class SideMatrices(EditMemory):
             density=density,
             seed=seed,
         )
-        self.router = Router()
         self._masks: dict[int, Tensor] = {}
         # Made of the entries, and so no part of the state.
         self.register_buffer("matrices", torch.zeros(0), persistent=False)
@@ -116,22 +114,6 @@ class SideMatrices(EditMemory):
         from transformers.activations import ACT2FN
 
         return cast("Callable[[Tensor], Tensor]", ACT2FN[self.settings["activation"]])
-
-    @override
-    def hook(self, model: nn.Module) -> list[RemovableHandle]:
-        stack: StackKind = self.settings["stack"]
-        tree = ModelTree.of(model, stack)
-        layer = model.get_submodule(self.settings["module"])
-        begins = tree.is_encoder_decoder and stack == "decoder"
-        return [*self.router.follow(tree, begins=begins), layer.register_forward_hook(self._answer)]
-
-    @override
-    def route_of(self, cache: Any) -> Tensor | None:
-        return self.router.kept(cache)
-
-    @override
-    def keep_route(self, cache: Any, route: Tensor) -> None:
-        self.router.keep(cache, route)
 
     def mask(self, copy: int) -> Tensor:
         """Indices of the entries that a copy may change, [Z] int64."""
@@ -184,7 +166,8 @@ class SideMatrices(EditMemory):
         self.thresholds = torch.tensor(thresholds, device=self._device())
         super()._settle()
 
-    def _answer(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    @override
+    def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         router = self.router
         if self.is_off or (router.positions is None and router.route is None):
             return None

@@ -4,6 +4,7 @@
 
 from lightning_edit.modules.alpha_edit import AlphaEdit
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.calinet import CaliNET
 from lightning_edit.modules.emmet import EMMET
 from lightning_edit.modules.fine_tune import FineTune
 from lightning_edit.modules.full_tuning import FullTuning
@@ -42,6 +43,7 @@ __all__ = [
     "SCR",
     "WISE",
     "AlphaEdit",
+    "CaliNET",
     "EditModule",
     "FineTune",
     "FullTuning",

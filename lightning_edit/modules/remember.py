@@ -115,7 +115,9 @@ class MemoryModule(EditModule[MemoryWrite]):
         Raises:
             EditError: If the memory holds nothing of one of them; then nothing is forgotten.
         """
-        edit = MemoryWrite.removing(self.model, request_ids)
+        self.memory.check_ids(request_ids)
+        edit = MemoryWrite.between(self.memory, self.entries_without(request_ids))
+        edit.provenance = Provenance(request_ids=tuple(request_ids))
         self.edit_optimizer.stage(edit)
         self.edit_optimizer.step()
         return edit
@@ -187,8 +189,9 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
     def delta(self) -> MemoryWrite:
         """All that the memory holds."""
         edit = MemoryWrite.from_state({}, self.model)
-        known = {request for e in edit.entries.values() if e is not None for request in e.requests}
-        ids = dict.fromkeys((*(name for name in self._order if name in known), *sorted(known)))
+        entries = [entry for entry in edit.entries.values() if entry is not None]
+        known = dict.fromkeys(request for entry in entries for request in entry.requests)
+        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
         edit.provenance = Provenance(request_ids=tuple(ids))
         edit.carried = self._carried
         return edit

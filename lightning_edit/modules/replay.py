@@ -34,7 +34,9 @@ def blocks_below(tree: ModelTree, layer: int) -> list[nn.Module]:
 
 
 @contextmanager
-def replayed(blocks: list[nn.Module]) -> Iterator[None]:
+def replayed(
+    blocks: list[nn.Module], outputs: dict[nn.Module, Any] | None = None
+) -> Iterator[None]:
     """Has blocks run once inside a ``with`` block, and from then on return what they returned.
 
     All passes inside must be over the same tokens. What the model does around its blocks, it does
@@ -42,6 +44,8 @@ def replayed(blocks: list[nn.Module]) -> Iterator[None]:
 
     Args:
         blocks: Blocks that nothing inside the ``with`` block changes.
+        outputs: What they returned in an earlier ``with`` block over the same tokens; what they
+            return here is put into it.
 
     Example:
         >>> import torch
@@ -53,16 +57,15 @@ def replayed(blocks: list[nn.Module]) -> Iterator[None]:
         >>> layer(torch.zeros(1, 2)) is first
         False
     """
+    kept: dict[nn.Module, Any] = {} if outputs is None else outputs
 
-    def once(forward: Callable[..., Any]) -> Callable[..., Any]:
-        seen: list[Any] = []
-
+    def once(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recall(*args: Any, **kwargs: Any) -> Any:
-            if not seen:
-                seen.append(forward(*args, **kwargs))
-            return seen[0]
+            if block not in kept:
+                kept[block] = forward(*args, **kwargs)
+            return kept[block]
 
         return recall
 
-    with running({block: once(block.forward) for block in blocks}):
+    with running({block: once(block, block.forward) for block in blocks}):
         yield

@@ -25,7 +25,8 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.patches import activation_loss, margin_losses, smoothed_nll
-from lightning_edit.memories.patches import PatchNeurons, beside_mlp, patch_output
+from lightning_edit.memories.beside import beside_mlp
+from lightning_edit.memories.patches import PatchNeurons, patch_output
 from lightning_edit.modules.remember import MemoryModule
 from lightning_edit.modules.replay import blocks_below, replayed
 from lightning_edit.modules.second_moment import sample_text_ids, seeded

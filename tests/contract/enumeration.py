@@ -68,7 +68,7 @@ def public_classes(base: type) -> dict[str, Any]:
 #: Editors that ``fit`` trains.
 LEARNERS: dict[str, type[HyperEditModule]] = public_classes(HyperEditModule)
 #: Editors whose edits ``fit`` commits.
-EDITORS: dict[str, type[EditModule]] = {
+EDITORS: dict[str, type[EditModule[Any]]] = {
     name: cls for name, cls in public_classes(EditModule).items() if name not in LEARNERS
 }
 CALLBACKS: dict[str, type[Callback]] = public_classes(Callback)

@@ -196,3 +196,8 @@ def test_the_memory_moves_with_its_model() -> None:
     memory = EditMemory.find(layer)
     assert memory is not None
     assert memory.get_buffer("bias").device.type == "meta"
+
+
+def test_a_base_of_several_memories_is_no_kind_of_its_own() -> None:
+    assert set(EditMemory.kinds) >= {"Codebook", "SideMatrices", "PatchNeurons", "PromptMemory"}
+    assert "RoutedMemory" not in EditMemory.kinds

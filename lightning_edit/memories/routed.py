@@ -1,0 +1,56 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What memories have in common that decide once for each prompt who answers it."""
+
+# Shapes: B rows.
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_edit.core.locator import ModelTree, StackKind
+from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.memories.router import Router
+
+__all__ = ["RoutedMemory"]
+
+
+class RoutedMemory(EditMemory):
+    """Base of memories beside one linear layer that are asked when a prompt is read.
+
+    A subclass writes :meth:`answer`, which lets the router decide and acts by its route.
+
+    Args:
+        module: Name of the linear layer in the model.
+        stack: The stack that the layer is in.
+        settings: Further arguments of the subclass, as JSON types.
+    """
+
+    def __init__(self, module: str, stack: StackKind, **settings: Any) -> None:
+        super().__init__(module=module, stack=stack, **settings)
+        self.router = Router()
+
+    @abstractmethod
+    def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """What the layer returns in place of its output; None for the output itself."""
+
+    @override
+    def hook(self, model: nn.Module) -> list[RemovableHandle]:
+        stack: StackKind = self.settings["stack"]
+        tree = ModelTree.of(model, stack)
+        layer = model.get_submodule(self.settings["module"])
+        begins = tree.is_encoder_decoder and stack == "decoder"
+        return [*self.router.follow(tree, begins=begins), layer.register_forward_hook(self.answer)]
+
+    @override
+    def route_of(self, cache: Any) -> Tensor | None:
+        return self.router.kept(cache)
+
+    @override
+    def keep_route(self, cache: Any, route: Tensor) -> None:
+        self.router.keep(cache, route)
