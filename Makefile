@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # More threads than free cores make small matrix products slower, not faster.
 TEST_ENV := OMP_NUM_THREADS=1
+# A worker for each core, four at most, each of which loads the default model once.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow lint clean
 
@@ -25,10 +27,10 @@ demo: $(VENV)/.base
 
 # All tests but the slow ones.
 test: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow'
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'not slow'
 
 test-slow: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
