@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_edit import (
     GRACE,
     SCR,
+    SERAC,
     WISE,
     CaliNET,
     Facts,
@@ -41,6 +42,7 @@ EDITORS: tuple[tuple[type[MemoryModule], dict[str, Any]], ...] = (
     (WISE, {"keep_ratio": 0.01}),
     (TPatcher, {}),
     (CaliNET, {}),
+    (SERAC, {"pretrained": True}),
     (SCR, {}),
 )
 
@@ -76,6 +78,9 @@ def noise(editor: MemoryModule, count: int) -> dict[str, MemoryEntry]:
                 tensors = {"keys": draw(1, 1, editor.slots, size)}
                 tensors |= {"values": 1e-9 * draw(1, editor.slots, size)}
                 notes = {"number": i}
+            case SERAC():
+                tensors = {"embeddings": 1e3 * draw(editor.width)}
+                notes = {"ids": [], "number": i, "overrides": []}
             case _:
                 tensors = {"embeddings": torch.nn.functional.normalize(draw(size), dim=0)}
                 notes = {"context": "", "fact": "The capital of France is Rome"}

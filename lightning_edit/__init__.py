@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from lightning_edit.modules.r_rome import RROME as RROME
     from lightning_edit.modules.rome import ROME as ROME
     from lightning_edit.modules.scr import SCR as SCR
+    from lightning_edit.modules.serac import SERAC as SERAC
     from lightning_edit.modules.t_patcher import TPatcher as TPatcher
     from lightning_edit.modules.trained_editor import TrainedEditor as TrainedEditor
     from lightning_edit.modules.ultra_edit import UltraEdit as UltraEdit
@@ -126,6 +127,7 @@ _HOMES = {
     "Reliability": "metrics",
     "RetentionCurve": "callbacks.retention_curve",
     "SCR": "modules.scr",
+    "SERAC": "modules.serac",
     "SaveTaskVector": "callbacks.save_task_vector",
     "TPatcher": "modules.t_patcher",
     "TaskVectorForgetting": "callbacks.task_vector_forgetting",

@@ -44,6 +44,7 @@ METHODS = {
     "trained_editor",
     "pmet",
     "scr",
+    "serac",
     "t_patcher",
     "ultra_edit",
     "wise",
@@ -164,7 +165,8 @@ def test_methods_are_those_that_are_exported() -> None:
     assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
     shared = {"activation_paths", "adapter_layers", "base", "contrasts"}
     shared |= {"descent", "factor_network", "factors"}
-    shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "lessons", "locate"}
+    shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "learning"}
+    shared |= {"lessons", "locate"}
     shared |= {"loop", "mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
     shared |= {"replicas", "ridge_edit", "second_moment", "tail", "target_loss", "target_values"}
     shared |= {"tuning"}

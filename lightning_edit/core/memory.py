@@ -34,6 +34,8 @@ class MemoryWrite(Edit):
         replaced: Id to what stood there before, None for nothing; needed to undo an edit that was
             applied elsewhere.
         order: Ids of all entries before the edit, so that undoing it brings back their order.
+        shared: What all entries rely on beside the settings, such as trained networks; kept once
+            in an edit's files, however many entries there are.
 
     Example:
         >>> from lightning_edit import GRACE
@@ -61,6 +63,7 @@ class MemoryWrite(Edit):
         provenance: Provenance | None = None,
         replaced: Mapping[str, MemoryEntry | None] | None = None,
         order: Sequence[str] = (),
+        shared: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.kind = kind
         self.settings = dict(settings)
@@ -70,6 +73,7 @@ class MemoryWrite(Edit):
         self.details: dict[str, Any] = {}
         self.carried: dict[str, Tensor] = {}
         self.order = tuple(order)
+        self.shared: dict[str, Tensor] = dict(shared or {})
 
     def __repr__(self) -> str:
         return f"MemoryWrite({self.kind}: {len(self)} entries)"
@@ -96,6 +100,7 @@ class MemoryWrite(Edit):
             changed,
             replaced={name: before.get(name) for name in changed},
             order=tuple(before),
+            shared=memory.shared(),
         )
 
     @classmethod
@@ -124,7 +129,10 @@ class MemoryWrite(Edit):
         ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
         provenance = replace(self.provenance, request_ids=tuple(ids))
         replaced = {**other.replaced, **self.replaced}
-        total = type(self)(self.kind, self.settings, entries, provenance, replaced, self.order)
+        shared = {**self.shared, **other.shared}
+        total = type(self)(
+            self.kind, self.settings, entries, provenance, replaced, self.order, shared
+        )
         total.carried = {**self.carried, **other.carried}
         return total
 
@@ -135,7 +143,7 @@ class MemoryWrite(Edit):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the entries' tensors."""
+        """Bytes of the entries' tensors, without what all of them share."""
         return sum(t.nbytes for entry in self._present() for t in entry.tensors.values())
 
     def _present(self) -> list[MemoryEntry]:
@@ -171,6 +179,11 @@ class MemoryWrite(Edit):
         if found is None:
             memory.is_temporary = True
             memory.attach_(model)
+            try:
+                memory.take_shared(self.shared)
+            except ArtifactError:
+                memory.detach_()
+                raise
         memory.write(after)
         self.replaced = {name: before.get(name) for name in self.entries}
         self.order = tuple(before)
@@ -222,8 +235,15 @@ class MemoryWrite(Edit):
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""
-        entries = _memory(model).entries
-        return type(self)(self.kind, self.settings, entries, replaced=dict.fromkeys(entries))
+        memory = _memory(model)
+        entries = memory.entries
+        return type(self)(
+            self.kind,
+            self.settings,
+            entries,
+            replaced=dict.fromkeys(entries),
+            shared=memory.shared(),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing: the memory is part of the model's state."""
@@ -233,7 +253,8 @@ class MemoryWrite(Edit):
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""
         memory = _memory(model)
-        return cls(type(memory).__name__, memory.settings, memory.entries)
+        kind = type(memory).__name__
+        return cls(kind, memory.settings, memory.entries, shared=memory.shared())
 
     def _build(self) -> EditMemory:
         kind = EditMemory.kinds.get(self.kind)
@@ -260,7 +281,8 @@ class MemoryWrite(Edit):
         from lightning_edit.core.storage import save_artifact
 
         sides = {"entries": self.entries, "replaced": self.replaced if originals else {}}
-        tensors: dict[str, Tensor] = {}
+        shared = self.shared if self._present() else {}  # what is taken away needs none
+        tensors: dict[str, Tensor] = {f"shared.{n}": t for n, t in shared.items()}
         about: dict[str, Any] = {
             "parameters": {},
             "memory": {"kind": self.kind, "settings": self.settings},
@@ -300,6 +322,7 @@ class MemoryWrite(Edit):
                 provenance_of(config),
                 sides[1],
                 [str(name) for name in config["order"]],
+                _named(tensors, "shared"),
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ArtifactError(
@@ -308,10 +331,15 @@ class MemoryWrite(Edit):
             ) from None
 
 
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors whose names begin so, by the rest of their names."""
+    return {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+
+
 def _entries(
     records: Sequence[Mapping[str, Any]], side: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, MemoryEntry | None]:
-    own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{side}.")}
+    own = _named(tensors, side)
     found: dict[str, MemoryEntry | None] = {}
     row = 0
     for record in records:

@@ -103,6 +103,17 @@ class EditMemory(nn.Module, ABC):
         """
         return entry
 
+    def shared(self) -> dict[str, Tensor]:
+        """What all entries rely on and settings do not tell, such as trained networks."""
+        return {}
+
+    def take_shared(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`shared` gave elsewhere, once the memory belongs to a model.
+
+        Raises:
+            ArtifactError: If it does not belong to these settings.
+        """
+
     def rewrite(self, prompts: Sequence[str], tokens: PromptTokenizer) -> list[str]:
         """What the model is asked in place of some prompts: the same, unless edits are prompts.
 

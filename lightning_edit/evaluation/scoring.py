@@ -229,6 +229,12 @@ class _Begun:
     layers: list[tuple[Tensor, Tensor]]
     route: Tensor | None = None
 
+    def side(self, i: int, which: int, alike: Tensor) -> Tensor:
+        """Keys (0) or values (1) of a layer; none, in the form of others, where it is lacking."""
+        if i < len(self.layers):
+            return self.layers[i][which]
+        return alike.new_zeros(len(self.rows), *alike.shape[1:-2], 0, alike.shape[-1])
+
 
 def _go_on(
     model: Any, tokens: PromptTokenizer, parts: Sequence[_Begun], max_tokens: int
@@ -241,12 +247,17 @@ def _go_on(
 
     def joined(tensors: Sequence[Tensor], behind: int) -> Tensor:
         """Rows below one another, filled up on the left of their positions."""
-        fill = (0, 0) * behind
-        return torch.cat([pad(t, (*fill, width - t.shape[-1 - behind], 0)) for t in tensors])
+        fill, most = (0, 0) * behind, max(t.shape[-1 - behind] for t in tensors)
+        return torch.cat([pad(t, (*fill, most - t.shape[-1 - behind], 0)) for t in tensors])
 
+    # A memory may have put layers of its own behind those of the model, where a row needed them.
+    deepest = max(parts, key=lambda part: len(part.layers)).layers
     layers = [
-        (joined([k for k, _ in layer], 1), joined([v for _, v in layer], 1))
-        for layer in zip(*(part.layers for part in parts), strict=True)
+        (
+            joined([part.side(i, 0, deepest[i][0]) for part in parts], 1),
+            joined([part.side(i, 1, deepest[i][1]) for part in parts], 1),
+        )
+        for i in range(len(deepest))
     ]
     first_RV = torch.cat([part.first for part in parts])
     memory, routes = EditMemory.find(model), [p.route for p in parts if p.route is not None]

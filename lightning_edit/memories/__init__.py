@@ -9,6 +9,7 @@ from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.memories.codebook import Codebook
 from lightning_edit.memories.patches import PatchNeurons
 from lightning_edit.memories.prompts import PromptMemory
+from lightning_edit.memories.scope import ScopeMemory
 from lightning_edit.memories.side_matrix import SideMatrices
 from lightning_edit.memories.slots import CalibrationSlots
 
@@ -20,5 +21,6 @@ __all__ = [
     "MemoryWrite",
     "PatchNeurons",
     "PromptMemory",
+    "ScopeMemory",
     "SideMatrices",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
 from lightning_edit.core.errors import ModelError
 
-__all__ = ["encode_by_folder", "encode_by_model", "mean_states"]
+__all__ = ["encode_by_folder", "encode_by_model", "load_encoder", "mean_states"]
 
 MAX_TEXTS = 64  # run at once
 
@@ -77,7 +77,7 @@ def encode_by_folder(folder: str, texts: Sequence[str]) -> Tensor:
     Raises:
         ModelError: If there is no such encoder.
     """
-    tokenizer, encoder = _load(folder)
+    tokenizer, encoder = _kept(folder)
 
     def run(chosen: Sequence[str]) -> Tensor:
         given = tokenizer(list(chosen), padding=True, truncation=True, return_tensors="pt")
@@ -103,7 +103,23 @@ def _in_parts(run: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> T
 
 
 @cache
-def _load(folder: str) -> tuple[Any, Any]:
+def _kept(folder: str) -> tuple[Any, Any]:
+    tokenizer, encoder = load_encoder(folder)
+    return tokenizer, encoder.requires_grad_(False)
+
+
+def load_encoder(folder: str) -> tuple[Any, Any]:
+    """Reads a text encoder out of a folder.
+
+    Args:
+        folder: Folder of a model and its tokenizer, read by transformers.
+
+    Returns:
+        The tokenizer and the model, in eval mode.
+
+    Raises:
+        ModelError: If there is no such encoder.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     try:
@@ -112,6 +128,6 @@ def _load(folder: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`encoder={folder!r}` cannot be loaded as a text encoder ({error}). Give a folder "
-            "with a model and its tokenizer, or null for the language model's own states."
+            "with a model and its tokenizer, or null for the editor's own."
         ) from None
-    return tokenizer, encoder.eval().requires_grad_(False)
+    return tokenizer, encoder.eval()

@@ -33,12 +33,15 @@ class Router:
         positions: Column at which each row is asked in the running pass, [B] int64; None outside
             a pass, and in one that continues rows that were asked before.
         prompt: Tokens of each row's prompt in the running pass, [B, T] bool; None as above.
+        attended: Tokens of each row that are no padding in the running pass, [B, T] bool; None
+            outside a pass.
         route: What was decided for each row, [B] int64; None until :meth:`decide`.
     """
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
         self.prompt: Tensor | None = None
+        self.attended: Tensor | None = None
         self.route: Tensor | None = None
         self._asked: Tensor | None = None
         self._kept: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
@@ -110,14 +113,15 @@ class Router:
         cache = _cache_in(given)
         route = None if cache is None else self._kept.get(cache)
         self.positions = self.prompt = self.route = None
-        if route is not None and cache.get_seq_length() and len(route) == rows:
-            self.route = route
-            return
         columns = torch.arange(width, device=tokens.device)
         attended = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
         mask = given.get("attention_mask")
         if not begins and isinstance(mask, Tensor) and mask.ndim == 2:
             attended = mask[:, -width:].bool()
+        self.attended = attended
+        if route is not None and cache.get_seq_length() and len(route) == rows:
+            self.route = route
+            return
         if self._asked is not None:
             self.positions = self._asked.to(tokens.device)
         elif begins:
@@ -129,7 +133,7 @@ class Router:
     def _end(self, cache: Any) -> None:
         if cache is not None and self.route is not None:
             self._kept[cache] = self.route
-        self.positions = self.prompt = self.route = None
+        self.positions = self.prompt = self.attended = self.route = None
 
 
 def _cache_in(values: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from lightning_edit.modules.r_rome import RROME
 from lightning_edit.modules.remember import MemoryModule
 from lightning_edit.modules.rome import ROME
 from lightning_edit.modules.scr import SCR
+from lightning_edit.modules.serac import SERAC
 from lightning_edit.modules.t_patcher import TPatcher
 from lightning_edit.modules.trained_editor import TrainedEditor
 from lightning_edit.modules.ultra_edit import UltraEdit
@@ -41,6 +42,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SCR",
+    "SERAC",
     "WISE",
     "AlphaEdit",
     "CaliNET",

@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.delta import Change, WeightDelta
-from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, StackKind, WeightSite
 from lightning_edit.core.request import EditRequest, check_requests
-from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
-from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.factors import (
     FactorRows,
     Factors,
@@ -36,6 +29,7 @@ from lightning_edit.modules.factors import (
     edited,
 )
 from lightning_edit.modules.judging import Part, Verdict, judge
+from lightning_edit.modules.learning import LearningModule
 from lightning_edit.modules.lessons import Lesson, TrainOn, shared_weights
 from lightning_edit.modules.projections import projection_sites
 from lightning_edit.modules.replicas import Replicas
@@ -44,19 +38,14 @@ from lightning_edit.modules.target_loss import target_probabilities
 __all__ = ["HyperEditModule"]
 
 
-class HyperEditModule(EditModule):
-    """Base of editors with a network that is trained before it edits.
+class HyperEditModule(LearningModule[WeightDelta]):
+    """Base of editors with a network that makes edits of weights out of gradients.
 
-    ``fit`` trains the network by Lightning's automatic optimization, so accumulation, clipping,
-    precision, schedules, checkpoints and loggers are the Trainer's. The language model is frozen:
-    neither is it written, nor do its weights get gradients. A step takes the factors of the edits'
-    gradients, lets the network make edits of them, and has these act beside the weights. The loss
-    is read in passes over ``micro_batch_size`` requests; its gradient with respect to the edits is
-    then handed to the network as that of Σ ⟨gradient, edit⟩, which is the same gradient.
-
-    ``validate`` makes edits, measures them and takes them out again. :meth:`edit` makes one, and
-    ``TrainedEditor`` has ``fit`` commit those of a trained editor. Checkpoints hold the network
-    alone.
+    The language model is frozen: neither is it written, nor do its weights get gradients. A step
+    takes the factors of the edits' gradients, lets the network make edits of them, and has these
+    act beside the weights. The loss is read in passes over ``micro_batch_size`` requests; its
+    gradient with respect to the edits is then handed to the network as that of Σ ⟨gradient, edit⟩,
+    which is the same gradient.
 
     A subclass writes :meth:`build`, :meth:`transform` and ``configure_optimizers``.
 
@@ -79,6 +68,7 @@ class HyperEditModule(EditModule):
         kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
     """
 
+    figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "kl")
     #: Which rows the network gets, and at which places locality is judged.
     positions: Positions = "all"
     locality_positions: Positions = "all"
@@ -109,7 +99,6 @@ class HyperEditModule(EditModule):
                 "`modules` gives each projection its layers, and `layers` gives others. Leave "
                 "`layers` out, or list the projections only."
             )
-        self.automatic_optimization = True
         self.projections = modules if modules is not None else self.default_projections()
         self.stacks: list[StackKind] = stacks if stacks is not None else ["encoder", "decoder"]
         self.edits_at_once = edits_at_once
@@ -118,14 +107,7 @@ class HyperEditModule(EditModule):
         self.edit_weight = edit_weight
         self.locality_weight = locality_weight
         self.seed = seed
-        #: What is trained; there once the model is.
-        self.network: Any = None
         self.sites: list[WeightSite] = []
-        #: Steps that were left out because a loss, a gradient or a factor was not finite.
-        self.skipped = 0
-        self.val_losses = nn.ModuleDict({name: MeanMetric() for name in ("loss", "edit", "kl")})
-        self._usable = 0
-        self._baselines: dict[tuple[str, ...], Baseline] = {}
 
     # -- the method ----------------------------------------------------------------------------
 
@@ -165,22 +147,14 @@ class HyperEditModule(EditModule):
         """Projections to edit where the user names none."""
         return ["mlp_in", "mlp_out"]
 
+    @override
     def check_ready(self) -> None:
-        """Checks that the network can edit.
-
-        Raises:
-            EditError: If a part of it that normalizes rows has no statistics yet.
-        """
         if not all(getattr(part, "is_ready", True) for part in self.network.modules()):
             raise EditError(
                 "This editor has no statistics yet by which it could normalize gradients: it was "
                 "never trained. Train it with `Trainer.fit`, or load a trained one with "
                 "`load_editor(checkpoint)` or `TrainedEditor(checkpoint=...)`."
             )
-
-    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each token of the new answers, [N], from logits [N, V] and tokens [N]."""
-        return cross_entropy(logits, targets, reduction="none")
 
     def inner_weights(self, batch: EditBatch, groups: Tensor) -> Tensor:
         """How much each target token counts in the loss whose gradient is taken, [B, T]."""
@@ -195,6 +169,10 @@ class HyperEditModule(EditModule):
         return None
 
     # -- a model -------------------------------------------------------------------------------
+
+    @override
+    def trained_for(self) -> list[str]:
+        return [site.name for site in self.sites]
 
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
@@ -216,61 +194,6 @@ class HyperEditModule(EditModule):
         self.sites = self._sites_of(self.tree)
         network = self.build(self.sites, torch.Generator().manual_seed(self.seed))
         self.network = network.to(next(model.parameters()).device)
-
-    def load_editor(self, checkpoint: str | Path, *, any_base: bool = False) -> None:
-        """Takes over a network that was trained before.
-
-        Args:
-            checkpoint: A checkpoint of a fit of the same method with the same settings.
-            any_base: Edit a model with other weights than those it was trained with.
-
-        Raises:
-            ArtifactError: If it is no such checkpoint, or belongs to another model.
-        """
-        saved = read_editor(checkpoint)
-        self.take_editor(saved, str(checkpoint), any_base=any_base)
-
-    def take_editor(self, saved: Mapping[str, Any], where: str, *, any_base: bool) -> None:
-        """Takes over a checkpoint in memory; see :meth:`load_editor`.
-
-        Args:
-            saved: What :func:`read_editor` has read.
-            where: Its name in errors.
-            any_base: As in :meth:`load_editor`.
-        """
-        own = saved["lightning_edit"]
-        method = own["editor"]["method"]
-        if method != type(self).__name__:
-            raise ArtifactError(
-                f"`{where}` holds a {method}, not a {type(self).__name__}. Use that method, or "
-                "`TrainedEditor`, which asks the checkpoint."
-            )
-        if own["editor"]["parameters"] != [site.name for site in self.sites]:
-            raise ArtifactError(
-                f"`{where}` was trained to edit {', '.join(own['editor']['parameters'])}, but "
-                f"here {', '.join(site.name for site in self.sites)} are to be edited. Use the "
-                "model, `layers` and `modules` that it was trained with."
-            )
-        if not any_base and own["base_sha256"] != self.base.sha256:
-            raise ArtifactError(
-                f"`{where}` was trained with the base weights {own['base_sha256'][:12]}…, but "
-                f"{self.model_id} has {self.base.sha256[:12]}…: it is another model, or it has "
-                "been edited already. Load the one it was trained with, or set `any_base` to edit "
-                "this one anyway."
-            )
-        prefix = "network."
-        state = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in saved["state_dict"].items()
-            if name.startswith(prefix)
-        }
-        try:
-            self.network.load_state_dict(state)
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"`{where}` does not fit the network that these settings make: {error}"
-            ) from None
-        self.load_edit_state(own["edit_state"])
 
     # -- edits ---------------------------------------------------------------------------------
 
@@ -312,44 +235,15 @@ class HyperEditModule(EditModule):
     # -- fit -----------------------------------------------------------------------------------
 
     @override
-    def on_train_start(self) -> None:
-        self.model.eval()
-
-    @override
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> Tensor:  # type: ignore[override]
         check_requests(batch)
         share = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         replicas = Replicas(share["rank"], share["num_replicas"])
         loss, figures = self.lesson_loss(batch, replicas)
-        if figures:
-            self.log_dict(figures, prog_bar=True, batch_size=len(batch))
-            self._usable += 1
-        else:
-            self.skipped += 1
-        self.log("skipped", float(self.skipped), batch_size=len(batch))
+        self.tell(figures, len(batch))
         return loss
 
     @override
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        usable, self._usable = self._usable, 0
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms = [p.grad.norm() for p in parameters if p.grad is not None]
-        if usable and norms and bool(torch.stack(norms).isfinite().all()):
-            return
-        if usable:
-            self.skipped += 1
-        for parameter in parameters:  # the step then leaves them, and their moments, alone
-            parameter.grad = None
-
-    @override
-    def on_train_end(self) -> None:
-        if self.skipped:
-            rank_zero_warn(
-                f"{self.skipped} steps were left out because a loss, a gradient or a factor was "
-                "not finite. Lower the learning rate, clip gradients, or load the model with dtype "
-                "float32."
-            )
-
     def lesson_loss(
         self, requests: Sequence[EditRequest], replicas: Replicas | None = None
     ) -> tuple[Tensor, dict[str, float]]:
@@ -475,106 +369,3 @@ class HyperEditModule(EditModule):
         device = next(self.model.parameters()).device
         size = self.edits_at_once or requests
         return torch.arange(requests, device=device) // size, -(-requests // size)
-
-    def _nothing(self) -> Tensor:
-        """A loss of zero in which every parameter has a part, as several processes need it."""
-        parts = [p.sum() for p in self.network.parameters() if p.requires_grad]
-        return 0.0 * torch.stack(parts).sum()
-
-    # -- measuring -----------------------------------------------------------------------------
-
-    @override
-    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        if not batch:
-            return
-        if self.trainer.sanity_checking and not self.is_ready:
-            return
-        with torch.inference_mode(False), torch.enable_grad():
-            _, figures = self.lesson_loss(batch)
-        for name, metric in self.val_losses.items():
-            cast(MeanMetric, metric).update(figures.get(name, float("nan")), len(batch))
-        in_fit = self.trainer.state.fn == "fit"
-        evaluator = self.evaluator
-        if in_fit:  # what a model would write takes many passes
-            evaluator = Evaluator(self.model, self.tokens, readings=["teacher_forced"])
-        size = self.edits_at_once or len(batch)
-        for start in range(0, len(batch), size):
-            group = batch[start : start + size]
-            key = tuple(request.id for request in group)
-            baseline = self._baselines.get(key) or evaluator.baseline(group)
-            if in_fit:  # the model stays the same all along
-                self._baselines[key] = baseline
-            with self._written(self.edit(group)):
-                found = evaluator.evaluate(group, baseline)
-            found.update(self.val_metrics)
-            self.note(found)
-
-    def note(self, found: Evaluation) -> None:
-        """Takes note of how an edit of a validation was scored; does nothing by default."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the network can edit."""
-        try:
-            self.check_ready()
-        except EditError:
-            return False
-        return True
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking and not self.is_ready:
-            return
-        super().on_validation_epoch_end()
-        for name, metric in self.val_losses.items():
-            found = cast(MeanMetric, metric)
-            self.log(f"val/{name}", found.compute(), sync_dist=True)  # equal already
-            found.reset()
-
-    # -- checkpoints ---------------------------------------------------------------------------
-
-    @override
-    def edit_state(self) -> dict[str, Any]:
-        return {**super().edit_state(), "skipped": self.skipped}
-
-    @override
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
-        super().load_edit_state(state)
-        self.skipped = int(state["skipped"])
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        whole = checkpoint["state_dict"]
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {
-            name: tensor for name, tensor in whole.items() if name.startswith("network.")
-        }
-        checkpoint["lightning_edit"]["editor"] = {
-            "method": type(self).__name__,
-            "settings": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
-            "parameters": [site.name for site in self.sites],
-        }
-
-
-def read_editor(checkpoint: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint of a trained editor.
-
-    Args:
-        checkpoint: A file that a fit of a :class:`HyperEditModule` has written.
-
-    Raises:
-        ArtifactError: If there is none, or it is of something else.
-    """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise ArtifactError(
-            f"There is no checkpoint `{checkpoint}`. Give a file that training an editor (KE, MEND "
-            "or MALMEN) has written."
-        )
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if "editor" not in saved.get("lightning_edit", {}):
-        raise ArtifactError(
-            f"`{checkpoint}` holds no trained editor. Give a file that training an editor (KE, "
-            "MEND or MALMEN) has written."
-        )
-    return saved

@@ -4,26 +4,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
-from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.hypernetwork import HyperEditModule, read_editor
+from lightning_edit.modules.learning import LearningModule, read_editor
+from lightning_edit.optim import EditOptimizer
 
 __all__ = ["TrainedEditor"]
 
 
-class TrainedEditor(EditModule):
-    """Has ``fit`` commit the edits of a trained KE, MEND or MALMEN.
+class TrainedEditor(EditModule[Any]):
+    """Has ``fit`` commit the edits of a trained KE, MEND, MALMEN or SERAC.
 
-    What was trained, and with which settings, is in the checkpoint. Edits are low-rank where they
-    are small, revert exactly and export to LoRA. A batch of requests makes one edit; the next one
-    is computed on the edited model.
+    What was trained, and with which settings, is in the checkpoint. Edits are those of the trained
+    editor: of weights, low-rank where they are small, or of a memory. A batch of requests makes
+    one edit; the next one is computed on the edited model.
 
     Args:
         checkpoint: A checkpoint of the training.
@@ -79,10 +83,10 @@ class TrainedEditor(EditModule):
         self.any_base = any_base
         self.network: Any = None
         # In a tuple, out of sight of Lightning, for which it would be a part of this module.
-        self._trained: tuple[HyperEditModule, ...] = ()
+        self._trained: tuple[LearningModule[Any], ...] = ()
 
     @property
-    def trained(self) -> HyperEditModule:
+    def trained(self) -> LearningModule[Any]:
         """The editor out of the checkpoint; there once the model is."""
         return self._trained[0]
 
@@ -90,7 +94,7 @@ class TrainedEditor(EditModule):
     def _adopt(self, model: Any, tokenizer: Any) -> None:
         saved = read_editor(self.checkpoint)
         about = saved["lightning_edit"]["editor"]
-        methods = {cls.__name__: cls for cls in _subclasses(HyperEditModule)}
+        methods = {cls.__name__: cls for cls in _subclasses(LearningModule)}
         if about["method"] not in methods:
             raise ArtifactError(
                 f"`{self.checkpoint}` was written by {about['method']}, which is not imported. "
@@ -110,8 +114,33 @@ class TrainedEditor(EditModule):
         return self.trained.edited_names(tree)
 
     @override
-    def compute_edit(self, batch: EditBatch) -> WeightDelta:
-        return self.trained.compute_edit(batch)
+    def compute_edit(self, batch: EditBatch) -> Edit:
+        edit: Edit = self.trained.compute_edit(batch)
+        return edit
+
+    # What its edits are of, the trained editor knows: weights, or a memory.
+
+    @override
+    def _make_optimizer(self, tree: ModelTree, originals: dict[str, Tensor]) -> EditOptimizer[Any]:
+        return self.trained.edit_optimizer
+
+    @override
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        with self.trained.base_weights():
+            yield
+
+    @override
+    def _size(self) -> tuple[str, float]:
+        return self.trained._size()
+
+    @override
+    def _is_kept(self, name: str) -> bool:
+        return self.trained._is_kept(name)
+
+    @override
+    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
+        self.trained._load_kept(state_dict)
 
 
 def _subclasses(cls: Any) -> list[Any]:

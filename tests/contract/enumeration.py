@@ -18,17 +18,20 @@ from lightning.pytorch import Callback
 from torch import nn
 
 import lightning_edit
-from lightning_edit import MEND, EditDataModule, EditModule, TrainedEditor
+from lightning_edit import MEND, SERAC, EditDataModule, EditModule, TrainedEditor
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.modules.hypernetwork import HyperEditModule
+from lightning_edit.modules.learning import LearningModule
 from tests.modules.helpers import bare_trainer
 
 __all__ = [
     "CALLBACKS",
     "CONFIGS",
     "EDITORS",
+    "HYPERNETWORKS",
     "LEARNERS",
     "METHOD_CONFIGS",
+    "RememberingEditor",
     "arguments_of",
     "class_in",
     "documented_arguments",
@@ -51,7 +54,8 @@ QUICK: dict[str, Any] = {
 
 # What an editor needs more of to be of any use.
 QUICK_FOR: dict[str, dict[str, Any]] = {
-    "TPatcher": {"lr": 0.1, "steps": 8, "first_check": 8, "memory_tokens": 64}
+    "SERAC": {"width": 16, "depth": 1, "lr": 5e-3, "encoder_lr": 5e-3},
+    "TPatcher": {"lr": 0.1, "steps": 8, "first_check": 8, "memory_tokens": 64},
 }
 
 
@@ -65,8 +69,16 @@ def public_classes(base: type) -> dict[str, Any]:
     return found
 
 
+class RememberingEditor(TrainedEditor):
+    """A trained editor whose edits are of a memory."""
+
+    paper = SERAC.paper
+
+
 #: Editors that ``fit`` trains.
-LEARNERS: dict[str, type[HyperEditModule]] = public_classes(HyperEditModule)
+LEARNERS: dict[str, type[LearningModule[Any]]] = public_classes(LearningModule)
+#: Those whose edits are of weights.
+HYPERNETWORKS: dict[str, type[HyperEditModule]] = public_classes(HyperEditModule)
 #: Editors whose edits ``fit`` commits.
 EDITORS: dict[str, type[EditModule[Any]]] = {
     name: cls for name, cls in public_classes(EditModule).items() if name not in LEARNERS
@@ -123,23 +135,29 @@ def quick(cls: type[EditModule], kind: str = "trained") -> dict[str, Any]:
     known = arguments_of(cls)
     mine = {**QUICK, **QUICK_FOR.get(cls.__name__, {})}
     found = {name: value for name, value in mine.items() if name in known}
-    return {**found, "checkpoint": trained_editor(kind)} if cls is TrainedEditor else found
+    if not issubclass(cls, TrainedEditor):
+        return found
+    return {
+        **found,
+        "checkpoint": trained_editor(kind, SERAC if cls is RememberingEditor else MEND),
+    }
 
 
 def quick_editor(cls: type[EditModule], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """An editor of a trained tiny model of its own."""
     model, tokenizer = trained_tiny_model()
-    if cls is TrainedEditor and dtype != torch.float32:
+    if issubclass(cls, TrainedEditor) and dtype != torch.float32:
         more["any_base"] = True
     return cls.from_model(model.to(dtype), tokenizer, **{**quick(cls), **more})
 
 
 @functools.cache
-def trained_editor(kind: Any) -> str:
+def trained_editor(kind: Any, method: Any) -> str:
     """A checkpoint of an editor of a tiny model, trained once in a process."""
     model = trained_tiny_model()[0] if kind == "trained" else tiny_model(kind)
-    editor = MEND.from_model(model, tiny_tokenizer(), rank=8, edit_lr=0.01, edit_lr_lr=1e-3)
-    trainer = bare_trainer(max_epochs=2)
+    settings = {"rank": 8, "edit_lr": 0.01, "edit_lr_lr": 1e-3} if method is MEND else quick(method)
+    editor = method.from_model(model, tiny_tokenizer(), **settings)
+    trainer = bare_trainer(max_epochs=2 if method is MEND else 8)
     trainer.fit(editor, EditDataModule(requests=tiny_requests(8), batch_size=4))
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -150,7 +150,7 @@ def test_an_editor_is_trained_from_its_configuration_and_edits_from_its_checkpoi
     configs = [part for file in files for part in ("-c", str(file))]
     data = ["--data=EditDataModule", f"--data.path={world.requests}"]
     assert run_here(["fit", *configs, *data, *model, *cpu]) == 0
-    delta = WeightDelta.load(tmp_path / "runs/edit/delta")
+    delta = load_edit(tmp_path / "runs/edit/delta")
     assert delta.norm() > 0
     assert len(delta.provenance.request_ids) == 3
 

@@ -23,16 +23,22 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule, HeldOut
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.modules.hypernetwork import HyperEditModule
+from lightning_edit.modules.learning import LearningModule
 from tests import zoo
-from tests.contract.enumeration import LEARNERS, quick, quick_editor
+from tests.contract.enumeration import HYPERNETWORKS, LEARNERS, quick, quick_editor
 from tests.modules.helpers import bare_trainer, same, snapshot
 
 ONE = EditRequest("People in {} speak", "Velmora", "Ostrish")
 
 
 @pytest.fixture(params=LEARNERS)
-def cls(request: pytest.FixtureRequest) -> type[HyperEditModule]:
+def learner(request: pytest.FixtureRequest) -> type[LearningModule[Any]]:
     return LEARNERS[request.param]
+
+
+@pytest.fixture(params=HYPERNETWORKS)
+def cls(request: pytest.FixtureRequest) -> type[HyperEditModule]:
+    return HYPERNETWORKS[request.param]
 
 
 def data_of(n: int = 8, batch_size: int = 2) -> HeldOut:
@@ -43,7 +49,7 @@ def data_of(n: int = 8, batch_size: int = 2) -> HeldOut:
     )
 
 
-def trained(cls: type[HyperEditModule], folder: Path | None = None, **trainer: Any) -> Any:
+def trained(cls: type[LearningModule[Any]], folder: Path | None = None, **trainer: Any) -> Any:
     """An editor of the tiny model after four steps, with a checkpoint where there is a folder."""
     editor = quick_editor(cls)
     made = bare_trainer(max_epochs=1, **trainer)
@@ -53,7 +59,7 @@ def trained(cls: type[HyperEditModule], folder: Path | None = None, **trainer: A
     return editor
 
 
-def tensors_of(editor: HyperEditModule) -> dict[str, Tensor]:
+def tensors_of(editor: LearningModule[Any]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in editor.network.state_dict().items()}
 
 
@@ -64,9 +70,9 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def test_training_moves_the_network_and_leaves_the_model_alone(
-    cls: type[HyperEditModule],
+    learner: type[LearningModule[Any]],
 ) -> None:
-    editor = quick_editor(cls)
+    editor = quick_editor(learner)
     model, before = snapshot(editor.model), tensors_of(editor)
     trainer = bare_trainer(max_epochs=1, limit_val_batches=1.0, inference_mode=True)
     trainer.fit(editor, data_of())
@@ -79,29 +85,27 @@ def test_training_moves_the_network_and_leaves_the_model_alone(
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
     assert editor.skipped == 0
     assert trainer.callback_metrics.keys() >= {
-        "loss",
-        "edit",
-        "kl",
-        "val/loss",
+        *learner.figures,
+        *(f"val/{name}" for name in learner.figures),
         "val/reliability/teacher_forced",
         "val/generality/teacher_forced",
         "val/locality/teacher_forced",
     }
 
 
-def test_numbers_it_begins_with_come_from_its_seed(cls: type[HyperEditModule]) -> None:
+def test_numbers_it_begins_with_come_from_its_seed(learner: type[LearningModule[Any]]) -> None:
     torch.manual_seed(1)
-    one = tensors_of(quick_editor(cls))
+    one = tensors_of(quick_editor(learner))
     torch.manual_seed(2)
-    assert_equal(tensors_of(quick_editor(cls)), one)
-    other = tensors_of(quick_editor(cls, seed=1))
+    assert_equal(tensors_of(quick_editor(learner)), one)
+    other = tensors_of(quick_editor(learner, seed=1))
     assert any(not torch.equal(other[name], tensor) for name, tensor in one.items())
 
 
 def test_an_editor_that_was_never_trained_edits_nothing_or_says_so(
-    cls: type[HyperEditModule],
+    learner: type[LearningModule[Any]],
 ) -> None:
-    editor = quick_editor(cls)
+    editor = quick_editor(learner)
     if editor.is_ready:
         assert math.isfinite(editor.edit(ONE).norm())
         return
@@ -146,11 +150,13 @@ def test_edits_are_low_rank_and_exact_on_every_architecture(
     )
 
 
-def test_a_checkpoint_holds_the_network_alone(cls: type[HyperEditModule], tmp_path: Path) -> None:
-    editor = trained(cls, tmp_path)
+def test_a_checkpoint_holds_the_network_alone(
+    learner: type[LearningModule[Any]], tmp_path: Path
+) -> None:
+    editor = trained(learner, tmp_path)
     saved = torch.load(tmp_path / "editor.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == {f"network.{n}" for n in editor.network.state_dict()}
-    assert saved["lightning_edit"]["editor"]["method"] == cls.__name__
+    assert saved["lightning_edit"]["editor"]["method"] == learner.__name__
     json.dumps(saved["lightning_edit"]["editor"])
 
 
@@ -193,7 +199,7 @@ def test_edits_one_after_another_are_of_the_edited_model(
 
 
 def test_a_resumed_training_ends_as_one_that_was_not_interrupted(
-    cls: type[HyperEditModule], tmp_path: Path
+    learner: type[LearningModule[Any]], tmp_path: Path
 ) -> None:
     def saving(name: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / name, save_last=True, every_n_train_steps=1, save_top_k=0)
@@ -204,12 +210,12 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(
         "enable_checkpointing": True,
         "max_epochs": 2,
     }
-    whole = quick_editor(cls)
+    whole = quick_editor(learner)
     bare_trainer(**settings, callbacks=[saving("whole")]).fit(whole, data_of())
     stopped = bare_trainer(**settings, max_steps=1, callbacks=[saving("parts")])
-    stopped.fit(quick_editor(cls), data_of())
+    stopped.fit(quick_editor(learner), data_of())
     torch.manual_seed(1)
-    resumed = quick_editor(cls)
+    resumed = quick_editor(learner)
     trainer = bare_trainer(**settings, callbacks=[saving("parts")])
     trainer.fit(resumed, data_of(), ckpt_path=tmp_path / "parts/last.ckpt", weights_only=True)
     assert trainer.global_step == 4
@@ -217,7 +223,7 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(
 
 
 def test_early_stopping_and_loggers_work_as_ever(
-    cls: type[HyperEditModule], tmp_path: Path
+    learner: type[LearningModule[Any]], tmp_path: Path
 ) -> None:
     trainer = bare_trainer(
         max_epochs=3,
@@ -227,23 +233,23 @@ def test_early_stopping_and_loggers_work_as_ever(
         logger=CSVLogger(tmp_path, "", ""),
         callbacks=[EarlyStopping("val/loss", patience=1, mode="max", stopping_threshold=-1.0)],
     )
-    trainer.fit(quick_editor(cls), data_of(4))
+    trainer.fit(quick_editor(learner), data_of(4))
     assert trainer.current_epoch == 1
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"loss", "edit", "kl", "skipped", "val/loss"} <= set(header)
+    assert {*learner.figures, "skipped", "val/loss"} <= set(header)
 
 
-def test_mixed_precision_trains_too(cls: type[HyperEditModule]) -> None:
-    editor = trained(cls, precision="bf16-mixed")
+def test_mixed_precision_trains_too(learner: type[LearningModule[Any]]) -> None:
+    editor = trained(learner, precision="bf16-mixed")
     assert editor.skipped == 0
     assert editor.edit(ONE).norm() < float("inf")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_is_not_finite_is_left_out_counted_and_told(
-    cls: type[HyperEditModule], accumulate: int
+    learner: type[LearningModule[Any]], accumulate: int
 ) -> None:
-    editor = quick_editor(cls)
+    editor = quick_editor(learner)
     usual = editor.token_loss
     calls = 0
 
@@ -261,8 +267,8 @@ def test_what_is_not_finite_is_left_out_counted_and_told(
     assert all(bool(tensor.isfinite().all()) for tensor in tensors_of(editor).values())
 
 
-def test_requests_that_cannot_teach_are_refused_by_name(cls: type[HyperEditModule]) -> None:
-    editor = quick_editor(cls, train_on="rephrase")
+def test_requests_that_cannot_teach_are_refused_by_name(learner: type[LearningModule[Any]]) -> None:
+    editor = quick_editor(learner, train_on="rephrase")
     request = tiny_requests(1)[0]
     for lacking, message in (
         (replace(request, rephrases=()), "has no rephrase.*train_on='prompt'"),
@@ -296,9 +302,9 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 
 def test_the_other_verbs_edit_and_take_it_out_again(
-    cls: type[HyperEditModule], tmp_path: Path
+    learner: type[LearningModule[Any]], tmp_path: Path
 ) -> None:
-    editor: EditModule = trained(cls)
+    editor: EditModule = trained(learner)
     kept = snapshot(editor.model)
     trainer = bare_trainer(limit_val_batches=1.0)
     data = EditDataModule(requests=tiny_requests(2), eval_batch_size=1)

@@ -18,10 +18,11 @@ from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations, score_targets
 from lightning_edit.models import load_model, load_tokenizer
 from lightning_edit.modules.remember import MemoryModule
-from tests.contract.enumeration import EDITORS, quick_editor
+from tests.contract.enumeration import EDITORS, RememberingEditor, quick_editor
 from tests.runs import run_python
 
 REMEMBERING = [name for name, cls in EDITORS.items() if issubclass(cls, MemoryModule)]
+REMEMBERING.append(RememberingEditor.__name__)
 
 
 def answers(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     tokenizer.save_pretrained(folder / "model")
     here = {}
     for name in REMEMBERING:
-        editor = quick_editor(EDITORS[name])
+        editor = quick_editor(EDITORS.get(name, RememberingEditor))
         edit = editor.edit(tiny_requests(2))
         edit.save(folder / "edits" / name)
         edit.apply_(editor.model)

@@ -25,6 +25,7 @@ from tests.contract.enumeration import (
     EDITORS,
     LEARNERS,
     METHOD_CONFIGS,
+    RememberingEditor,
     arguments_of,
     class_in,
     documented_arguments,
@@ -47,9 +48,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=EDITORS)
+@pytest.fixture(params=[*EDITORS, RememberingEditor.__name__])
 def cls(request: pytest.FixtureRequest) -> type[EditModule]:
-    return EDITORS[request.param]
+    return EDITORS.get(request.param, RememberingEditor)
 
 
 @pytest.fixture(params=[*EDITORS, *LEARNERS])

@@ -1,0 +1,138 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders that tell what a prompt is about, out of the tokens of a language model."""
+
+# Shapes: B texts, T tokens, E width of the base's token embeddings, D width of an embedding.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_edit.core.batch import pad_rows
+from lightning_edit.memories.encoder import load_encoder, mean_states
+
+__all__ = ["FolderEncoder", "ScopeEncoder", "TokenEncoder"]
+
+MAX_TOKENS = 512
+
+
+class ScopeEncoder(nn.Module, ABC):
+    """Gives texts, as the base tokenizes them, a place in space."""
+
+    @abstractmethod
+    def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Embeddings of texts.
+
+        Args:
+            base: The language model.
+            rows: Token ids of B texts.
+
+        Returns:
+            [B, D] float32, with gradients to the encoder.
+        """
+
+
+class TokenEncoder(ScopeEncoder):
+    """A small transformer over the token embeddings of the base, which stay as they are.
+
+    Args:
+        base: The language model.
+        width: D, and the width of the transformer.
+        depth: Its layers.
+        heads: Its attention heads.
+        generator: Of the numbers that it begins with.
+    """
+
+    def __init__(
+        self, base: Any, width: int, depth: int, heads: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig(
+            vocab_size=1,  # tokens come as vectors
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            self.features = nn.Linear(base.get_input_embeddings().weight.shape[1], width)
+            self.transformer = BertModel(config, add_pooling_layer=False).eval()
+            self.head = nn.Linear(width, width)
+        # The one word embedding there is is never looked up.
+        self.transformer.embeddings.word_embeddings.weight.requires_grad_(False)
+
+    @override
+    def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+        embeddings = base.get_input_embeddings()
+        kept = [list(row)[-MAX_TOKENS:] for row in rows]
+        ids, mask = (t.to(embeddings.weight.device) for t in pad_rows(kept, 0))
+        with torch.no_grad():
+            tokens = nn.functional.normalize(embeddings(ids).float(), dim=-1)
+        scaled = tokens * tokens.shape[-1] ** 0.5  # entries of size one, whatever the model
+        states = self.transformer(
+            inputs_embeds=self.features(scaled), attention_mask=mask
+        ).last_hidden_state
+        shares = mask[..., None] / mask.sum(1)[:, None, None]
+        pooled: Tensor = self.head((states.float() * shares).sum(1))
+        return pooled
+
+
+class FolderEncoder(ScopeEncoder):
+    """A text encoder out of a folder, as sentence-transformers saves its models.
+
+    Tokens of the base are turned into text first, by the base's tokenizer, which is kept with the
+    state of this module. Embeddings are the tokens' mean states, of length one.
+
+    Args:
+        folder: Folder of a model and its tokenizer, read by transformers.
+    """
+
+    tokenizer: Tensor
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._words, self.transformer = load_encoder(folder)
+        self.register_buffer("tokenizer", torch.zeros(0, dtype=torch.uint8))
+        self._decoder: Any = None
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """Takes over the base's fast tokenizer, by which tokens become text."""
+        text = tokenizer.backend_tokenizer.to_str()
+        self.tokenizer = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        self._decoder = None
+
+    @override
+    def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+        texts = [self._text(row) for row in rows]
+        given = self._words(texts, padding=True, truncation=True, return_tensors="pt")
+        given = given.to(next(self.transformer.parameters()).device)
+        return mean_states(self.transformer(**given).last_hidden_state, given["attention_mask"])
+
+    def _text(self, row: Sequence[int]) -> str:
+        if self._decoder is None:
+            from tokenizers import Tokenizer
+
+            self._decoder = Tokenizer.from_str(bytes(self.tokenizer.tolist()).decode())
+        return str(self._decoder.decode(list(row), skip_special_tokens=True))
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        found = state_dict.get(f"{prefix}tokenizer")
+        if found is not None:  # of any length
+            self.tokenizer = torch.empty_like(found, device=self.tokenizer.device)
+            self._decoder = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
