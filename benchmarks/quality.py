@@ -91,20 +91,24 @@ def known_facts(
         by_id = {request.id: request for requests in sets for request in requests}
         return [few_probes(by_id[name]) for name in json.loads(cache.read_text("utf-8"))]
     evaluator = Evaluator(model, le.PromptTokenizer(tokenizer), readings=["autoregressive"])
-    facts: list[Any] = []
-    for left, requests in zip(range(len(sets), 0, -1), sets, strict=True):
-        wanted = len(facts) + -(-(count - len(facts)) // left)
+    known: list[list[Any]] = []
+    for requests in sets:
+        found: list[Any] = []
         seen: set[str] = set()
         for start in range(0, len(requests), 50):
             old = [r for r in requests[start : start + 50] if r.target_old]
             asked = [replace(r.reversed(), rephrases=(), locality=(), portability=()) for r in old]
             scored = evaluator.evaluate(asked, Baseline({})).probes
             for request, probe in zip(old, scored, strict=True):
-                if probe.autoregressive and request.subject not in seen and len(facts) < wanted:
+                if probe.autoregressive and request.subject not in seen:
                     seen.add(request.subject)
-                    facts.append(few_probes(request))
-            if len(facts) >= wanted:
+                    found.append(few_probes(request))
+            if len(found) >= count:
                 break
+        known.append(found)
+    share = -(-count // len(sets))
+    facts = [fact for found in known for fact in found[:share]]
+    facts = (facts + [fact for found in known for fact in found[share:]])[:count]
     cache.write_text(json.dumps([fact.id for fact in facts]), encoding="utf-8")
     return facts
 
