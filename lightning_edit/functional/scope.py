@@ -38,9 +38,9 @@ def scope_distances(
 
     Example:
         >>> queries, edits = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> scope_distances(queries, edits).tolist()
+        >>> scope_distances(queries, edits).round(decimals=4).tolist()
         [[0.0, 2.0]]
-        >>> scope_distances(queries, edits, "cosine").tolist()
+        >>> scope_distances(queries, edits, "cosine").round(decimals=4).tolist()
         [[0.0, 1.0]]
     """
     queries, edits = queries.float(), edits.float()
