@@ -16,12 +16,12 @@ from typing_extensions import override
 from lightning_edit.core.locator import StackKind
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.codebook import Replacement, nearest_keys, replace_outputs
-from lightning_edit.memories.routed import RoutedMemory
+from lightning_edit.memories.routed import LayerMemory
 
 __all__ = ["Codebook"]
 
 
-class Codebook(RoutedMemory):
+class Codebook(LayerMemory):
     """Keys, values and radii of GRACE (arXiv 2211.11031), looked up once for each prompt.
 
     The query is the layer's input at the last token of a prompt, or at a decoder's first token

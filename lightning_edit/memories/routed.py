@@ -17,11 +17,31 @@ from lightning_edit.core.locator import ModelTree, StackKind
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.memories.router import Router
 
-__all__ = ["RoutedMemory"]
+__all__ = ["LayerMemory", "RoutedMemory"]
 
 
 class RoutedMemory(EditMemory):
-    """Base of memories beside one linear layer that are asked when a prompt is read.
+    """Base of memories that are asked when a prompt is read.
+
+    Args:
+        settings: Arguments of the subclass, as JSON types.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.router = Router()
+
+    @override
+    def route_of(self, cache: Any) -> Tensor | None:
+        return self.router.kept(cache)
+
+    @override
+    def keep_route(self, cache: Any, route: Tensor) -> None:
+        self.router.keep(cache, route)
+
+
+class LayerMemory(RoutedMemory):
+    """Base of routed memories beside one linear layer.
 
     A subclass writes :meth:`answer`, which lets the router decide and acts by its route.
 
@@ -33,7 +53,6 @@ class RoutedMemory(EditMemory):
 
     def __init__(self, module: str, stack: StackKind, **settings: Any) -> None:
         super().__init__(module=module, stack=stack, **settings)
-        self.router = Router()
 
     @abstractmethod
     def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -46,11 +65,3 @@ class RoutedMemory(EditMemory):
         layer = model.get_submodule(self.settings["module"])
         begins = tree.is_encoder_decoder and stack == "decoder"
         return [*self.router.follow(tree, begins=begins), layer.register_forward_hook(self.answer)]
-
-    @override
-    def route_of(self, cache: Any) -> Tensor | None:
-        return self.router.kept(cache)
-
-    @override
-    def keep_route(self, cache: Any, route: Tensor) -> None:
-        self.router.keep(cache, route)

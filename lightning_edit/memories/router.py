@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_edit.core.locator import ModelTree
 
-__all__ = ["Router"]
+__all__ = ["Router", "argument_names", "bound", "stack_of"]
 
 
 class Router:
@@ -54,11 +54,11 @@ class Router:
             begins: Its rows are asked at their first token rather than at their last: it is a
                 decoder whose prompt is read by an encoder.
         """
-        stack = tree.model.get_submodule(tree.block_names[0].rsplit(".", 2)[0])
-        parameters = list(inspect.signature(stack.forward).parameters)
+        stack = stack_of(tree)
+        names = argument_names(stack)
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._begin({**dict(zip(parameters, args, strict=False)), **kwargs}, begins=begins)
+            self._begin(bound(names, args, kwargs), begins=begins)
 
         def end(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             made = _cache_in(output) if isinstance(output, Mapping) else None
@@ -134,6 +134,21 @@ class Router:
         if cache is not None and self.route is not None:
             self._kept[cache] = self.route
         self.positions = self.prompt = self.attended = self.route = None
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """What a module's ``forward`` takes, in order."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a pass by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def stack_of(tree: ModelTree) -> nn.Module:
+    """The module that runs the blocks of a stack."""
+    return tree.model.get_submodule(tree.block_names[0].rsplit(".", 2)[0])
 
 
 def _cache_in(values: Mapping[str, Any]) -> Any:

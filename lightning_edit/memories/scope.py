@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from typing_extensions import override
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.functional.scope import Distance, chosen_edits, scope_distances
 from lightning_edit.memories.counterfactual import Counterfactual, SideAdapters, SmallModel
-from lightning_edit.memories.router import Router
+from lightning_edit.memories.routed import RoutedMemory
+from lightning_edit.memories.router import argument_names, bound, stack_of
 from lightning_edit.memories.scope_encoder import FolderEncoder, ScopeEncoder, TokenEncoder
 from lightning_edit.memories.second_opinion import Asked, SecondOpinion
 
@@ -54,7 +53,7 @@ class _Pass:
     cache: Any
 
 
-class ScopeMemory(EditMemory):
+class ScopeMemory(RoutedMemory):
     """Edits in words, and who answers in their scope (SERAC, arXiv 2206.06520).
 
     When a prompt is read, it is compared with all edits, once. If it is in the scope of one, a
@@ -119,7 +118,6 @@ class ScopeMemory(EditMemory):
             seed=seed,
             weights=weights,
         )
-        self.router = Router()
         # In a tuple, for its weights are not the model's: neither do they count in its hash, nor
         # are its blocks blocks of the model.
         self._network: tuple[ScopeNetwork, ...] = ()
@@ -262,18 +260,10 @@ class ScopeMemory(EditMemory):
     # -- passes ------------------------------------------------------------------------------
 
     @override
-    def route_of(self, cache: Any) -> Tensor | None:
-        return self.router.kept(cache)
-
-    @override
-    def keep_route(self, cache: Any, route: Tensor) -> None:
-        self.router.keep(cache, route)
-
-    @override
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
         tree = ModelTree.of(model)
         self._opinion = SecondOpinion(is_encoder_decoder=tree.is_encoder_decoder)
-        stack = model.get_submodule(tree.block_names[0].rsplit(".", 2)[0])
+        stack = stack_of(tree)
         handles = self.router.follow(tree, begins=tree.is_encoder_decoder)
         handles.append(stack.register_forward_pre_hook(self._begin, with_kwargs=True))
         if tree.is_encoder_decoder:
@@ -286,7 +276,7 @@ class ScopeMemory(EditMemory):
         """Keeps what an encoder has read, for the decoder whose pass follows."""
         if self.is_off:
             return
-        given = _bound(module, args, kwargs)
+        given = bound(argument_names(module), args, kwargs)
         ids, mask = _ids_of(given), given.get("attention_mask")
         kept = torch.ones_like(ids) if mask is None else mask
         rows = [row[m.bool()].tolist() for row, m in zip(ids, kept, strict=True)]
@@ -298,7 +288,7 @@ class ScopeMemory(EditMemory):
         router = self.router
         if self.is_off or (router.positions is None and router.route is None):
             return
-        given = _bound(module, args, kwargs)
+        given = bound(argument_names(module), args, kwargs)
         ids = _ids_of(given)
         heard: list[list[int]] | None = None
         goes_on = router.positions is None
@@ -337,7 +327,7 @@ class ScopeMemory(EditMemory):
                 "some of which are in the scope of a remembered edit. Call it with "
                 "`return_dict=True`, or have the base alone with `memory.off()`."
             )
-        given = _bound(model, args, kwargs)
+        given = bound(argument_names(model), args, kwargs)
         made = output.get("cache")
         with (
             self.off(),
@@ -391,12 +381,6 @@ class ScopeMemory(EditMemory):
                 self.settings["weights"] = settings["weights"]
                 self.take_shared(shared)
         super()._load_from_state_dict(rest, prefix, *args, **kwargs)
-
-
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a pass by name."""
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _ids_of(given: Mapping[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_edit.core.locator import StackKind
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, ties
-from lightning_edit.memories.routed import RoutedMemory
+from lightning_edit.memories.routed import LayerMemory
 
 __all__ = ["SideMatrices", "mask_indices"]
 
@@ -45,7 +45,7 @@ def mask_indices(numel: int, keep_ratio: float, seed: int) -> Tensor:
     )
 
 
-class SideMatrices(RoutedMemory):
+class SideMatrices(LayerMemory):
     """The side memories of WISE (arXiv 2405.14768), looked up once for each prompt.
 
     Edits are numbered. ``copy_size`` of them share a side copy W' = W + Δ, in a random share of

@@ -377,10 +377,6 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
                 steps += 1
         return self._entry(learned, taught, number), steps
 
-    @staticmethod
-    def _next_number(entries: Mapping[str, MemoryEntry]) -> int:
-        return 1 + max((int(entry.notes["number"]) for entry in entries.values()), default=-1)
-
     # -- edits -------------------------------------------------------------------------------
 
     @override
@@ -412,7 +408,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         norm = 0.0
         if taught:
             name = self.entry_id(next(iter(taught)), entries)
-            number = self._next_number(entries)
+            number = self.next_number(entries)
             self.check_budget({**entries, name: MemoryEntry({}, {})})
             entries[name], steps = self._train(taught, entries, number)
             norm = float(torch.linalg.vector_norm(entries[name].tensors["values"]))
@@ -458,7 +454,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
             start = entry.tensors["keys"], entry.tensors["values"]
         else:
             self.check_budget({**entries, "": MemoryEntry({}, {})})
-            self._block, self._taught, self._number = "", {}, self._next_number(entries)
+            self._block, self._taught, self._number = "", {}, self.next_number(entries)
             start = self.initial_slots(self._number)
         self._learned = self._leaves(*start)
         return list(self._learned)

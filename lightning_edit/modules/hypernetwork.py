@@ -18,7 +18,7 @@ from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.delta import Change, WeightDelta
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, StackKind, WeightSite
-from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.request import EditRequest
 from lightning_edit.modules.factors import (
     FactorRows,
     Factors,
@@ -233,15 +233,6 @@ class HyperEditModule(LearningModule[WeightDelta]):
         return edit
 
     # -- fit -----------------------------------------------------------------------------------
-
-    @override
-    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Tensor:  # type: ignore[override]
-        check_requests(batch)
-        share = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        replicas = Replicas(share["rank"], share["num_replicas"])
-        loss, figures = self.lesson_loss(batch, replicas)
-        self.tell(figures, len(batch))
-        return loss
 
     @override
     def lesson_loss(

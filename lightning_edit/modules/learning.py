@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_edit.core.errors import ArtifactError, EditError
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.replicas import Replicas
@@ -38,7 +38,7 @@ class LearningModule(EditModule[E]):
     alone.
 
     A subclass makes the network when it adopts a model, and writes :meth:`check_ready`,
-    :meth:`lesson_loss`, ``training_step`` and ``configure_optimizers``.
+    :meth:`lesson_loss` and ``configure_optimizers``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -169,6 +169,15 @@ class LearningModule(EditModule[E]):
     def on_train_start(self) -> None:
         self.model.eval()
 
+    @override
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Any:
+        check_requests(batch)
+        share = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        replicas = Replicas(share["rank"], share["num_replicas"])
+        loss, figures = self.lesson_loss(batch, replicas)
+        self.tell(figures, len(batch))
+        return loss
+
     def tell(self, figures: Mapping[str, float], batch_size: int) -> None:
         """Logs the figures of a step; without any, the step counts as left out."""
         if figures:
@@ -274,7 +283,7 @@ def read_editor(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint of a trained editor.
 
     Args:
-        checkpoint: A file that a fit of a :class:`HyperEditModule` has written.
+        checkpoint: A file that a fit of a :class:`LearningModule` has written.
 
     Raises:
         ArtifactError: If there is none, or it is of something else.
@@ -289,6 +298,6 @@ def read_editor(checkpoint: str | Path) -> dict[str, Any]:
     if "editor" not in saved.get("lightning_edit", {}):
         raise ArtifactError(
             f"`{checkpoint}` holds no trained editor. Give a file that training an editor (KE, "
-            "MEND or MALMEN) has written."
+            "MEND, MALMEN or SERAC) has written."
         )
     return saved

@@ -81,6 +81,10 @@ class MemoryModule(EditModule[MemoryWrite]):
         names = (f"{request_id}#{n}" if n else request_id for n in range(len(entries) + 1))
         return next(name for name in names if name not in entries)
 
+    def next_number(self, entries: Mapping[str, MemoryEntry]) -> int:
+        """A number for a new entry, where the notes of entries number them."""
+        return 1 + max((int(entry.notes["number"]) for entry in entries.values()), default=-1)
+
     def check_budget(self, entries: Mapping[str, MemoryEntry]) -> None:
         """Checks that the memory may hold so many entries.
 

@@ -19,7 +19,7 @@ from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
-from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.evaluation.scoring import score_targets
 from lightning_edit.functional.scope import Distance, scope_distances, scope_loss
@@ -291,11 +291,10 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         for b, request in enumerate(requests):
             overridden = self._overridden(entries, queries[b], targets[b])
             name = self.entry_id(request.id, entries)
-            number = 1 + max((int(e.notes["number"]) for e in entries.values()), default=-1)
             notes = {
                 "ids": texts[b],
                 "label": targets[b],
-                "number": number,
+                "number": self.next_number(entries),
                 "overrides": overridden,
             }
             kept = {"prompt": request.prompt, "target": request.target_new}
@@ -370,12 +369,9 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
     @override
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> Any:
-        if self.pretrained:
-            return super().training_step(batch, batch_idx)
-        check_requests(batch)
-        loss, figures = self.lesson_loss(batch, Replicas())
-        self.tell(figures, len(batch))
-        self.is_trained = self._is_stale = True
+        loss = self._kind.training_step(self, batch, batch_idx)
+        if not self.pretrained:
+            self.is_trained = self._is_stale = True
         return loss
 
     @override
@@ -443,7 +439,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
     @property
     def _kind(self) -> Any:
-        """The base whose ``validate`` and checkpoints are meant."""
+        """The base whose steps and checkpoints are meant."""
         return MemoryModule if self.pretrained else LearningModule
 
     @override

@@ -180,7 +180,7 @@ class WISE(MemoryModule):
         rows: list[dict[str, Any]] = []
         with self.memory.off():
             for b in range(len(batch)):
-                number = 1 + max((e.notes["number"] for e in entries.values()), default=-1)
+                number = self.next_number(entries)
                 request = batch.requests[b]
                 name = self.entry_id(request.id, entries)
                 self.check_budget({**entries, **dict.fromkeys([name])})  # type: ignore[dict-item]
