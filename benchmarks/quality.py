@@ -14,7 +14,13 @@ of a batch). Target values of the unedited model are searched once for methods t
 since they are the same in a batch and alone. A run that was stopped goes on where it was.
 
 With ``--retention n`` the edits so far are measured after every n, group by group of n, which shows
-what later edits leave of earlier ones.
+what later edits leave of earlier ones. ``--set`` gives the methods other settings than their own,
+as JSON, and ``--label`` the rows another name:
+
+    python benchmarks/quality.py --methods SCR --label "SCR, MiniLM" \
+        --set '{"encoder": "all-MiniLM-L6-v2", "threshold": 0.7}'
+    python benchmarks/quality.py --methods TrainedEditor --label SERAC \
+        --set '{"checkpoint": "serac.ckpt"}'
 """
 
 from __future__ import annotations
@@ -58,6 +64,8 @@ REMEMBER: dict[str, dict[str, Any]] = {
     "CaliNET": {},
     "SCR": {},
     "IKE": {"count": 8},
+    "SERAC": {"pretrained": True},
+    "TrainedEditor": {},
 }
 PLANS = LOCATE | REMEMBER
 
@@ -231,7 +239,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(LOCATE), choices=list(PLANS))
     parser.add_argument("--modes", nargs="+", default=[ALONE, "50", "10", "1"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layers", type=int, nargs="+", help="instead of the methods' own")
+    parser.add_argument("--set", type=json.loads, default={}, help="settings, as JSON")
+    parser.add_argument("--label", help="instead of the method's name")
     parser.add_argument("--retention", type=int, help="measure all edits after every so many")
     parser.add_argument("--show", action="store_true", help="print the table of the output alone")
     options = parser.parse_args()
@@ -247,11 +256,10 @@ def main() -> None:
         shared = Shared()
         for mode in options.modes:
             for name in options.methods:
-                if (name, mode, len(requests)) in done:
+                label = options.label or name
+                if (label, mode, len(requests)) in done:
                     continue
-                settings = dict(PLANS[name])
-                if options.layers is not None:
-                    settings["layers"] = options.layers
+                settings = PLANS[name] | options.set
                 editor: Any = getattr(le, name).from_model(model, tokenizer, **settings)
                 if hasattr(editor, "template_groups"):
                     if contexts is None:  # the same for all: bare, and behind five sampled texts
@@ -260,7 +268,7 @@ def main() -> None:
                     settings |= {"context_templates": contexts, "steps": options.steps}
                     editor = getattr(le, name).from_model(model, tokenizer, **settings)
                     shared.of(editor)
-                row = {"method": name, "mode": mode, "facts": len(requests)}
+                row = {"method": label, "mode": mode, "facts": len(requests)}
                 rows.append(row | run(editor, requests, mode, options.retention))
                 if (memory := EditMemory.find(model)) is not None:
                     memory.detach_()

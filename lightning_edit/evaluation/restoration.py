@@ -21,18 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_edit.core.block_recorder import Arguments, BlockRecorder, hidden_states
 from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
-from lightning_edit.evaluation.blocks import (
-    Arguments,
-    BlockRecorder,
-    Prefix,
-    explained,
-    hidden_states,
-    scaled_logits,
-    with_cache,
-)
+from lightning_edit.evaluation.blocks import Prefix, explained, scaled_logits, with_cache
 
 __all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
 

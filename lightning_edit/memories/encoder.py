@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
+from lightning_edit.core.block_recorder import BlockRecorder
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.locator import ModelTree
 
 __all__ = ["encode_by_folder", "encode_by_model", "load_encoder", "mean_states"]
 
 MAX_TEXTS = 64  # run at once
+# Depth at which a language model's states are read. Further up they are of what comes next, and
+# prompts of one wording look all alike.
+DEPTH = 1 / 6
 
 
 def mean_states(states: Tensor, mask: Tensor) -> Tensor:
@@ -41,7 +46,9 @@ def mean_states(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -> Tensor:
-    """Vectors out of a language model's own hidden states, behind its last block.
+    """Vectors out of a language model's own hidden states, behind the first sixth of its blocks.
+
+    The blocks above are not run.
 
     Args:
         model: A Hugging Face language model; of one with an encoder, that is run alone.
@@ -52,13 +59,17 @@ def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -
         [B, D] float32, of length one, on the model's device.
     """
     device = next(model.parameters()).device
+    blocks = ModelTree.of(model, "encoder" if tokens.is_encoder_decoder else "decoder").blocks
+    layer = min(max(1, round(DEPTH * len(blocks))), len(blocks) - 1)
     part = model.get_encoder() if tokens.is_encoder_decoder else model.base_model
+    given = {} if tokens.is_encoder_decoder else {"use_cache": False}
 
     def run(chosen: Sequence[str]) -> Tensor:
         rows = [tokens.tokenizer(text)["input_ids"] for text in chosen]
         ids, mask = (tensor.to(device) for tensor in pad_rows(rows, tokens.pad_id))
-        states = part(input_ids=ids, attention_mask=mask).last_hidden_state
-        return mean_states(states, mask)
+        with BlockRecorder(blocks, layer, layer, stops=True) as seen:
+            part(input_ids=ids, attention_mask=mask, **given)
+        return mean_states(seen.states[layer], mask)
 
     return _in_parts(run, texts)
 

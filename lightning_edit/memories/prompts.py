@@ -58,7 +58,8 @@ class PromptMemory(EditMemory):
     Its buffer is ``embeddings`` [N, D], float32 and of length one.
 
     Args:
-        encoder: Folder of a text encoder; the mean hidden states of the language model if None.
+        encoder: Folder of a text encoder; mean hidden states of the language model's first sixth of
+            blocks if None.
         facts: Facts that are told at most, the most fitting last.
         threshold: Cosine that a fact's prompt must exceed to be told.
     """

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import pad_rows
+from lightning_edit.core.block_recorder import Arguments, BlockRecorder, hidden_states
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.evaluation.blocks import Arguments, BlockRecorder, hidden_states
 from lightning_edit.modules.tail import Place
 
 __all__ = ["KeyPass"]

@@ -32,7 +32,8 @@ class PromptModule(MemoryModule):
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         encoder: Folder of a text encoder by which facts are found, such as one that
-            sentence-transformers saved; the language model's own mean hidden states if None.
+            sentence-transformers saved; mean hidden states of the language model's first sixth of
+            blocks if None, which go more by wording.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
         kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.

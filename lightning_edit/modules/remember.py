@@ -137,7 +137,8 @@ class MemoryModule(EditModule[MemoryWrite]):
     @override
     def _adopt(self, model: Any, tokenizer: Any) -> None:
         super()._adopt(model, tokenizer)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if shared and not self.automatic_optimization:
             # `ddp` refuses modules that have nothing to train.
             self.anchor = nn.Parameter(torch.zeros((), device=model.device))
 

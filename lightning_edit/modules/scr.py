@@ -26,7 +26,8 @@ class SCR(PromptModule):
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         encoder: Folder of a text encoder by which facts are found, such as one that
-            sentence-transformers saved; the language model's own mean hidden states if None.
+            sentence-transformers saved; mean hidden states of the language model's first sixth of
+            blocks if None, which go more by wording.
         facts: Facts that a prompt is told at most, the most fitting last.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.

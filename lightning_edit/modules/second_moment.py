@@ -20,10 +20,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.block_recorder import StopPass
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
-from lightning_edit.evaluation.blocks import StopPass
 from lightning_edit.functional.moments import regularize, second_moment_update
 
 __all__ = [

@@ -382,7 +382,8 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
         Args:
             requests: With rephrases and locality probes.
-            replicas: The processes that train together; None to only look.
+            replicas: The processes that train together, each of which takes its share of the
+                counterfactual model's rows; None to only look.
 
         Returns:
             The weighted sum, a scalar, and the figures ``loss``, ``edit`` (NLL of the new answers,
@@ -398,7 +399,10 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         owners = lesson.outer_owners
         texts = [self._text(request, self.tokens) for request in requests]
         asked, others = _prompts(lesson.outer), _prompts(lesson.locality)
-        nll = self._answer_loss(lesson.outer, [texts[i] for i in owners], asked)
+        one = replicas or Replicas()
+        mine = range(one.rank, len(asked), one.count)
+        part = self._answer_loss(lesson.outer, [texts[i] for i in owners], asked, mine)
+        nll = one.total(part.detach())
         with self.memory.off():
             found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
         edits, inner, outer = found.split([len(texts), len(asked), len(others)])
@@ -410,9 +414,12 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         if self.cross_negatives:
             outside = torch.cat([outside, near[~is_own]])
         scope = scope_loss(inside, outside)
-        loss = self.edit_weight * nll + self.scope_weight * scope
-        if not bool(loss.isfinite()):
+        # Processes average their gradients, whereas `nll` is a sum over shares.
+        loss = self.edit_weight * one.count * part + self.scope_weight * scope
+        value = self.edit_weight * nll + self.scope_weight * scope.detach()
+        if not one.agree(bool(value.isfinite())):
             return self._nothing(), {}
+        loss = loss - loss.detach() + value
         hits, misses = (torch.exp(-d) > self.threshold for d in (inside, outside))
         return loss, {
             "loss": float(loss.detach()),
@@ -423,17 +430,27 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         }
 
     def _answer_loss(
-        self, outer: EditBatch, texts: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
+        self,
+        outer: EditBatch,
+        texts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
+        mine: Sequence[int],
     ) -> Tensor:
-        """Mean NLL of answers by the counterfactual model, which reads each edit before."""
+        """NLL of answers by the counterfactual model, which reads each edit before.
+
+        Returns:
+            The sum over the tokens of some rows, as a share of the mean over those of all.
+        """
+        if not mine:
+            return self._nothing()
         separator = self.scopes.settings["separator"]
-        rows = [[*text, *separator, *q] for text, q in zip(texts, prompts, strict=True)]
         targets = [row[row != IGNORE_INDEX].tolist() for row in outer.labels]
+        rows = [[*texts[i], *separator, *prompts[i]] for i in mine]
         device = next(self.model.parameters()).device
-        batch = EditBatch.from_ids(rows, targets, outer.tokens).to(device)
+        batch = EditBatch.from_ids(rows, [targets[i] for i in mine], outer.tokens).to(device)
         with self.memory.off(), self.network.counterfactual.answering(self.model) as other:
             logits, labels = target_logits(ModelTree.of(other), batch)
-        return self.token_loss(logits, labels).mean()
+        return self.token_loss(logits, labels).sum() / sum(map(len, targets))
 
     # -- what depends on who trains ------------------------------------------------------------
 

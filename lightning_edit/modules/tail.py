@@ -23,17 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_edit.core.batch import pad_rows
+from lightning_edit.core.block_recorder import BlockRecorder, hidden_states
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.attention import short_attention
-from lightning_edit.evaluation.blocks import (
-    BlockRecorder,
-    Prefix,
-    explained,
-    hidden_states,
-    scaled_logits,
-    with_cache,
-)
+from lightning_edit.evaluation.blocks import Prefix, explained, scaled_logits, with_cache
 
 __all__ = ["Place", "Tail", "frozen", "split_rows"]
 

@@ -53,11 +53,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _plain_embedding(model: Any, tokenizer: Any, text: str) -> Tensor:
+def _plain_embedding(model: Any, tokenizer: Any, text: str, *, block: int = 1) -> Tensor:
+    """Mean state behind a block: a language model's first sixth of a few is its first."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         part = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-        mean: Tensor = part(input_ids=ids).last_hidden_state[0].mean(0)
+        found = part(input_ids=ids, output_hidden_states=True)
+    mean: Tensor = found.hidden_states[block][0].mean(0)
     unit: Tensor = mean / mean.norm()
     return unit
 
@@ -173,7 +175,7 @@ def test_a_text_encoder_out_of_a_folder_finds_facts(encoder: Path, tmp_path: Pat
     requests = tiny_requests(3)
     editor.edit(requests).apply_(model)
     plain = AutoModel.from_pretrained(encoder).eval()
-    wanted = [_plain_embedding(plain, tokenizer, r.prompt) for r in requests]
+    wanted = [_plain_embedding(plain, tokenizer, r.prompt, block=-1) for r in requests]
     torch.testing.assert_close(
         editor.memory.get_buffer("embeddings"), torch.stack(wanted), rtol=1e-4, atol=1e-5
     )
