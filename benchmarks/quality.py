@@ -59,7 +59,13 @@ LOCATE: dict[str, dict[str, Any]] = {
 }
 REMEMBER: dict[str, dict[str, Any]] = {
     "GRACE": {},
-    "WISE": {"steps": 40},
+    "WISE": {
+        "steps": 40,
+        "copy_size": 10,
+        "merged_copies": 1,
+        "routes_by": "ratio",
+        "replay": True,
+    },
     "TPatcher": {},
     "CaliNET": {},
     "SCR": {},

@@ -78,11 +78,12 @@ class SecondOpinion:
         hits = torch.nonzero(route >= 0)[:, 0]
         columns = torch.arange(asked.ids.shape[1], device=logits.device)
         columns = columns[-keep:] if isinstance(keep, int) else columns[keep]
+        read = [texts[i] for i in route[hits].tolist()]
         if self.is_encoder_decoder:
-            answers = self._decode(model, asked, route, texts, cache, hits)[:, columns]
+            answers = self._decode(model, asked, read, cache, hits)[:, columns]
             is_said = torch.ones(answers.shape[:2], dtype=torch.bool, device=logits.device)
         else:
-            answers = self._continue(model, asked, route, texts, cache, hits, columns)
+            answers = self._continue(model, asked, read, cache, hits, columns)
             is_said = asked.attended[hits][:, columns]
         found = logits.clone()
         found[hits] = torch.where(is_said[..., None], answers.to(logits.dtype), logits[hits])
@@ -92,7 +93,6 @@ class SecondOpinion:
         self,
         model: Any,
         asked: Asked,
-        route: Tensor,
         texts: Sequence[Sequence[int]],
         cache: Any,
         hits: Tensor,
@@ -110,7 +110,8 @@ class SecondOpinion:
             places = columns.expand(len(hits), -1)
         else:
             rows = [
-                [*texts[int(route[b])], *asked.ids[b][asked.attended[b]].tolist()] for b in hits
+                [*text, *asked.ids[b][asked.attended[b]].tolist()]
+                for text, b in zip(texts, hits, strict=True)
             ]
             ids, mask = (t.to(hits.device) for t in pad_rows(rows, 0, side="left"))
             before = DynamicCache() if cache is not None else None
@@ -142,7 +143,6 @@ class SecondOpinion:
         self,
         model: Any,
         asked: Asked,
-        route: Tensor,
         texts: Sequence[Sequence[int]],
         cache: Any,
         hits: Tensor,
@@ -163,7 +163,7 @@ class SecondOpinion:
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         else:
             heard = asked.heard or []
-            rows = [[*texts[int(route[b])], *heard[int(b)]] for b in hits]
+            rows = [[*text, *heard[int(b)]] for text, b in zip(texts, hits, strict=True)]
             ids, mask = (t.to(hits.device) for t in pad_rows(rows, 0))
             given["input_ids"] = ids
             both = DynamicCache(), DynamicCache()

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, ties
 from lightning_edit.memories.routed import LayerMemory
 
-__all__ = ["SideMatrices", "mask_indices"]
+__all__ = ["RoutesBy", "SideMatrices", "mask_indices"]
+
+RoutesBy = Literal["distance", "ratio"]
 
 
 def mask_indices(numel: int, keep_ratio: float, seed: int) -> Tensor:
@@ -51,7 +53,8 @@ class SideMatrices(LayerMemory):
     Edits are numbered. ``copy_size`` of them share a side copy W' = W + Δ, in a random share of
     its entries; when ``merged_copies`` copies are full, TIES makes them one. Of the copies whose
     D over a prompt's tokens is at least ``act_ratio`` times the least D of their edits, the one
-    with the largest D answers; where there is none, the layer's output keeps its bits.
+    with the largest D answers, or with the largest D over that least D; where there is none, the
+    layer's output keeps its bits.
 
     Each edit's own change is kept, so that it can be taken out of its copy. Later edits of the
     same copy were learned on top of it.
@@ -70,6 +73,8 @@ class SideMatrices(LayerMemory):
         bound: Largest change of an entry.
         density: Share of entries that TIES keeps.
         seed: The s-th copy draws its entries from seed + s.
+        routes_by: What is largest in the copy that answers: D, or its ``ratio`` to the least D of
+            the copy's edits.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("changes", "distances")
@@ -89,6 +94,7 @@ class SideMatrices(LayerMemory):
         bound: float = 1.0,
         density: float = 0.53,
         seed: int = 0,
+        routes_by: RoutesBy = "distance",
     ) -> None:
         super().__init__(
             module=module,
@@ -102,6 +108,7 @@ class SideMatrices(LayerMemory):
             bound=bound,
             density=density,
             seed=seed,
+            routes_by=routes_by,
         )
         self._masks: dict[int, Tensor] = {}
         # Made of the entries, and so no part of the state.
@@ -187,10 +194,12 @@ class SideMatrices(LayerMemory):
 
     def _route(self, inputs: Tensor, outputs: Tensor, prompt: Tensor) -> Tensor:
         """The copy that answers each row, −1 where none does, [B]."""
+        by_ratio = self.settings["routes_by"] == "ratio"
         found = []
         for matrix, threshold in zip(self.matrices, self.thresholds, strict=True):
             changed = outputs.float() + inputs.float() @ matrix.T
             distances = activation_distance(outputs, changed, prompt, self.activation)
-            found.append(torch.where(distances >= threshold, distances, -1.0))
+            size = distances / threshold if by_ratio else distances
+            found.append(torch.where(distances >= threshold, size, -1.0))
         largest = torch.stack(found).max(0)
         return torch.where(largest.values >= 0, largest.indices, -1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from lightning_edit.core.locator import Locator, ModelTree, StackKind, WeightSit
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, routing_loss
-from lightning_edit.memories.side_matrix import SideMatrices
+from lightning_edit.memories.side_matrix import RoutesBy, SideMatrices
 from lightning_edit.modules.remember import MemoryModule
 from lightning_edit.modules.replay import blocks_below, replayed
 from lightning_edit.modules.second_moment import sample_text_ids
@@ -50,6 +50,10 @@ class WISE(MemoryModule):
     kept by itself, so that it can be taken out again. The layers below are run once. Inference
     costs one product with each copy for a prompt, and one for a generated token of a routed row.
 
+    Edits of one copy write over each other, the more so the smaller the matrix is: a copy of 500
+    is the paper's, for matrices of 45 million entries. ``replay`` has an edit keep the answers of
+    those that are in its copy already.
+
     The margins are activations, not shares: every model has its own.
 
     Args:
@@ -69,6 +73,10 @@ class WISE(MemoryModule):
         copy_size: Edits of a copy.
         merged_copies: Copies that are merged.
         density: Share of entries that TIES keeps of each.
+        routes_by: What is largest in the copy that answers a prompt: D, as in the paper, or its
+            ``ratio`` to the least D of the copy's edits, which compares copies of unlike strength.
+        replay: Learn an edit together with the earlier ones of its copy, a row each; the paper
+            does without.
         seed: Seed of the masks, of which the s-th copy draws from seed + s, and of the model's
             own text, which Lₐ takes for other text.
         max_entries: Edits that the memory may hold; any number if None.
@@ -107,6 +115,8 @@ class WISE(MemoryModule):
         copy_size: int = 500,
         merged_copies: int = 2,
         density: float = 0.53,
+        routes_by: RoutesBy = "distance",
+        replay: bool = False,
         seed: int = 0,
         max_entries: int | None = None,
         **kwargs: Any,
@@ -124,6 +134,11 @@ class WISE(MemoryModule):
                 raise ValueError(
                     f"`{name}` is expected to be above 0 and at most 1, but got {share}."
                 )
+        if routes_by not in get_args(RoutesBy):
+            raise ValueError(
+                f"`routes_by` is expected to be one of {', '.join(get_args(RoutesBy))}, but got "
+                f"{routes_by!r}."
+            )
         if len(margins) != 3:
             raise ValueError(f"`margins` is expected to be α, β and γ, but got {list(margins)}.")
         for template in context_templates or ():
@@ -145,6 +160,8 @@ class WISE(MemoryModule):
         self.copy_size = copy_size
         self.merged_copies = merged_copies
         self.density = density
+        self.routes_by: RoutesBy = routes_by
+        self.replay = replay
         self.seed = seed
         self._others: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -167,6 +184,7 @@ class WISE(MemoryModule):
             self.bound,
             self.density,
             self.seed,
+            self.routes_by,
         )
 
     @property
@@ -206,9 +224,9 @@ class WISE(MemoryModule):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Learns one request; returns the tensors of its entry, and figures."""
         side, tree = self.side, ModelTree.of(self.model, self.stack)
-        rows = self._in_contexts(batch)
-        prompt = self._prompt_mask(tree, rows)
         copy = side.copy_of(number)
+        rows = self._in_contexts(batch, self._held(copy, entries) if self.replay else [])
+        prompt = self._prompt_mask(tree, rows)
         before = side.change_of(copy, entries)
         site = self._site(tree)
         weights = site.read(self.model).float().reshape(-1)[side.mask(copy)]
@@ -249,13 +267,32 @@ class WISE(MemoryModule):
         }
         return {"changes": change.detach(), "distances": edited.detach().min()}, figures
 
-    def _in_contexts(self, batch: EditBatch) -> EditBatch:
-        """The request behind each context."""
+    def _held(
+        self, copy: int, entries: Mapping[str, MemoryEntry]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Prompts and targets of what a copy has learned, as tokens."""
+        tokens = self.tokens
+        kept = [
+            request
+            for entry in entries.values()
+            if self.side.copy_of(entry.notes["number"]) == copy
+            for request in entry.requests.values()
+        ]
+        return [
+            (tokens.prompt(one["prompt"]), tokens.target(one["prompt"], one["target"]))
+            for one in kept
+        ]
+
+    def _in_contexts(
+        self, batch: EditBatch, others: Sequence[tuple[list[int], list[int]]]
+    ) -> EditBatch:
+        """The request behind each context, and other prompts and targets."""
         [request] = batch.requests
         tokens = self.tokens
-        prompts = [tokens.prompt(text.format(request.prompt)) for text in self.contexts]
         target = tokens.target(request.prompt, request.target_new)
-        rows = EditBatch.from_ids(prompts, [target] * len(prompts), tokens)
+        own = [(tokens.prompt(text.format(request.prompt)), target) for text in self.contexts]
+        prompts, targets = zip(*own, *others, strict=True)
+        rows = EditBatch.from_ids(prompts, targets, tokens)
         return rows.to(batch.input_ids.device)
 
     def _prompt_mask(self, tree: ModelTree, batch: EditBatch) -> Tensor:

@@ -29,22 +29,32 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def _plain_change(
-    editor: WISE, kind: str, request: Any, change: Tensor, kept: Tensor, number: int, steps: int
+    editor: WISE,
+    kind: str,
+    requests: list[Any],
+    change: Tensor,
+    kept: Tensor,
+    number: int,
+    steps: int,
 ) -> tuple[Tensor, float]:
-    """The dense change of W after some steps on one request, and its least D."""
+    """The dense change of W after some steps on the last request, and the least D.
+
+    Earlier requests are read without contexts.
+    """
+    *earlier, request = requests
     model, tokens, act = editor.model, editor.tokens, ACTIVATIONS[kind]
     [site] = Locator([2]).sites(model)
     layer, weight = site.module(model), site.read(model)
     inputs, outputs, _ = (part[number % len(part)] for part in editor._other_texts())
-    texts = [context.format(request.prompt) for context in editor.contexts]
-    target = tokens.target(request.prompt, request.target_new)
+    texts = [(context.format(request.prompt), request) for context in editor.contexts]
+    texts += [(one.prompt, one) for one in earlier]
     change = change.clone()
     least = 0.0
     for step in range(steps + 1):
         delta = change.clone().requires_grad_()
         nll, near = [], []
-        for text in texts:
-            prompt = tokens.prompt(text)
+        for text, one in texts:
+            prompt, target = tokens.prompt(text), tokens.target(one.prompt, one.target_new)
             columns = 1 if kind == "t5" else len(prompt)
 
             def put(_: nn.Module, args: Any, output: Tensor, columns: int = columns) -> Tensor:
@@ -69,8 +79,10 @@ def _plain_change(
     return change, least
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
-def test_changes_are_those_of_the_plain_formulas(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "replay"), [("llama", False), ("llama", True), ("t5", False), ("gpt2", False)]
+)
+def test_changes_are_those_of_the_plain_formulas(kind: Any, replay: bool) -> None:
     model, tokenizer = (
         trained_tiny_model() if kind == "llama" else (tiny_model(kind), tiny_tokenizer())
     )
@@ -86,6 +98,7 @@ def test_changes_are_those_of_the_plain_formulas(kind: Any) -> None:
         stop_loss=0.0,
         copy_size=2,
         context_templates=["{}", "Yes. {}"],
+        replay=replay,
     )
     requests = tiny_requests(3)
     edit = editor.edit(requests)
@@ -100,7 +113,9 @@ def test_changes_are_those_of_the_plain_formulas(kind: Any) -> None:
             kept = torch.zeros(32 * 128)
             kept[mask_indices(32 * 128, 0.2, number // 2)] = 1.0
             kept = kept.reshape(32, 128)
-            after, least = _plain_change(editor, kind, request, before, kept, number, 4)
+            seen = requests[number // 2 * 2 : number] if replay else []
+            told = [*seen, request]
+            after, least = _plain_change(editor, kind, told, before, kept, number, 4)
             entry = side.entries[request.id]
             found = side.matrix(number // 2, entry.tensors["changes"])
             torch.testing.assert_close(found, after - before, rtol=1e-3, atol=2e-5)
@@ -129,11 +144,12 @@ def _entry(number: int, change: Tensor, distance: float, name: str) -> MemoryEnt
     return MemoryEntry(tensors, {name: {}}, {"number": number})
 
 
-def test_the_copy_that_moves_a_prompt_most_answers_and_no_other() -> None:
+@pytest.mark.parametrize("routes_by", ["distance", "ratio"])
+def test_the_copy_that_moves_a_prompt_most_answers_and_no_other(routes_by: Any) -> None:
     model, tokenizer = trained_tiny_model()
     base, _ = trained_tiny_model()
     [site] = Locator([2]).sites(model)
-    side = _memory(model, copy_size=1, merged_copies=10)
+    side = _memory(model, copy_size=1, merged_copies=10, routes_by=routes_by)
     generator = torch.Generator().manual_seed(0)
     changes = [scale * torch.randn(2048, generator=generator) for scale in (0.05, 0.1)]
     rows = [tokenizer(r.prompt).input_ids for r in tiny_requests(6)]
@@ -156,7 +172,8 @@ def test_the_copy_that_moves_a_prompt_most_answers_and_no_other() -> None:
     above = distances >= 0.88 * middle
     routes = []
     for row, found, is_above in zip(rows, distances, above, strict=True):
-        route = int(torch.where(is_above, found, -1.0).argmax()) if bool(is_above.any()) else -1
+        size = found / middle if routes_by == "ratio" else found
+        route = int(torch.where(is_above, size, -1.0).argmax()) if bool(is_above.any()) else -1
         routes.append(route)
         wanted = _logits(base, row)
         if route >= 0:
@@ -170,7 +187,8 @@ def test_the_copy_that_moves_a_prompt_most_answers_and_no_other() -> None:
             torch.testing.assert_close(_logits(model, row), wanted, rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(_logits(model, row), wanted)
-    assert len(set(routes)) > 1
+    # The second copy moves every prompt further, so that the first one answers by ratio alone.
+    assert set(routes) == ({-1, 0, 1} if routes_by == "ratio" else {-1, 1})
     # Generated tokens keep the route of their prompt.
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     i = routes.index(max(routes))
@@ -252,6 +270,7 @@ def test_the_state_dict_brings_the_matrices_along() -> None:
         ({"keep_ratio": 0.0}, ValueError, "`keep_ratio` is expected to be above 0"),
         ({"density": 1.5}, ValueError, "`density` is expected to be above 0"),
         ({"margins": [1.0]}, ValueError, "`margins` is expected to be α, β and γ"),
+        ({"routes_by": "size"}, ValueError, "`routes_by` is expected to be one of distance"),
         ({"context_templates": ["x"]}, ValueError, "is expected to end in {}"),
     ],
 )
