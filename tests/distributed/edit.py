@@ -30,15 +30,20 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rome_one_by_one": ("ROME", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 1),
     # Of the last batch one process has no share.
     "rome_batches": ("ROME", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 2),
+    "r_rome": ("RROME", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 2),
+    "emmet": ("EMMET", {"layers": [0], "steps": 4, "tokens_per_dimension": 1}, 3),
     "memit": ("MEMIT", {"layers": [0, 1], "steps": 4, "tokens_per_dimension": 1}, 3),
     "pmet": ("PMET", {"layers": [0, 1], "steps": 4, "tokens_per_dimension": 1}, 3),
     "alpha_edit": ("AlphaEdit", {"layers": [0, 1], "steps": 4, "tokens_per_dimension": 1}, 2),
     "ultra_edit": ("UltraEdit", {"layers": [2], "lr": 1e-3}, 3),
+    "kn": ("KN", {"steps": 4}, 2),
     "fine_tune": ("FineTune", {"layers": [2], "steps": 3}, 2),
     "lora": ("LoRA", {"layers": [1], "rank": 2, "steps": 3}, 2),
     "grace": ("GRACE", {"layers": [1], "steps": 3}, 2),
     "t_patcher": ("TPatcher", {"steps": 8, "first_check": 8, "memory_tokens": 64}, 2),
+    "wise": ("WISE", {"layers": [2], "steps": 3, "copy_size": 2, "replay": True}, 3),
     "ike": ("IKE", {"count": 2}, 2),
+    "scr": ("SCR", {}, 2),
 }
 
 

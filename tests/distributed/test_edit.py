@@ -76,5 +76,6 @@ def test_the_first_process_writes_one_report_of_all_requests(two: Path, case: st
     assert metrics["reliability/teacher_forced"]["n"] == 5
     assert metrics["generality/autoregressive"]["n"] == 10
     assert len((two / case / "edits.jsonl").read_text().splitlines()) == 5
-    kind = MemoryWrite if case in ("grace", "t_patcher", "ike") else WeightDelta
+    remembers = case in ("grace", "t_patcher", "wise", "ike", "scr")
+    kind = MemoryWrite if remembers else WeightDelta
     assert len(kind.load(two / case / "delta").provenance.request_ids) == 5
