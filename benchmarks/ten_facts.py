@@ -52,7 +52,7 @@ def build(name: str, model: Any, tokenizer: Any) -> Any:
         "kn": (le.KN, {}),
         "ultra_edit": (le.UltraEdit, {}),
         "grace": (le.GRACE, {}),
-        "wise": (le.WISE, {"steps": 40}),
+        "wise": (le.WISE, {"steps": 40, "act_ratio": 0.7}),
         "t_patcher": (le.TPatcher, {}),
         "calinet": (le.CaliNET, {}),
         "scr": (le.SCR, {}),
