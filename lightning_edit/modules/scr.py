@@ -41,9 +41,9 @@ class SCR(PromptModule):
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = SCR.from_model(*trained_tiny_model())
         >>> editor.edit(tiny_requests(2)).apply_(editor.model)
-        >>> print(*editor.memory.rewrite(["Velmora has its capital in"], editor.tokens))
+        >>> print(*editor.memory.rewrite(["What is the capital of Velmora?"], editor.tokens))
         New Fact: The capital of Velmora is Kettleby
-        Prompt: Velmora has its capital in
+        Prompt: What is the capital of Velmora?
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.05212"
