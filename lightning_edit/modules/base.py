@@ -189,14 +189,20 @@ class EditModule(LightningModule, ABC, Generic[E]):
     @override
     def configure_model(self) -> None:
         """Loads the model once; Lightning calls this before every verb."""
-        if self.model is not None:
-            return
-        from lightning_edit.models import load_model, load_tokenizer
+        if self.model is None:
+            from lightning_edit.models import load_model, load_tokenizer
 
-        model = load_model(
-            self.model_id, revision=self.revision, dtype=self.dtype_name, cache_dir=self.cache_dir
-        )
-        self._adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
+            model = load_model(
+                self.model_id,
+                revision=self.revision,
+                dtype=self.dtype_name,
+                cache_dir=self.cache_dir,
+            )
+            self._adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if shared and not any(p.requires_grad for p in self.parameters()):
+            # `ddp` refuses modules that have nothing to train.
+            self.anchor = nn.Parameter(torch.zeros((), device=self.model.device))
 
     def _adopt(self, model: Any, tokenizer: Any) -> None:
         tree = ModelTree.of(model)

@@ -306,4 +306,4 @@ class KE(HyperEditModule):
         margin = self.network.margin
         if flipped > WELL_FLIPPED:
             margin.copy_((TIGHTER * margin).clamp(min=self.min_margin))
-        self.log("margin", margin.clone())
+        self.log("margin", margin.clone(), sync_dist=True)  # equal already

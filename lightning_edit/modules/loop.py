@@ -128,7 +128,7 @@ class LoopModule(EditModule[E]):
 
     @override
     def on_train_epoch_end(self) -> None:
-        self._show(*self._size(), 1)
+        self.log(*self._size(), prog_bar=True, batch_size=1, sync_dist=True)  # equal already
 
     @override
     def on_train_end(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -133,14 +132,6 @@ class MemoryModule(EditModule[MemoryWrite]):
         """None: the weights stay as they are."""
         self._memory_for(tree)  # fails before the model is touched
         return []
-
-    @override
-    def _adopt(self, model: Any, tokenizer: Any) -> None:
-        super()._adopt(model, tokenizer)
-        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if shared and not self.automatic_optimization:
-            # `ddp` refuses modules that have nothing to train.
-            self.anchor = nn.Parameter(torch.zeros((), device=model.device))
 
     def _memory_for(self, tree: ModelTree) -> EditMemory:
         """The memory that the model has, or else a new one."""

@@ -13,6 +13,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data import EditDataModule, OldThenNew
 from lightning_edit.demos import tiny_requests
+from tests.runs import ACCELERATOR
 
 
 class Witness(LightningModule):
@@ -56,7 +57,7 @@ def _loader(*items: str) -> Any:
 
 def _trainer(max_epochs: int = 3, **settings: Any) -> Trainer:
     return Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         devices=1,
         max_epochs=max_epochs,
         num_sanity_val_steps=0,

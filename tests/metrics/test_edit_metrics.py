@@ -24,6 +24,7 @@ from lightning_edit.metrics import (
     Reliability,
     edit_metrics,
 )
+from tests.runs import ACCELERATOR
 
 FOUR = ("reliability", "generality", "locality", "portability")
 READINGS = ("teacher_forced", "autoregressive")
@@ -109,7 +110,7 @@ class Scored(LightningModule):
 
 def test_lightning_logs_exact_rates_under_bf16_true(tmp_path: Path) -> None:
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         precision="bf16-true",
         logger=False,
         enable_checkpointing=False,
