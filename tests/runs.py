@@ -21,7 +21,6 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 
 __all__ = [
-    "ACCELERATOR",
     "ROOT",
     "TinyWorld",
     "assert_same_edit",
@@ -32,9 +31,6 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent.parent
-
-#: What the Trainers of the tests run on, one device of it: `TEST_ACCELERATOR=gpu make test`.
-ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
 
 
 class TinyWorld:
@@ -82,7 +78,7 @@ class TinyWorld:
             str(ROOT / "configs" / "trainer" / "default.yaml"),
             "-c",
             str(self.config),
-            f"--trainer.accelerator={ACCELERATOR}",
+            "--trainer.accelerator=cpu",
             f"--trainer.default_root_dir={run}",
             *more,
         ]

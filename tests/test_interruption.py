@@ -15,7 +15,6 @@ import yaml
 from lightning_edit import MemoryWrite
 from lightning_edit.demos import WORLD, tiny_requests
 from tests.runs import (
-    ACCELERATOR,
     TinyWorld,
     assert_same_edit,
     metrics_of,
@@ -105,7 +104,7 @@ def test_a_killed_training_of_an_editor_goes_on_to_the_same_end(tmp_path: Path) 
     world = TinyWorld(tmp_path, n=8, method="MEND", settings=settings)
     config = yaml.safe_load(world.config.read_text())
     config["data"]["init_args"]["batch_size"] = 2
-    trainer = {"logger": False, "max_epochs": 2, "accelerator": ACCELERATOR, "limit_val_batches": 0}
+    trainer = {"logger": False, "max_epochs": 2, "accelerator": "cpu", "limit_val_batches": 0}
     config["trainer"] = {**trainer, "enable_model_summary": False}
     world.config.write_text(yaml.safe_dump(config))
 

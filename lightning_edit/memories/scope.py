@@ -240,21 +240,21 @@ class ScopeMemory(RoutedMemory):
             [B] int64.
         """
         found = self.similarities(self.encode(rows))
-        return chosen_edits(found, self.settings["threshold"], self._ages, self._overrides)
+        ages, overrides = self._ages.to(found.device), self._overrides.to(found.device)
+        return chosen_edits(found, self.settings["threshold"], ages, overrides)
 
     @override
     def _settle(self) -> None:
-        device = self._device()
         notes = [record.notes for record in self._records.values()]
         names = list(self._records)
         self._texts: list[list[int]] = [[*n["ids"], *self.settings["separator"]] for n in notes]
-        self._ages = torch.tensor([n["number"] for n in notes], dtype=torch.long, device=device)
+        self._ages = torch.tensor([n["number"] for n in notes], dtype=torch.long)
         overrides = torch.zeros(len(names), len(names), dtype=torch.bool)
         rows = {name: i for i, name in enumerate(names)}
         for newer, note in enumerate(notes):
             overrides[[rows[n] for n in note["overrides"] if n in rows], newer] = True
         # What took the place of an older entry is the newer one, whatever was written before.
-        self._overrides = overrides.to(device) & (self._ages[None] > self._ages[:, None])
+        self._overrides = overrides & (self._ages[None] > self._ages[:, None])
         super()._settle()
 
     # -- passes ------------------------------------------------------------------------------

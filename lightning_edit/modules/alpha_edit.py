@@ -75,7 +75,8 @@ class AlphaEdit(MassEditModule):
             self._protected[layer] = protected_directions(
                 self.second_moment(layer), self.nullspace_threshold, self.protected_share
             )
-        return self._protected[layer]
+        directions, gap = self._protected[layer]
+        return directions.to(self.model.device), gap
 
     @override
     def solve(

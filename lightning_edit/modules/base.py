@@ -150,7 +150,8 @@ class EditModule(LightningModule, ABC, Generic[E]):
         the optimizer takes over with the edit: an edit that is never committed changes no later
         one, one that is taken back takes this back, and a resumed run has it.
         """
-        return self.delta.carried
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in self.delta.carried.items()}
 
     # -- a model -----------------------------------------------------------------------------
 
@@ -192,13 +193,15 @@ class EditModule(LightningModule, ABC, Generic[E]):
         if self.model is None:
             from lightning_edit.models import load_model, load_tokenizer
 
-            model = load_model(
-                self.model_id,
-                revision=self.revision,
-                dtype=self.dtype_name,
-                cache_dir=self.cache_dir,
-            )
-            self._adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
+            # Lightning would have new tensors on the accelerator, where a seed draws other numbers.
+            with torch.device("cpu"):
+                model = load_model(
+                    self.model_id,
+                    revision=self.revision,
+                    dtype=self.dtype_name,
+                    cache_dir=self.cache_dir,
+                )
+                self._adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
         shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         if shared and not any(p.requires_grad for p in self.parameters()):
             # `ddp` refuses modules that have nothing to train.

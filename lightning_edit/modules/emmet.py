@@ -73,7 +73,7 @@ class EMMET(MassEditModule):
             moment = self.moment_weight * self.second_moment(layer).double()
             moment.diagonal().add_(self.norm_weight)
             self._factors[layer] = factorize(moment)
-        return self._factors[layer]
+        return self._factors[layer].to(self.model.device)
 
     @override
     def solve(

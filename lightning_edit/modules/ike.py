@@ -105,7 +105,7 @@ class IKE(PromptModule):
         facts, embeddings = self._known
         queries = self.prompts.encode([_query(request) for request in requests], self.tokens)
         contexts: list[str] = []
-        for request, cosines in zip(requests, queries @ embeddings.T, strict=True):
+        for request, cosines in zip(requests, queries @ embeddings.to(queries).T, strict=True):
             order = cosines.argsort(descending=True, stable=True).tolist()
             others = [facts[i] for i in order if not _is_about(facts[i], request)]
             shown = [

@@ -243,7 +243,7 @@ class MassEditModule(LocateModule):
         """Cholesky factor of the layer's second moment, [M, M] float64, made once."""
         if layer not in self._factors:
             self._factors[layer] = factorize(self.second_moment(layer))
-        return self._factors[layer]
+        return self._factors[layer].to(self.model.device)
 
 
 def _column_norm(change: LowRank, e: int) -> float:

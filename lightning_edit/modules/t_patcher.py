@@ -211,7 +211,7 @@ class TPatcher(MemoryModule):
             states = seen[0].reshape(-1, seen[0].shape[-1])[: self.memory_tokens]
             with seeded(self.seed):  # neighbors in a text are alike
                 self._remembered = states[torch.randperm(len(states)).to(states.device)].clone()
-        return self._remembered
+        return self._remembered.to(self.model.device)
 
     @override
     def compute_edit(self, batch: EditBatch) -> MemoryWrite:

@@ -199,9 +199,8 @@ class UltraEdit(EditModule):
     def _normalizers(self, sites: Sequence[WeightSite]) -> dict[str, Normalizer]:
         """What earlier edits left, by the shape of the projections."""
         carried = self.carried
-        device = next(self.model.parameters()).device
         return {
-            key: Normalizer(*(carried[f"{key}.{name}"].to(device) for name in Normalizer._fields))
+            key: Normalizer(*(carried[f"{key}.{name}"] for name in Normalizer._fields))
             for key in dict.fromkeys(map(_shape_key, sites))
             if f"{key}.total" in carried
         }

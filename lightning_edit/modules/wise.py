@@ -345,7 +345,8 @@ class WISE(MemoryModule):
                 handle.remove()
             mask = torch.ones(found[0].shape[:2], dtype=torch.bool, device=rows.device)
             self._others = found[0], found[1], mask
-        return self._others
+        inputs, outputs, kept = (part.to(self.model.device) for part in self._others)
+        return inputs, outputs, kept
 
 
 def _activation_name(model: Any) -> str:

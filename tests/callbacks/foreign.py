@@ -15,7 +15,6 @@ from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data import EditDataModule, OldThenNew
 from lightning_edit.demos import tiny_requests, trained_tiny_model
-from tests.runs import ACCELERATOR
 
 __all__ = ["Foreign", "data_of", "fit", "foreign", "quiet_trainer", "weights_of"]
 
@@ -64,7 +63,7 @@ def data_of(old: bool = False, n: int = 4) -> EditDataModule:
 def quiet_trainer(*callbacks: Callback, max_epochs: int = 1, **settings: Any) -> Trainer:
     """A Trainer that says and writes nothing by itself."""
     defaults = {
-        "accelerator": ACCELERATOR,
+        "accelerator": "cpu",
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,

@@ -24,7 +24,7 @@ from tests.contract.enumeration import (
     quick,
 )
 from tests.modules.helpers import load_edit
-from tests.runs import ACCELERATOR, TinyWorld, metrics_of, run_here
+from tests.runs import TinyWorld, metrics_of, run_here
 
 ALL = sorted(CONFIGS.rglob("*.yaml"))
 DATA_CONFIGS = sorted((CONFIGS / "data").glob("*.yaml"))
@@ -112,7 +112,7 @@ def test_a_method_runs_from_its_configuration(world: TinyWorld, tmp_path: Path, 
     words += [f"--model.model={world.model}", f"--model.cache_dir={tmp_path / 'cache'}"]
     data = ["--data=EditDataModule", f"--data.path={world.requests}"]
     run = tmp_path / "run"
-    trainer = [f"--trainer.accelerator={ACCELERATOR}", f"--trainer.default_root_dir={run}"]
+    trainer = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={run}"]
     files = [CONFIGS / "trainer" / "default.yaml", path]
     configs = [part for file in files for part in ("-c", str(file))]
     assert run_here(["fit", *configs, *data, *words, *trainer]) == 0
@@ -140,8 +140,8 @@ def test_an_editor_is_trained_from_its_configuration_and_edits_from_its_checkpoi
         data += [f"--data.{part}=EditDataModule", f"--data.{part}.path={world.requests}"]
     files = [path, CONFIGS / "trainer" / "hypernetwork.yaml"]
     configs = [part for file in files for part in ("-c", str(file))]
-    device = [f"--trainer.accelerator={ACCELERATOR}"]
-    assert run_here(["fit", *configs, *data, *words, *model, *device]) == 0
+    cpu = ["--trainer.accelerator=cpu"]
+    assert run_here(["fit", *configs, *data, *words, *model, *cpu]) == 0
     curves = (tmp_path / "runs/editor/curves/metrics.csv").read_text()
     assert {"loss", "val/loss", "val/reliability/teacher_forced"} <= set(
         curves.splitlines()[0].split(",")
@@ -149,7 +149,7 @@ def test_an_editor_is_trained_from_its_configuration_and_edits_from_its_checkpoi
     files = [CONFIGS / "trainer" / "default.yaml", CONFIGS / "method" / "trained_editor.yaml"]
     configs = [part for file in files for part in ("-c", str(file))]
     data = ["--data=EditDataModule", f"--data.path={world.requests}"]
-    assert run_here(["fit", *configs, *data, *model, *device]) == 0
+    assert run_here(["fit", *configs, *data, *model, *cpu]) == 0
     delta = load_edit(tmp_path / "runs/edit/delta")
     assert delta.norm() > 0
     assert len(delta.provenance.request_ids) == 3

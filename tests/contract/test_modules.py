@@ -113,6 +113,22 @@ def test_computes_edits_and_leaves_the_rest_of_it_to_the_base(any_cls: type[Edit
     assert any_cls.edit is EditModule.edit
 
 
+def test_is_made_on_the_cpu_whatever_device_is_the_default(
+    any_cls: type[EditModule], tmp_path: Path
+) -> None:
+    model, tokenizer = trained_tiny_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {**quick(any_cls), "model": str(tmp_path)}
+    with torch.device("meta"):  # where Lightning has it as well, for accelerators
+        editor = any_cls(**settings)
+        editor.configure_model()
+    wanted = any_cls.from_model(model, tokenizer, **quick(any_cls)).state_dict()
+    found = editor.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 # -- one edit --------------------------------------------------------------------------------
 
 

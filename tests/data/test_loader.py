@@ -20,7 +20,6 @@ from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data import EditDataModule, RequestLoader, ResumableRequestLoader
 from tests.data.test_base import people
-from tests.runs import ACCELERATOR
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
@@ -75,7 +74,7 @@ def trainer(folder: Path, *callbacks: Any, **kwargs: Any) -> Trainer:
     return Trainer(
         **{"max_epochs": 2, **kwargs},
         default_root_dir=folder,
-        accelerator=ACCELERATOR,
+        accelerator="cpu",
         callbacks=list(callbacks),
         enable_checkpointing=False,
         num_sanity_val_steps=0,

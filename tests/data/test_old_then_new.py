@@ -13,7 +13,6 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data import EditDataModule, OldThenNew
 from lightning_edit.demos import tiny_requests
-from tests.runs import ACCELERATOR
 
 
 class Witness(LightningModule):
@@ -57,7 +56,7 @@ def _loader(*items: str) -> Any:
 
 def _trainer(max_epochs: int = 3, **settings: Any) -> Trainer:
     return Trainer(
-        accelerator=ACCELERATOR,
+        accelerator="cpu",
         devices=1,
         max_epochs=max_epochs,
         num_sanity_val_steps=0,

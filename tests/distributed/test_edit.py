@@ -12,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_edit import MemoryWrite, WeightDelta
+from lightning_edit import GRACE, SCR, EditModule, MemoryWrite, WeightDelta
+from lightning_edit.data import EditDataModule
+from lightning_edit.demos import tiny_requests
+from tests.contract.enumeration import RememberingEditor, quick_editor
 from tests.distributed.edit import CASES, edit
+from tests.modules.helpers import bare_trainer, same_edit
 from tests.runs import TinyWorld, metrics_of, run_python
 
 # ROME on a tiny model shares directions among its few keys, which it says.
@@ -79,3 +83,18 @@ def test_the_first_process_writes_one_report_of_all_requests(two: Path, case: st
     remembers = case in ("grace", "t_patcher", "wise", "ike", "scr")
     kind = MemoryWrite if remembers else WeightDelta
     assert len(kind.load(two / case / "delta").provenance.request_ids) == 5
+
+
+@pytest.mark.parametrize("cls", [GRACE, SCR, RememberingEditor])
+def test_an_editor_may_be_older_than_its_group(cls: type[EditModule[Any]]) -> None:
+    edits = []
+    for strategy in ("auto", "ddp"):
+        editor = quick_editor(cls)  # nothing in it is trained, which `ddp` would refuse
+        trainer = bare_trainer(max_epochs=1, devices=1, strategy=strategy)
+        try:
+            trainer.fit(editor, EditDataModule(requests=tiny_requests(3), batch_size=2))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        edits.append(editor.committed())
+    assert same_edit(*edits)

@@ -24,7 +24,6 @@ from lightning_edit.metrics import (
     Reliability,
     edit_metrics,
 )
-from tests.runs import ACCELERATOR
 
 FOUR = ("reliability", "generality", "locality", "portability")
 READINGS = ("teacher_forced", "autoregressive")
@@ -110,7 +109,7 @@ class Scored(LightningModule):
 
 def test_lightning_logs_exact_rates_under_bf16_true(tmp_path: Path) -> None:
     trainer = Trainer(
-        accelerator=ACCELERATOR,
+        accelerator="cpu",
         precision="bf16-true",
         logger=False,
         enable_checkpointing=False,

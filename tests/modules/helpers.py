@@ -16,7 +16,6 @@ from lightning_edit import EditMemory, EditModule, EditRequest, MemoryWrite, Wei
 from lightning_edit.core.hashing import tensor_hash, weight_hash
 from lightning_edit.core.storage import read_config
 from lightning_edit.evaluation.evaluator import Baseline
-from tests.runs import ACCELERATOR
 
 __all__ = [
     "autoregressive",
@@ -31,10 +30,9 @@ __all__ = [
 
 
 def bare_trainer(**settings: Any) -> Trainer:
-    """A Trainer on one device that writes nothing."""
+    """A Trainer on the CPU that writes nothing."""
     defaults: dict[str, Any] = {
-        "accelerator": ACCELERATOR,
-        "devices": 1,
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
