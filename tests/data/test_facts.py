@@ -189,6 +189,7 @@ def _continuations(model: Any, tokenizer: Any, prompts: list[str], tokens: int) 
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_default_model_knows_what_is_recorded(default_model: tuple[Any, Any]) -> None:
     model, tokenizer = default_model
     open_ended = [request for request in FACTS if not request.is_question]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edits a tiny model on two processes; each writes what it has in the end.
 
-Usage: ``python edit.py FOLDER_OF_THE_MODEL OUTPUT_FOLDER``
+Usage: ``python edit.py FOLDER_OF_THE_MODEL OUTPUT_FOLDER CASE ...``
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]
     }
 
 
-def main(model: Path, folder: Path) -> None:
-    """Runs all cases on two processes."""
-    for case in CASES:
+def main(model: Path, folder: Path, cases: list[str]) -> None:
+    """Runs cases on two processes."""
+    for case in cases:
         result = edit(case, model, folder / case, processes=2)
         rank = torch.distributed.get_rank()
         (folder / f"{case}-{rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
