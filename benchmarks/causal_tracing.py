@@ -70,7 +70,7 @@ def measure(
 ) -> dict[str, Any]:
     import torch
 
-    from lightning_edit.evaluation.tracing import TracingSettings, trace_facts
+    from lightning_edit.tracing.causal_tracing import TracingSettings, trace_facts
 
     ids, subject = tokens.subject_range(request.prompt, request.subject)
     width = model.config.hidden_size
@@ -116,7 +116,7 @@ def main() -> None:
     torch.set_num_threads(1)
     from lightning_edit import Facts, PromptTokenizer, load_model, load_tokenizer
     from lightning_edit.core.locator import ModelTree
-    from lightning_edit.evaluation.tracing import subject_deviation
+    from lightning_edit.tracing.causal_tracing import subject_deviation
 
     model, tokens = load_model("smollm2"), PromptTokenizer(load_tokenizer("smollm2"))
     requests = Facts(demo=True, limit=arguments.facts).requests

@@ -32,7 +32,7 @@ from lightning_edit import PromptTokenizer, load_model, load_tokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.prose import read_prose
 from lightning_edit.functional.least_squares import factorize, projected_update, ridge_update
-from lightning_edit.modules.second_moment import second_moments, text_file_ids
+from lightning_edit.modules.locate_then_edit.second_moment import second_moments, text_file_ids
 
 OLD, NEW, OUTPUTS = 300, 10, 512
 LAYERS = [4, 5, 6, 7, 8]

@@ -45,7 +45,7 @@ from lightning_edit import (
     load_tokenizer,
 )
 from lightning_edit.evaluation.evaluator import Baseline
-from lightning_edit.forgetting import forget_, sweep_forgetting
+from lightning_edit.forgetting.subtract import forget_, sweep_forgetting
 from lightning_edit.functional.task_vector import old_answer_residual
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.metrics.reading import Reading

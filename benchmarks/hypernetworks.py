@@ -33,7 +33,7 @@ def plain_step(editor: Any, request: Any) -> Tensor:
     """The loss of one edit, with its gradient left in the network's parameters."""
     from lightning_edit.core.batch import EditBatch
     from lightning_edit.functional.ultra_edit import row_moments
-    from lightning_edit.modules.lessons import Lesson
+    from lightning_edit.modules.meta_learning.lessons import Lesson
 
     model, network = editor.model, editor.network
     lesson = Lesson.from_requests([request], editor.tokens)
@@ -88,7 +88,7 @@ def plain_step(editor: Any, request: Any) -> Tensor:
 
 def our_step(editor: Any, request: Any) -> Tensor:
     """The same."""
-    from lightning_edit.modules.replicas import Replicas
+    from lightning_edit.modules.meta_learning.replicas import Replicas
 
     loss, _ = editor.lesson_loss([request], Replicas())
     torch.autograd.backward(loss)

@@ -36,7 +36,7 @@ from lightning_edit import (
     load_tokenizer,
 )
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
-from lightning_edit.modules.remember import MemoryModule
+from lightning_edit.modules.memory_based.base import MemoryModule
 
 # A small share of the matrix: how many of its entries a copy may change does not show in its use.
 EDITORS: dict[str, tuple[type[MemoryModule], dict[str, Any]]] = {

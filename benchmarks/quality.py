@@ -40,7 +40,7 @@ import lightning_edit as le
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator, ScoredProbe
-from lightning_edit.modules.target_values import TargetValues
+from lightning_edit.modules.locate_then_edit.target_values import TargetValues
 
 METRICS = ("reliability", "generality", "locality", "portability")
 ALONE = "alone"

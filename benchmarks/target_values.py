@@ -29,7 +29,10 @@ from torch import Tensor
 
 from lightning_edit import ROME, EditRequest, Facts, load_model, load_tokenizer
 from lightning_edit.core.batch import pad_rows
-from lightning_edit.modules.target_values import TargetValueSettings, optimize_target_values
+from lightning_edit.modules.locate_then_edit.target_values import (
+    TargetValueSettings,
+    optimize_target_values,
+)
 
 
 def plain(

@@ -119,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     from lightning_edit import Facts, UltraEdit, load_model, load_tokenizer
-    from lightning_edit.modules.gradient_passes import probabilities_now
+    from lightning_edit.passes.gradient_passes import probabilities_now
 
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     editor = UltraEdit.from_model(model, tokenizer, modules=arguments.modules)
@@ -137,7 +137,9 @@ def main() -> None:
         seconds["plain"].append(time.process_time() - began)
         for name in ("ours", "ours, bare"):
             look = probabilities_now if name == "ours" else unseen
-            with mock.patch("lightning_edit.modules.ultra_edit.probabilities_now", look):
+            with mock.patch(
+                "lightning_edit.modules.locate_then_edit.ultra_edit.probabilities_now", look
+            ):
                 began = time.process_time()
                 edit = editor.edit(requests)
                 seconds[name].append(time.process_time() - began)

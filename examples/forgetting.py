@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 import lightning_edit as le
 from lightning_edit.demos import tiny_requests, trained_tiny_model
-from lightning_edit.forgetting import load_task_vector, sweep_forgetting
+from lightning_edit.forgetting.subtract import load_task_vector, sweep_forgetting
 
 VECTOR = "runs/f_learning/task_vector"
 

@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"lightning_edit {__version__}\n")
         return 0
     if verb in TRAINER_VERBS:
-        return _run("lightning_edit.cli", verb)
+        return _run("lightning_edit.cli.trainer", verb)
     if verb in ARTIFACT_VERBS:
-        return _run("lightning_edit.console", verb)
+        return _run("lightning_edit.cli.console", verb)
     sys.stderr.write(f"lightning-edit: there is no verb {verb!r}.{_near(verb)}\n\n{_usage()}")
     return 2
 

@@ -35,7 +35,8 @@ class EditOptimizer(Optimizer, Generic[E]):
 
     Example:
         >>> import torch
-        >>> from lightning_edit.core.delta import LowRank, WeightDelta
+        >>> from lightning_edit.core.change import LowRank
+        >>> from lightning_edit.core.delta import WeightDelta
         >>> layer = torch.nn.Linear(2, 2, bias=False)
         >>> optimizer = EditOptimizer(layer, {"weight": layer.weight.detach().clone()})
         >>> optimizer.stage(WeightDelta({"weight": LowRank(torch.ones(2, 1), torch.ones(2, 1))}))

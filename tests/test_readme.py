@@ -25,10 +25,10 @@ import torch
 import yaml
 
 import lightning_edit
-import lightning_edit.export
+import lightning_edit.artifacts.export
 import lightning_edit.models
 from lightning_edit.__main__ import ARTIFACT_VERBS, TRAINER_VERBS, main
-from lightning_edit.catalog import offers
+from lightning_edit.artifacts.catalog import offers
 from lightning_edit.demos import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path) -
     def resolve_model(model: str, **settings: Any) -> str:
         return str(stand_in) if model == "smollm2" else resolve(model, **settings)
 
-    for module in (lightning_edit.models, lightning_edit.export):
+    for module in (lightning_edit.models, lightning_edit.artifacts.export):
         monkeypatch.setattr(module, "resolve_model", resolve_model)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.argv", ["lightning-edit"])

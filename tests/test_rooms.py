@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_edit"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -22,33 +20,60 @@ EVERYTHING = sorted(
 )
 HEADER = "# Copyright the lightning_edit developers.\n# SPDX-License-Identifier: Apache-2.0\n"
 OPTIONAL = {"rich", "peft", "matplotlib", "datasets", "gguf", "ruamel", "shtab"}
-# Shared bases and building blocks: a module that is no method.
-METHODS = {
-    "alpha_edit",
-    "calinet",
-    "emmet",
-    "fine_tune",
-    "full_tuning",
-    "ke",
-    "grace",
-    "ike",
-    "kn",
-    "loc_ft",
-    "lora",
-    "lora_tuning",
-    "malmen",
-    "memit",
-    "mend",
-    "r_rome",
-    "rome",
-    "trained_editor",
-    "pmet",
-    "scr",
-    "serac",
-    "t_patcher",
-    "ultra_edit",
-    "wise",
+FAMILIES = {
+    "locate_then_edit",
+    "meta_learning",
+    "fine_tuning",
+    "memory_based",
+    "added_parameters",
 }
+# Which rooms a room may import from; a room may always import from itself.
+ROOMS = {
+    "core": set(),
+    "functional": set(),
+    "passes": {"core", "functional"},
+    "memories": {"core", "functional", "passes"},
+    "metrics": {"core", "functional"},
+    "evaluation": {"core", "functional", "metrics", "passes"},
+    "tracing": {"core", "passes", "evaluation"},
+    "forgetting": {"core", "functional"},
+    "report": {"core", "__about__"},
+    "data": {"core"},
+    "modules": {
+        "core",
+        "evaluation",
+        "functional",
+        "memories",
+        "metrics",
+        "models",
+        "optim",
+        "passes",
+    },
+    "callbacks": {
+        "core",
+        "data",
+        "evaluation",
+        "forgetting",
+        "functional",
+        "metrics",
+        "modules",
+        "report",
+        "tracing",
+    },
+    "artifacts": {"core", "models", "modules", "report"},
+    "cli": {"__about__", "artifacts", "core", "modules", "report"},
+}
+# Packages that a room may import at all, and those among them only where they are needed.
+PACKAGES = {
+    "core": ({"torch"}, {"safetensors"}),
+    "functional": ({"torch"}, set()),
+    "passes": ({"torch"}, {"transformers"}),
+    "memories": ({"torch"}, {"safetensors", "tokenizers", "transformers"}),
+    "metrics": ({"torch", "torchmetrics"}, {"matplotlib"}),
+    "report": (set(), {"rich"}),
+}
+# Of `core`, rooms without torch take the errors alone.
+ERRORS_ALONE = {"metrics", "report"}
 
 
 def name_of(path: Path) -> str:
@@ -94,168 +119,151 @@ def own(path: Path) -> set[str]:
     return {name.removeprefix("lightning_edit.") for name in names}
 
 
+def dotted(path: Path) -> str:
+    """Dotted name of a file of this package, without that of the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
 def room(name: str) -> list[Path]:
     files = sorted((PACKAGE / name).rglob("*.py"))
     assert files
     return files
 
 
-def within(names: set[str], *allowed: str) -> bool:
-    return all(name.partition(".")[0] in allowed for name in names)
+def homes() -> dict[str, str]:
+    """Public names and the modules where they live."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    nodes = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in nodes for alias in node.names}
 
 
-@pytest.mark.parametrize("path", room("core"), ids=name_of)
-def test_core_imports_torch_and_the_standard_library(path: Path) -> None:
-    assert others(path, lazy=False) <= {"torch", "lightning_edit"}
-    assert others(path) <= {"torch", "lightning_edit", "safetensors"}
-    assert within(own(path), "core")
+def methods() -> set[str]:
+    """The modules of public methods: all others in the families are shared by methods."""
+    return {home for home in homes().values() if home.split(".")[0] == "modules"} - {"modules.base"}
 
 
-@pytest.mark.parametrize("path", room("functional"), ids=name_of)
-def test_functions_take_tensors_and_know_no_nouns(path: Path) -> None:
-    assert others(path) <= {"torch", "lightning_edit"}
-    assert within(own(path), "functional")
+def test_rooms_are_those_that_are_named_here() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(ROOMS)
+    inner = {path.name for path in (PACKAGE / "modules").iterdir() if path.is_dir()}
+    assert inner - {"__pycache__"} == FAMILIES
 
 
-@pytest.mark.parametrize("path", room("memories"), ids=name_of)
-def test_memories_know_models_and_mathematics_alone(path: Path) -> None:
-    assert others(path, lazy=False) <= {"torch", "lightning_edit"}
-    assert within(own(path), "core", "functional", "memories")
+def test_rooms_import_only_from_rooms_that_they_may_know() -> None:
+    for name, known in ROOMS.items():
+        for path in room(name):
+            found = own(path)
+            rooms = {one.partition(".")[0] for one in found}
+            assert rooms <= known | {name}, f"{name_of(path)} imports {rooms - known - {name}}"
+            if name in ERRORS_ALONE:
+                parts = {one.split(".")[1] for one in found if one.startswith("core.")}
+                assert parts <= {"errors"}, name_of(path)
 
 
-@pytest.mark.parametrize("path", room("metrics"), ids=name_of)
-def test_metrics_take_tensors(path: Path) -> None:
-    assert others(path) <= {"torch", "torchmetrics", "lightning_edit", "matplotlib"}
-    found = own(path)
-    assert within(found, "functional", "metrics", "core")
-    assert {name for name in found if name.startswith("core")} <= {
-        "core.errors.MissingDependencyError"
-    }
+def test_rooms_import_only_packages_that_they_may_need() -> None:
+    for name, (always, lazily) in PACKAGES.items():
+        for path in room(name):
+            assert others(path, lazy=False) <= always | {"lightning_edit"}, name_of(path)
+            assert others(path) <= always | lazily | {"lightning_edit"}, name_of(path)
 
 
-@pytest.mark.parametrize("path", room("report"), ids=name_of)
-def test_reports_need_neither_torch_nor_lightning(path: Path) -> None:
-    assert others(path) <= {"lightning_edit", "rich"}
-    found = own(path)
-    assert within(found, "report", "core", "__about__")
-    assert {name for name in found if name.startswith("core")} <= {
-        "core.errors.ArtifactError",
-        "core.errors.MissingDependencyError",
-    }
+def test_callbacks_import_the_base_of_the_methods_at_most() -> None:
+    for path in room("callbacks"):
+        modules = {name for name in own(path) if name.startswith("modules")}
+        assert {name.rpartition(".")[0] for name in modules} <= {"modules.base"}, name_of(path)
 
 
-@pytest.mark.parametrize("path", room("evaluation"), ids=name_of)
-def test_evaluation_knows_models_and_metrics_alone(path: Path) -> None:
-    assert within(own(path), "core", "functional", "metrics", "evaluation")
+def test_methods_never_import_each_other() -> None:
+    assert {name.split(".")[1] for name in methods()} == FAMILIES
+    for path in room("modules"):
+        modules = {name.rpartition(".")[0] for name in own(path) if name.startswith("modules.")}
+        assert not modules & methods(), name_of(path)
 
 
-@pytest.mark.parametrize("path", room("data"), ids=name_of)
-def test_data_know_requests_alone(path: Path) -> None:
-    assert within(own(path), "core", "data")
+def test_nobody_imports_the_command_line() -> None:
+    for path in SOURCES:
+        if path.parent.name != "cli" and path.stem != "__main__":
+            front = {name.partition(".")[0] for name in own(path)} & {"cli", "__main__"}
+            assert not front or name_of(path) == "lightning_edit/__init__.py", name_of(path)
 
 
-@pytest.mark.parametrize("path", room("callbacks"), ids=name_of)
-def test_callbacks_import_the_base_of_the_methods_at_most(path: Path) -> None:
-    modules = {name for name in own(path) if name.startswith("modules")}
-    assert {name.rpartition(".")[0] for name in modules} <= {"modules.base"}
+def test_no_file_imports_one_that_imports_it() -> None:
+    modules = {dotted(path): path for path in SOURCES}
+    graph = {}
+    for name, path in modules.items():
+        found = {one if one in modules else one.rpartition(".")[0] for one in own(path)}
+        graph[name] = sorted(found & set(modules) - {name})
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"a circle: {' → '.join((*above, name))}"
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
-def test_methods_are_those_that_are_exported() -> None:
-    source = (PACKAGE / "modules" / "__init__.py").read_text(encoding="utf-8")
-    assert {name for name in METHODS if f"modules.{name} import" in source} == METHODS
-    shared = {"activation_paths", "adapter_layers", "base", "contrasts"}
-    shared |= {"descent", "factor_network", "factors"}
-    shared |= {"gradient_passes", "hypernetwork", "judging", "key_pass", "learning"}
-    shared |= {"lessons", "locate"}
-    shared |= {"loop", "mass_edit", "projections", "prompting", "rank_one", "remember", "replay"}
-    shared |= {"replicas", "ridge_edit", "second_moment", "tail", "target_loss", "target_values"}
-    shared |= {"tuning"}
-    files = {path.stem for path in room("modules")} - {"__init__"}
-    assert files == METHODS | shared, "name a new file here: as a method, or as shared by methods"
+def test_optional_and_heavy_packages_are_imported_where_they_are_needed() -> None:
+    for path in SOURCES:
+        found = others(path, lazy=False) & (OPTIONAL | {"transformers", "safetensors"})
+        assert not found, f"{name_of(path)} imports {found}"
 
 
-@pytest.mark.parametrize("path", room("modules"), ids=name_of)
-def test_methods_never_import_each_other(path: Path) -> None:
-    if path.stem == "__init__":
-        return
-    modules = {name.split(".")[1] for name in own(path) if name.startswith("modules.")}
-    assert not modules & METHODS
-    assert within(
-        own(path),
-        "core",
-        "evaluation",
-        "functional",
-        "memories",
-        "metrics",
-        "models",
-        "modules",
-        "optim",
-    )
+def test_no_room_reads_the_environment_or_prints() -> None:
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("print", "os.getenv", "eval", "exec"), name_of(path)
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) != "os.environ", name_of(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nobody_imports_the_command_line(path: Path) -> None:
-    front = {"cli", "console", "__main__", "parsing"}
-    if path.stem not in front:
-        assert not {name.partition(".")[0] for name in own(path)} & front
+def test_nothing_is_unpickled_and_no_foreign_code_is_run() -> None:
+    for path in SOURCES:
+        where = name_of(path)
+        assert not set(imports(path)) & {"pickle", "dill", "cloudpickle", "joblib"}, where
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            arguments = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert arguments.get("trust_remote_code", "False") == "False", where
+            if ast.unparse(node.func) == "torch.load":
+                assert arguments.get("weights_only") == "True", where
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_optional_and_heavy_packages_are_imported_where_they_are_needed(path: Path) -> None:
-    assert not others(path, lazy=False) & (OPTIONAL | {"transformers", "safetensors"})
+def test_every_file_has_its_header() -> None:
+    for path in EVERYTHING:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(HEADER) or not text, name_of(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_room_reads_the_environment_or_prints(path: Path) -> None:
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in ("print", "os.getenv", "eval", "exec")
-        if isinstance(node, ast.Attribute):
-            assert ast.unparse(node) != "os.environ"
+def test_every_file_of_the_package_is_short_and_says_what_it_is() -> None:
+    for path in SOURCES:
+        tree = tree_of(path)
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, name_of(path)
+        assert ast.get_docstring(tree), name_of(path)
+        if any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree.body):
+            names = {name.rpartition(".")[2] for name in imports(path)}
+            assert "annotations" in names, name_of(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_is_unpickled_and_no_foreign_code_is_run(path: Path) -> None:
-    assert not set(imports(path)) & {"pickle", "dill", "cloudpickle", "joblib"}
-    for node in ast.walk(tree_of(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        arguments = {k.arg: ast.unparse(k.value) for k in node.keywords}
-        assert arguments.get("trust_remote_code", "False") == "False"
-        if ast.unparse(node.func) == "torch.load":
-            assert arguments.get("weights_only") == "True"
-
-
-@pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
-def test_every_file_has_its_header(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith(HEADER) or not text
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_every_file_of_the_package_is_short_and_says_what_it_is(path: Path) -> None:
-    tree = tree_of(path)
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
-    assert ast.get_docstring(tree)
-    if any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree.body):
-        assert "annotations" in {name.rpartition(".")[2] for name in imports(path)}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_what_a_file_offers_is_listed_and_sorted(path: Path) -> None:
-    for node in tree_of(path).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            if isinstance(node.value, ast.List) and not any(
-                isinstance(item, ast.Starred) for item in node.value.elts
-            ):
-                names = ast.literal_eval(node.value)
-                constants = sorted(name for name in names if name.isupper())
-                classes = sorted(name for name in names if name[0].isupper() and not name.isupper())
-                rest = sorted(name for name in names if not name[0].isupper())
-                assert set(names) == {*constants, *classes, *rest}
-                assert len(names) == len(set(names))
-            return
-    assert path.name in ("__about__.py", "__init__.py"), "no `__all__`"
+def test_what_a_file_offers_is_listed_once() -> None:
+    for path in SOURCES:
+        lists = [
+            node.value
+            for node in tree_of(path).body
+            if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node.targets[0])
+        ]
+        if not lists:
+            assert path.name in ("__about__.py", "__init__.py"), f"{name_of(path)}: no `__all__`"
+        for found in lists:
+            if isinstance(found, ast.List):
+                names = ast.literal_eval(found)
+                assert len(names) == len(set(names)), name_of(path)
 
 
 def test_no_file_speaks_of_what_is_left_to_do() -> None:

@@ -17,9 +17,7 @@ from lightning_edit.callbacks.model_access import evaluating, find_requests, mod
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
-from lightning_edit.evaluation.heat_map import plot_tracing
-from lightning_edit.evaluation.restoration import Kind
-from lightning_edit.evaluation.tracing import (
+from lightning_edit.tracing.causal_tracing import (
     POSITIONS,
     FactTrace,
     TracingResult,
@@ -28,6 +26,8 @@ from lightning_edit.evaluation.tracing import (
     subject_deviation,
     trace_facts,
 )
+from lightning_edit.tracing.heat_map import plot_tracing
+from lightning_edit.tracing.restoration import Kind
 
 __all__ = ["CausalTracing"]
 

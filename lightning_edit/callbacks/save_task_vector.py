@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.callbacks.base_weights import BaseWeights
 from lightning_edit.callbacks.model_access import find_model
+from lightning_edit.forgetting.base_weights import BaseWeights
 
 __all__ = ["SaveTaskVector"]
 

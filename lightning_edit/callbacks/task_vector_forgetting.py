@@ -12,15 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_edit.callbacks.base_weights import BaseWeights
 from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
-from lightning_edit.core.adapter import plain_names
-from lightning_edit.core.delta import Change, LowRank, WeightDelta
+from lightning_edit.core.change import Change, LowRank
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.sharding import reshard
 from lightning_edit.evaluation.scoring import score_targets
-from lightning_edit.forgetting import check_rate, forget_, load_task_vector
+from lightning_edit.forgetting.adapter_vectors import plain_names
+from lightning_edit.forgetting.base_weights import BaseWeights
+from lightning_edit.forgetting.subtract import check_rate, forget_, load_task_vector
 from lightning_edit.modules.base import EditModule
 
 __all__ = ["TaskVectorForgetting"]

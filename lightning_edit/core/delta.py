@@ -8,56 +8,26 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_edit.core.change import Change, LowRank, add_changes, dense_change, tensors_of
 from lightning_edit.core.edit import Edit, Provenance
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.hashing import tensor_hash
+from lightning_edit.core.lora import LoRAFactors, to_lora
 from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.storage import CONFIG, TENSORS, load_artifact, provenance_of, save_artifact
 
-if TYPE_CHECKING:
-    from lightning_edit.core.lora import LoRAFactors
-
-__all__ = ["Change", "LowRank", "WeightDelta"]
+__all__ = ["WeightDelta"]
 
 # Below this share of the wanted change the rounding of the weights' dtype is worth a warning.
 SURVIVAL_WARNING = 0.9
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A change ``u vᵀ`` of one parameter, in the parameter's own storage layout.
-
-    Args:
-        u: Shape [rows, rank], float32.
-        v: Shape [columns, rank], float32.
-    """
-
-    u: Tensor
-    v: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the parameter that this changes."""
-        return torch.Size((self.u.shape[0], self.v.shape[0]))
-
-    @property
-    def rank(self) -> int:
-        """Number of rank-one terms kept."""
-        return self.u.shape[1]
-
-    def dense(self) -> Tensor:
-        """The change as one matrix, [rows, columns] float32, under mixed precision, too."""
-        with torch.autocast(self.u.device.type, enabled=False):
-            return self.u @ self.v.T
-
-
-Change = LowRank | Tensor
+_KIND = "weight_delta"
 
 
 class WeightDelta(Edit):
@@ -158,7 +128,7 @@ class WeightDelta(Edit):
     def __add__(self, other: Self) -> Self:
         changes = dict(self.changes)
         for name, change in other.changes.items():
-            changes[name] = _add(changes[name], change) if name in changes else change
+            changes[name] = add_changes(changes[name], change) if name in changes else change
         ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
         provenance = replace(self.provenance, request_ids=tuple(ids))
         total = type(self)(changes, provenance, {**other.originals, **self.originals})
@@ -186,8 +156,7 @@ class WeightDelta(Edit):
 
     def dense(self, name: str) -> Tensor:
         """The change of one parameter as a dense float32 tensor of its shape."""
-        change = self.changes[name]
-        return change.dense() if isinstance(change, LowRank) else change
+        return dense_change(self.changes[name])
 
     def norm(self) -> float:
         """Frobenius norm over all changed parameters."""
@@ -200,7 +169,7 @@ class WeightDelta(Edit):
     @property
     def nbytes(self) -> int:
         """Bytes of the factors and dense tensors, without the originals."""
-        return sum(t.nbytes for change in self.changes.values() for t in _tensors(change))
+        return sum(t.nbytes for change in self.changes.values() for t in tensors_of(change))
 
     # -- on a model ------------------------------------------------------------------------
 
@@ -381,9 +350,7 @@ class WeightDelta(Edit):
             model: A model with the modules that the edit changes; its weights are not read.
             rank: Largest rank of a module; all that is there when None.
         """
-        from lightning_edit.core.lora import to_lora
-
-        return to_lora(self, model, rank)
+        return to_lora(self.changes, model, rank, base=self.provenance.base.id)
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -427,9 +394,20 @@ class WeightDelta(Edit):
         Returns:
             The folder.
         """
-        from lightning_edit.core.storage import save_delta
-
-        return save_delta(self, Path(folder), originals=originals)
+        tensors = self.state_dict()
+        if originals:
+            kept = [name for name in self.changes if name in self.originals]
+            tensors |= {f"{name}.original": self.originals[name] for name in kept}
+        parameters = {
+            name: {
+                "shape": list(change.shape),
+                "rank": change.rank if isinstance(change, LowRank) else None,
+                "original_sha256": self.hashes.get(name, ("", ""))[0],
+                "edited_sha256": self.hashes.get(name, ("", ""))[1],
+            }
+            for name, change in self.changes.items()
+        }
+        return save_artifact(self, Path(folder), _KIND, tensors, {"parameters": parameters})
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -438,24 +416,41 @@ class WeightDelta(Edit):
         Raises:
             ArtifactError: If a file is missing, damaged or of a newer format.
         """
-        from lightning_edit.core.storage import load_delta
+        folder = Path(folder)
+        config, tensors = load_artifact(folder, _KIND)
+        parameters: dict[str, dict[str, Any]] = config["parameters"]
+        changes = {
+            name: _read_change(name, entry, tensors, folder) for name, entry in parameters.items()
+        }
+        kept = [name for name in parameters if f"{name}.original" in tensors]
+        return cls(
+            changes,
+            provenance_of(config),
+            {name: tensors[f"{name}.original"] for name in kept},
+            {
+                name: (entry["original_sha256"], entry["edited_sha256"])
+                for name, entry in parameters.items()
+                if entry.get("edited_sha256")
+            },
+        )
 
-        return cls(**load_delta(Path(folder)))
 
-
-def _tensors(change: Change) -> tuple[Tensor, ...]:
-    return (change.u, change.v) if isinstance(change, LowRank) else (change,)
-
-
-def _add(a: Change, b: Change) -> Change:
-    # Concatenated factors stay exact; past half the smaller side a dense matrix is smaller.
-    # What was read from a file lies on the CPU, what was computed, on the model's device.
-    device = _tensors(a)[0].device
-    if isinstance(a, LowRank) and isinstance(b, LowRank) and 2 * (a.rank + b.rank) <= min(a.shape):
-        u, v = b.u.to(device), b.v.to(device)
-        return LowRank(torch.cat([a.u, u], 1), torch.cat([a.v, v], 1))
-    one, other = (c.dense() if isinstance(c, LowRank) else c for c in (a, b))
-    return one + other.to(device)
+def _read_change(
+    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> Change:
+    change: Change
+    if f"{name}.dense" in tensors:
+        change = tensors[f"{name}.dense"]
+    elif f"{name}.u" in tensors and f"{name}.v" in tensors:
+        change = LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"])
+    else:
+        raise ArtifactError(f"`{folder / TENSORS}` lacks the change of `{name}`.")
+    if list(change.shape) != entry.get("shape"):
+        raise ArtifactError(
+            f"`{folder}`: `{CONFIG}` gives `{name}` the shape {entry.get('shape')}, but "
+            f"`{TENSORS}` has {list(change.shape)}. The files do not belong together."
+        )
+    return change
 
 
 def _full(tensor: Tensor) -> Tensor:

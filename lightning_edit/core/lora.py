@@ -6,16 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lightning_edit.core.change import Change
 from lightning_edit.core.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from lightning_edit.core.delta import Change, WeightDelta
 
 __all__ = ["LoRAFactors", "to_lora"]
 
@@ -46,19 +44,20 @@ class LoRAFactors:
 
 
 def to_lora(
-    delta: WeightDelta, model: nn.Module, rank: int | None = None
+    changes: Mapping[str, Change], model: nn.Module, rank: int | None = None, *, base: str = ""
 ) -> dict[str, LoRAFactors]:
     """Turns every change of an edit into LoRA factors.
 
     Low-rank changes are taken over as they are, dense ones by singular value decomposition.
 
     Args:
-        delta: The edit.
+        changes: What an edit changes, by the parameter's name.
         model: A model with the modules that the edit changes; only its module tree is read, so
             it may be on the meta device.
         rank: Largest rank of a module. Changes of a larger one are cut to their largest
             singular values, the best approximation of that rank (Eckart-Young). When None all
             is kept, which takes of dense changes that their rank is small.
+        base: Name of the model that the edit was made for, to be told where it does not fit.
 
     Returns:
         Module name to factors.
@@ -69,10 +68,10 @@ def to_lora(
             rank and ``rank`` is None.
 
     Example:
-        >>> from lightning_edit.core.delta import LowRank, WeightDelta
+        >>> from lightning_edit.core.change import LowRank
         >>> model = nn.Sequential(nn.Linear(3, 2))
-        >>> delta = WeightDelta({"0.weight": LowRank(torch.ones(2, 1), torch.ones(3, 1))})
-        >>> factors = to_lora(delta, model)["0"]
+        >>> changes = {"0.weight": LowRank(torch.ones(2, 1), torch.ones(3, 1))}
+        >>> factors = to_lora(changes, model)["0"]
         >>> (factors.b @ factors.a).tolist()
         [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 
@@ -81,10 +80,10 @@ def to_lora(
     """
     if rank is not None and rank < 1:
         raise ArtifactError(f"`rank` is expected to be at least 1, but got {rank}.")
-    modules = _linear_modules(delta, model)
+    modules = _linear_modules(changes, model, base)
     factors = {}
     for name, module in modules.items():
-        u_MR, v_NR, error = _factors(name, delta.changes[name], rank)
+        u_MR, v_NR, error = _factors(name, changes[name], rank)
         transposed = not isinstance(module, nn.Linear)
         b_OR, a_IR = (v_NR, u_MR) if transposed else (u_MR, v_NR)
         factors[name.removesuffix(".weight")] = LoRAFactors(
@@ -93,17 +92,19 @@ def to_lora(
     return factors
 
 
-def _linear_modules(delta: WeightDelta, model: nn.Module) -> dict[str, nn.Module]:
+def _linear_modules(
+    changes: Mapping[str, Change], model: nn.Module, base: str
+) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     found, refused = {}, []
-    for name, change in delta.changes.items():
+    for name, change in changes.items():
         if shapes.get(name) != change.shape:
             has = f"has the shape {list(shapes[name])}" if name in shapes else "does not exist"
             raise ArtifactError(
                 f"`{name}` of shape {list(change.shape)}, which the edit changes, {has} in "
                 f"{type(model).__name__}. Give the model that the edit was made for, "
-                f"{delta.provenance.base.id or 'unknown here'}."
+                f"{base or 'unknown here'}."
             )
         owner, _, attribute = name.rpartition(".")
         module = modules[owner]

@@ -22,18 +22,17 @@ from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from lightning_edit.core.delta import Change, WeightDelta
     from lightning_edit.core.edit import Edit
 
 __all__ = [
+    "CONFIG",
     "FORMAT_VERSION",
+    "TENSORS",
     "atomic_folder",
     "load_artifact",
-    "load_delta",
     "provenance_of",
     "read_config",
     "save_artifact",
-    "save_delta",
 ]
 
 FORMAT_VERSION = 1
@@ -167,27 +166,6 @@ def provenance_of(config: Mapping[str, Any]) -> Provenance:
     )
 
 
-def save_delta(delta: WeightDelta, folder: Path, *, originals: bool) -> Path:
-    """Writes an edit; see :meth:`lightning_edit.core.delta.WeightDelta.save`."""
-    from lightning_edit.core.delta import LowRank
-
-    tensors = delta.state_dict()
-    if originals:
-        for name in delta.changes:
-            if name in delta.originals:
-                tensors[f"{name}.original"] = delta.originals[name]
-    parameters = {
-        name: {
-            "shape": list(change.shape),
-            "rank": change.rank if isinstance(change, LowRank) else None,
-            "original_sha256": delta.hashes.get(name, ("", ""))[0],
-            "edited_sha256": delta.hashes.get(name, ("", ""))[1],
-        }
-        for name, change in delta.changes.items()
-    }
-    return save_artifact(delta, folder, "weight_delta", tensors, {"parameters": parameters})
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads the description of a saved edit, without its tensors.
 
@@ -217,41 +195,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             "version of lightning_edit reads. Upgrade with `pip install -U lightning-edit`."
         )
     return config
-
-
-def load_delta(folder: Path) -> dict[str, Any]:
-    """Reads the constructor arguments of a :class:`~lightning_edit.core.delta.WeightDelta`."""
-    from lightning_edit.core.delta import LowRank
-
-    config, tensors = load_artifact(folder, "weight_delta")
-    parameters: dict[str, dict[str, Any]] = config["parameters"]
-    changes: dict[str, Change] = {}
-    for name, entry in parameters.items():
-        if f"{name}.dense" in tensors:
-            changes[name] = tensors[f"{name}.dense"]
-        elif f"{name}.u" in tensors and f"{name}.v" in tensors:
-            changes[name] = LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"])
-        else:
-            raise ArtifactError(f"`{folder / TENSORS}` lacks the change of `{name}`.")
-        if list(changes[name].shape) != entry.get("shape"):
-            raise ArtifactError(
-                f"`{folder}`: `{CONFIG}` gives `{name}` the shape {entry.get('shape')}, but "
-                f"`{TENSORS}` has {list(changes[name].shape)}. The files do not belong together."
-            )
-    return {
-        "changes": changes,
-        "provenance": provenance_of(config),
-        "originals": {
-            name: tensors[f"{name}.original"]
-            for name in parameters
-            if f"{name}.original" in tensors
-        },
-        "hashes": {
-            name: (entry["original_sha256"], entry["edited_sha256"])
-            for name, entry in parameters.items()
-            if entry.get("edited_sha256")
-        },
-    }
 
 
 def _check_place(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 from lightning_edit.core.side_memory import EditMemory
-from lightning_edit.evaluation.prefixes import SharedPrefix, shared_prefixes
+from lightning_edit.passes.prefixes import SharedPrefix, shared_prefixes
 
 __all__ = ["Continuation", "Score", "continuations", "prompt_ids", "score_targets"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
-from lightning_edit.core.block_recorder import BlockRecorder
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.passes.block_recorder import BlockRecorder
 
 __all__ = ["encode_by_folder", "encode_by_model", "load_encoder", "mean_states"]
 

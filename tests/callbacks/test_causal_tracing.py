@@ -18,8 +18,8 @@ from lightning_edit import CausalTracing, EditRequest, FineTune, PromptTokenizer
 from lightning_edit.core.errors import EditError
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
-from lightning_edit.evaluation.restoration import KINDS
-from lightning_edit.evaluation.tracing import TracingResult, TracingSettings, trace_facts
+from lightning_edit.tracing.causal_tracing import TracingResult, TracingSettings, trace_facts
+from lightning_edit.tracing.restoration import KINDS
 from tests.callbacks.foreign import data_of, foreign, quiet_trainer, weights_of
 from tests.modules.helpers import bare_trainer
 from tests.runs import TinyWorld, run_here

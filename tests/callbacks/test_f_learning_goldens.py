@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_edit import OldThenNew, SaveTaskVector, TaskVectorForgetting, WeightDelta
-from lightning_edit.forgetting import load_task_vector, sweep_forgetting
+from lightning_edit.forgetting.subtract import load_task_vector, sweep_forgetting
 from tests.callbacks.foreign import quiet_trainer
 
 TOLERANCE = 2e-3

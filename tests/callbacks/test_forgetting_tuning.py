@@ -22,8 +22,8 @@ from lightning_edit import (
     WeightDelta,
 )
 from lightning_edit.demos import trained_tiny_model
-from lightning_edit.forgetting import forget_
-from lightning_edit.modules.tuning import TuningModule
+from lightning_edit.forgetting.subtract import forget_
+from lightning_edit.modules.fine_tuning.tuning import TuningModule
 from tests.callbacks.foreign import data_of, quiet_trainer, weights_of
 
 # Interrupted runs save with a ModelCheckpoint that their continuations have no use for.

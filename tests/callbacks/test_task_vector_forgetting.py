@@ -23,7 +23,7 @@ from lightning_edit import (
 )
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.demos import tiny_model, tiny_tokenizer, trained_tiny_model
-from lightning_edit.forgetting import forget_, load_task_vector, sweep_forgetting
+from lightning_edit.forgetting.subtract import forget_, load_task_vector, sweep_forgetting
 from tests.callbacks.foreign import Foreign, data_of, fit, foreign, quiet_trainer, weights_of
 
 RATE = 0.3

@@ -20,8 +20,8 @@ from torch import nn
 import lightning_edit
 from lightning_edit import MEND, SERAC, EditDataModule, EditModule, TrainedEditor
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.modules.hypernetwork import HyperEditModule
-from lightning_edit.modules.learning import LearningModule
+from lightning_edit.modules.meta_learning.base import LearningModule
+from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from tests.modules.helpers import bare_trainer
 
 __all__ = [

@@ -23,7 +23,7 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations
-from lightning_edit.modules.learning import LearningModule
+from lightning_edit.modules.meta_learning.base import LearningModule
 from tests.contract.enumeration import (
     CONFIGS,
     EDITORS,

@@ -13,8 +13,8 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from lightning_edit import EditModule, TrainedEditor, WeightDelta
-from lightning_edit.cli import EditCLI
-from lightning_edit.parsing import EditParser
+from lightning_edit.cli.parsing import EditParser
+from lightning_edit.cli.trainer import EditCLI
 from tests.contract.enumeration import (
     CONFIGS,
     EDITORS,

@@ -17,13 +17,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_edit import EditModule, EditRequest, TrainedEditor, WeightDelta
-from lightning_edit.core.delta import LowRank
+from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import ArtifactError, EditError, RequestError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule, HeldOut
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.modules.hypernetwork import HyperEditModule
-from lightning_edit.modules.learning import LearningModule
+from lightning_edit.modules.meta_learning.base import LearningModule
+from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from tests import zoo
 from tests.contract.enumeration import HYPERNETWORKS, LEARNERS, quick, quick_editor
 from tests.modules.helpers import bare_trainer, same, snapshot

@@ -17,7 +17,7 @@ from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations, score_targets
 from lightning_edit.models import load_model, load_tokenizer
-from lightning_edit.modules.remember import MemoryModule
+from lightning_edit.modules.memory_based.base import MemoryModule
 from tests.contract.enumeration import EDITORS, RememberingEditor, quick_editor
 from tests.runs import run_python
 

@@ -20,7 +20,7 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.metrics import edit_metrics
-from lightning_edit.modules.locate import LocateModule
+from lightning_edit.modules.locate_then_edit.base import LocateModule
 from tests.contract.enumeration import (
     EDITORS,
     LEARNERS,

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.core.delta import LowRank, WeightDelta
+from lightning_edit.core.change import LowRank
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import tensor_hash, weight_hash

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.core.delta import Change, LowRank, WeightDelta
+from lightning_edit.core.change import Change, LowRank
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.lora import LoRAFactors, to_lora
 from tests import zoo
@@ -100,7 +101,7 @@ def test_transposed_weights() -> None:
     name = "transformer.h.0.mlp.c_fc"
     change = LowRank(torch.ones(32, 1), torch.arange(128.0)[:, None])
     delta = WeightDelta({f"{name}.weight": change})
-    [factors] = to_lora(delta, model).values()
+    [factors] = to_lora(delta.changes, model).values()
     assert factors.transposed
     assert factors.a.shape == (1, 32)
     assert factors.b.shape == (128, 1)
@@ -110,7 +111,7 @@ def test_transposed_weights() -> None:
 def test_the_weights_are_not_read() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(I, O))
-    assert to_lora(WeightDelta({"0.weight": _low(1)}), model)["0"].rank == 1
+    assert to_lora({"0.weight": _low(1)}, model)["0"].rank == 1
 
 
 def test_what_lora_cannot_hold() -> None:

@@ -19,7 +19,7 @@ from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.demos import tiny_tokenizer
-from lightning_edit.modules.second_moment import second_moments
+from lightning_edit.modules.locate_then_edit.second_moment import second_moments
 from tests import zoo
 
 

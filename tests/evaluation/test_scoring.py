@@ -11,8 +11,9 @@ import torch
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.demos import tiny_tokenizer, trained_tiny_model, world_sentences
-from lightning_edit.evaluation import prefixes, scoring
+from lightning_edit.evaluation import scoring
 from lightning_edit.evaluation.scoring import continuations, score_targets
+from lightning_edit.passes import prefixes
 from tests import zoo
 
 

@@ -1,0 +1,69 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+# The public names and where they live: `__init__.py` imports each on first use.
+
+from .__about__ import __version__ as __version__
+from .callbacks.causal_tracing import CausalTracing as CausalTracing
+from .callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
+from .callbacks.edit_evaluator import EditEvaluator as EditEvaluator
+from .callbacks.edit_report import EditReport as EditReport
+from .callbacks.progress import EditProgressBar as EditProgressBar
+from .callbacks.retention_curve import RetentionCurve as RetentionCurve
+from .callbacks.save_task_vector import SaveTaskVector as SaveTaskVector
+from .callbacks.task_vector_forgetting import TaskVectorForgetting as TaskVectorForgetting
+from .core.batch import EditBatch as EditBatch
+from .core.batch import PromptTokenizer as PromptTokenizer
+from .core.delta import WeightDelta as WeightDelta
+from .core.errors import EditError as EditError
+from .core.locator import Locator as Locator
+from .core.request import EditRequest as EditRequest
+from .core.request import Probe as Probe
+from .data import CounterFact as CounterFact
+from .data import EditDataModule as EditDataModule
+from .data import Facts as Facts
+from .data import HeldOut as HeldOut
+from .data import KnowEdit as KnowEdit
+from .data import Known1000 as Known1000
+from .data import MQuAKE as MQuAKE
+from .data import OldNewPairs as OldNewPairs
+from .data import OldThenNew as OldThenNew
+from .data import QAEdit as QAEdit
+from .data import TextDataModule as TextDataModule
+from .data import WikiBigEdit as WikiBigEdit
+from .data import ZsRE as ZsRE
+from .evaluation.evaluator import Evaluator as Evaluator
+from .memories import EditMemory as EditMemory
+from .memories import MemoryWrite as MemoryWrite
+from .metrics import Generality as Generality
+from .metrics import Locality as Locality
+from .metrics import Portability as Portability
+from .metrics import Reliability as Reliability
+from .models import load_model as load_model
+from .models import load_tokenizer as load_tokenizer
+from .modules.added_parameters.calinet import CaliNET as CaliNET
+from .modules.added_parameters.t_patcher import TPatcher as TPatcher
+from .modules.added_parameters.wise import WISE as WISE
+from .modules.base import EditModule as EditModule
+from .modules.fine_tuning.fine_tune import FineTune as FineTune
+from .modules.fine_tuning.full_tuning import FullTuning as FullTuning
+from .modules.fine_tuning.loc_ft import LocFT as LocFT
+from .modules.fine_tuning.lora import LoRA as LoRA
+from .modules.fine_tuning.lora_tuning import LoRATuning as LoRATuning
+from .modules.locate_then_edit.alpha_edit import AlphaEdit as AlphaEdit
+from .modules.locate_then_edit.emmet import EMMET as EMMET
+from .modules.locate_then_edit.kn import KN as KN
+from .modules.locate_then_edit.memit import MEMIT as MEMIT
+from .modules.locate_then_edit.pmet import PMET as PMET
+from .modules.locate_then_edit.r_rome import RROME as RROME
+from .modules.locate_then_edit.rome import ROME as ROME
+from .modules.locate_then_edit.ultra_edit import UltraEdit as UltraEdit
+from .modules.memory_based.grace import GRACE as GRACE
+from .modules.memory_based.ike import IKE as IKE
+from .modules.memory_based.scr import SCR as SCR
+from .modules.memory_based.serac import SERAC as SERAC
+from .modules.meta_learning.ke import KE as KE
+from .modules.meta_learning.malmen import MALMEN as MALMEN
+from .modules.meta_learning.mend import MEND as MEND
+from .modules.meta_learning.trained_editor import TrainedEditor as TrainedEditor
+
+__all__: list[str]

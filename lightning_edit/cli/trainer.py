@@ -1,0 +1,160 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the Trainer's verbs: ``fit``, ``validate``, ``test``, ``predict``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+import lightning_edit
+from lightning_edit.__about__ import __version__
+from lightning_edit.cli.parsing import EditParser, find_config
+from lightning_edit.core.errors import EditError
+from lightning_edit.modules.base import EditModule
+
+__all__ = ["EditCLI", "main"]
+
+# Allows classes to be named without their package in configurations and on the command line.
+for _name in lightning_edit.__all__:
+    getattr(lightning_edit, _name)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a ``fit`` beside its results, once model and data are there.
+
+    Lightning saves it first, so that a misspelt model would leave a folder; and for all verbs, so
+    that a later ``test`` would replace it.
+    """
+
+    @override
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Waits."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
+class EditCLI(LightningCLI):
+    """Lightning's command line over editors, data and callbacks of this package."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        checkpoint = self.config.get(self.subcommand or "", self.config).get("ckpt_path")
+        if not checkpoint or checkpoint in ("last", "best", "hpc") or "://" in checkpoint:
+            return
+        if not Path(checkpoint).exists():
+            self.parser.error(
+                f"`ckpt_path`: there is no checkpoint `{checkpoint}`. Give a file that a run has "
+                "written, or `last` for the one of the run's own folder."
+            )
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (EditError, MisconfigurationException, ValueError) as error:
+            # What a constructor refuses is a matter of the configuration, not of the program.
+            self.parser.error(str(error))
+
+    def before_validate(self) -> None:
+        """Has ``validate`` run although configurations of ``fit`` leave validation out."""
+        if self.trainer.limit_val_batches == 0:
+            self.trainer.limit_val_batches = 1.0
+
+    def after_predict(self) -> None:
+        """Shows the texts, which the Trainer only returns."""
+        for batch in self.trainer.predict_loop.predictions:
+            for row in batch:
+                before, after = row["before"], row["after"]
+                sys.stdout.write(f"{row['prompt']}\n  before  {before}\n  after   {after}\n")
+
+
+def main(args: ArgsType = None) -> EditCLI:
+    """Runs one of the Trainer's verbs.
+
+    Args:
+        args: Command line or parsed configuration; the process's own when None.
+    """
+    _quiet_down()
+    if args is None:
+        sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
+    elif isinstance(args, list):
+        args = _with_packaged_configs(args)
+    try:
+        return EditCLI(
+            EditModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"version": f"lightning_edit {__version__}"},
+            parser_class=EditParser,
+            # Edits need gradients in `test` and `predict`, too.
+            trainer_defaults={"inference_mode": False},
+            args=args,
+        )
+    except MisconfigurationException as error:
+        raise EditError(str(error)) from error
+    except SIGTERMException:
+        # Lightning's own status would be 0, as if all edits had been made.
+        sys.exit(128 + signal.SIGTERM)
+
+
+# Editing wants the model in eval mode, needs no workers to read a few texts, and runs anywhere.
+_EXPECTED_WARNINGS = (
+    r".*LeafSpec.*",
+    r".*does not have many workers.*",
+    r"Found .* module\(s\) in eval mode.*",
+    r"You called `self\.log\(.* in your `\w+` but have no logger configured.*",
+)
+_CHATTER = (
+    "Tip:",
+    "TPU available",
+    "GPU available",
+    "HPU available",
+    "litlogger",
+    "`Trainer.fit` stopped",
+)
+
+
+def _quiet_down() -> None:
+    """Keeps remarks that do not concern an editing run off the screen."""
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+    def concerns(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(words in text for words in _CHATTER)
+
+    for name in (
+        "lightning.pytorch",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+    ):
+        logging.getLogger(name).addFilter(concerns)
+
+
+def _with_packaged_configs(arguments: Sequence[str]) -> list[str]:
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument in ("-c", "--config") and i + 1 < len(found):
+            found[i + 1] = find_config(found[i + 1])
+        elif argument.startswith("--config="):
+            found[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+    return found

@@ -1,0 +1,319 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of a model's keys, from text or from what the model itself writes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.errors import ModelError
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.request import EditRequest
+from lightning_edit.functional.moments import regularize, second_moment_update
+from lightning_edit.passes.block_recorder import StopPass
+
+__all__ = [
+    "data_module_ids",
+    "sample_text_ids",
+    "second_moments",
+    "seeded",
+    "text_file_ids",
+]
+
+ROW_LENGTH = 64  # tokens of one row of text
+BATCH_ROWS = 64  # rows run at once: about four thousand tokens
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws inside a ``with`` block come from the seed, and leave the caller's draws alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def second_moments(
+    tree: ModelTree,
+    tokens: PromptTokenizer,
+    layers: Sequence[int],
+    *,
+    model_hash: str,
+    text: str | LightningDataModule | None = None,
+    tokens_per_dimension: int = 4,
+    ridge: float = 1e-3,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    shared: bool = False,
+) -> dict[int, Tensor]:
+    """Second moments of the inputs of MLP output projections, all layers in one pass.
+
+    Args:
+        tree: A decoder-only model, unedited.
+        tokens: Its tokenizer.
+        layers: Layers that are needed; the pass ends after the last of them.
+        model_hash: Weight hash of the model, under which results are cached.
+        text: Path of a text file, or a data module; see :func:`data_module_ids`. Without it the
+            model samples its own text.
+        tokens_per_dimension: Tokens read, as a multiple of the key's dimensions. A small multiple
+            suffices (arXiv 2506.04226).
+        ridge: Share of the mean eigenvalue that is added to the diagonal.
+        seed: Seed of the samples.
+        cache_dir: Folder to keep results in; nothing is kept when None.
+        shared: All processes call, and share out the rows; each gets the moments of all rows.
+
+    Returns:
+        Layer to C = E[k kᵀ], [M, M] float32.
+
+    Raises:
+        ModelError: If the text cannot be read or is shorter than one row.
+    """
+    layers = sorted({tree.index(layer) for layer in layers})
+    dimension = max(tree.mlp_out(layer).in_features for layer in layers)
+    wanted = tokens_per_dimension * dimension
+    rows = None
+    source = f"samples-{tokens_per_dimension}-{seed}"
+    if text is not None:
+        if isinstance(text, str):
+            rows = text_file_ids(tokens, text, wanted)
+        else:
+            rows = data_module_ids(tokens, text, wanted)
+        source = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    files = {
+        layer: Path(cache_dir)
+        / "second_moments"
+        / f"{model_hash[:20]}-{layer}-{source}.safetensors"
+        for layer in layers
+        if cache_dir is not None and model_hash
+    }
+    kept = {layer: _read(file) for layer, file in files.items() if file.is_file()}
+    sums = {layer: found for layer, found in kept.items() if found is not None}
+    device = next(tree.blocks[0].parameters()).device
+    is_missing = torch.tensor([layer not in sums for layer in layers], device=device).int()
+    if shared:  # a process may lack a file that others have
+        torch.distributed.all_reduce(is_missing, torch.distributed.ReduceOp.MAX)
+    missing = [layer for layer, flag in zip(layers, is_missing.tolist(), strict=True) if flag]
+    if missing:
+        if rows is None:
+            rank_zero_info(f"Sampling {wanted} tokens from the model for its second moments …")
+        world = torch.distributed.get_world_size() if shared else 1
+        first = torch.distributed.get_rank() if shared else 0
+        if rows is None:
+            batches = list(_sampled(tree.model, tokens, wanted, seed, first, world))
+        else:
+            batches = list(torch.split(rows, BATCH_ROWS))[first::world]
+        sums |= _accumulate(tree, missing, batches, shared=shared)
+        for layer in missing:
+            if layer in files:
+                _write(files[layer], *sums[layer])
+    return {layer: regularize(sums[layer][0], sums[layer][1], ridge) for layer in layers}
+
+
+def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) -> Tensor:
+    """Rows of text that the model writes itself, each begun with a random word.
+
+    Each batch of rows has a seed of its own, so that processes can share them out.
+
+    Args:
+        model: A decoder-only model.
+        tokens: Its tokenizer.
+        count: Tokens wanted, rounded up to whole rows.
+        seed: Seed of the samples.
+
+    Returns:
+        Token ids, [rows, 64].
+    """
+    return torch.cat(list(_sampled(model, tokens, count, seed)))
+
+
+def _sampled(
+    model: Any, tokens: PromptTokenizer, count: int, seed: int, first: int = 0, every: int = 1
+) -> Iterator[Tensor]:
+    """Batches of rows, from the first on every so many."""
+    special = set(getattr(tokens.tokenizer, "all_special_ids", []))
+    ordinary = torch.tensor([i for i in range(len(tokens.tokenizer)) if i not in special])
+    device = next(model.parameters()).device
+    n_rows = -(-count // ROW_LENGTH)
+    for i in range(first, -(-n_rows // BATCH_ROWS), every):
+        size = min(BATCH_ROWS, n_rows - i * BATCH_ROWS)
+        with seeded(seed + i), torch.no_grad():
+            begun = ordinary[torch.randint(len(ordinary), (size, 1))].to(device)
+            written: Tensor = model.generate(
+                begun,
+                attention_mask=torch.ones_like(begun),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=ROW_LENGTH - 1,
+                min_new_tokens=ROW_LENGTH - 1,
+                pad_token_id=tokens.pad_id,
+            )
+        yield written
+
+
+def text_file_ids(tokens: PromptTokenizer, path: str | Path, count: int) -> Tensor:
+    """Rows of tokens from the beginning of a text file.
+
+    Args:
+        tokens: The model's tokenizer.
+        path: A UTF-8 text file.
+        count: Tokens wanted, rounded up to whole rows; fewer where the file is shorter.
+
+    Returns:
+        Token ids, [rows, 64].
+
+    Raises:
+        ModelError: If there is no such file, or it is shorter than one row.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"`second_moment_text`: there is no file `{path}`.")
+    # A token is seldom longer than eight characters.
+    with file.open(encoding="utf-8") as stream:
+        text = stream.read(count * 8 + ROW_LENGTH * 8)
+    return _rows_of(tokens, [text], count, f"`{path}`")
+
+
+def data_module_ids(tokens: PromptTokenizer, data: LightningDataModule, count: int) -> Tensor:
+    """Rows of tokens from the beginning of a data module's training data.
+
+    Its batches may be texts, edit requests (read with their old answers), or tokens under
+    ``input_ids``, with ``attention_mask`` where they are padded.
+
+    Args:
+        tokens: The model's tokenizer.
+        data: The data module; it is prepared and set up for ``fit``.
+        count: Tokens wanted, rounded up to whole rows; fewer where there are fewer.
+
+    Returns:
+        Token ids, [rows, 64].
+
+    Raises:
+        ModelError: If a batch holds something else, or all of it is shorter than one row.
+
+    Example:
+        >>> from lightning_edit.data import EditDataModule
+        >>> from lightning_edit.demos import tiny_requests, tiny_tokenizer
+        >>> data = EditDataModule(requests=tiny_requests(24))
+        >>> data_module_ids(PromptTokenizer(tiny_tokenizer()), data, 100).shape
+        torch.Size([2, 64])
+    """
+    data.prepare_data()
+    data.setup("fit")
+    name = type(data).__name__
+
+    def texts_of(batch: Any) -> Iterator[str | list[int]]:
+        if isinstance(batch, str):
+            yield batch
+        elif isinstance(batch, EditRequest):
+            answer = batch.target_old or ""
+            space = tokens.leading_space(batch.prompt, answer) if answer else ""
+            yield f"{batch.prompt}{space}{answer}."
+        elif isinstance(batch, Mapping) and "input_ids" in batch:
+            masks = batch.get("attention_mask")
+            for i, row in enumerate(batch["input_ids"]):
+                kept = row if masks is None else row[masks[i].bool()]
+                yield [int(token) for token in kept]
+        elif isinstance(batch, Sequence):
+            yield from chain.from_iterable(map(texts_of, batch))
+        else:
+            raise ModelError(
+                f"`second_moment_text`: a batch of {name} is a {type(batch).__name__}. Texts, edit "
+                "requests, or a mapping with `input_ids` were expected."
+            )
+
+    batches = data.train_dataloader()
+    return _rows_of(tokens, chain.from_iterable(map(texts_of, batches)), count, name)
+
+
+def _rows_of(
+    tokens: PromptTokenizer, texts: Iterable[str | list[int]], count: int, name: str
+) -> Tensor:
+    """Whole rows of the first tokens of some texts, put behind one another."""
+    wanted = -(-count // ROW_LENGTH) * ROW_LENGTH
+    ids: list[int] = []
+    for text in texts:
+        if isinstance(text, str):
+            ids += tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids += text
+        if len(ids) >= wanted:
+            break
+    n_rows = min(wanted, len(ids)) // ROW_LENGTH
+    if n_rows < 1:
+        raise ModelError(
+            f"`second_moment_text`: {name} has {len(ids)} tokens, fewer than {ROW_LENGTH}. "
+            "Give a longer text, or none to let the model write its own."
+        )
+    return torch.tensor(ids[: n_rows * ROW_LENGTH]).reshape(n_rows, ROW_LENGTH)
+
+
+def _accumulate(
+    tree: ModelTree, layers: Sequence[int], batches: Sequence[Tensor], *, shared: bool
+) -> dict[int, tuple[Tensor, int]]:
+    """Sums of outer products and the number of tokens, over all processes where they share."""
+    device = next(tree.blocks[0].parameters()).device
+    totals = {}
+    hooks = []
+    for layer in layers:
+        site = tree.mlp_out(layer)
+        total = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=device)
+        totals[layer] = total
+
+        def add(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+            second_moment_update(totals[layer], args[0].reshape(-1, args[0].shape[-1]))
+            if layer == layers[-1]:
+                raise StopPass
+
+        hooks.append(site.module(tree.model).register_forward_pre_hook(add))
+    model: Any = tree.model
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                with suppress(StopPass):
+                    model.base_model(input_ids=batch.to(device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
+    if shared:
+        for tensor in (count, *totals.values()):
+            torch.distributed.all_reduce(tensor)
+    return {layer: (totals[layer].cpu(), int(count)) for layer in layers}
+
+
+def _read(file: Path) -> tuple[Tensor, int] | None:
+    """What a file keeps; None if it is damaged, so that it is written again."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+        return tensors["total"], int(tensors["count"])
+    except (SafetensorError, KeyError):
+        return None
+
+
+def _write(file: Path, total: Tensor, count: int) -> None:
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    os.close(handle)
+    save_file({"total": total.contiguous(), "count": torch.tensor(count)}, temporary)
+    os.replace(temporary, file)

@@ -1,0 +1,3 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Editors that leave the weights alone and remember edits beside them."""

@@ -1,0 +1,494 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""SERAC: edits are remembered in words, and a counterfactual model answers in their scope."""
+
+# Shapes: B requests, R prompts in the scope of one of them, N entries, D width of an embedding.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+from typing_extensions import override
+
+from lightning_edit.core.batch import IGNORE_INDEX, EditBatch, PromptTokenizer
+from lightning_edit.core.errors import ArtifactError, EditError, ModelError
+from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.request import EditRequest
+from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.evaluation.scoring import score_targets
+from lightning_edit.functional.scope import Distance, scope_distances, scope_loss
+from lightning_edit.memories.prompts import statement
+from lightning_edit.memories.scope import ScopeMemory
+from lightning_edit.memories.scope_encoder import FolderEncoder
+from lightning_edit.models import load_tokenizer, resolve_model
+from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.modules.meta_learning.base import LearningModule
+from lightning_edit.modules.meta_learning.lessons import Lesson, TrainOn
+from lightning_edit.modules.meta_learning.replicas import Replicas
+from lightning_edit.passes.target_loss import target_logits
+
+__all__ = ["SERAC"]
+
+
+class SERAC(LearningModule[MemoryWrite], MemoryModule):
+    """Semi-parametric editing: a scope classifier, and a counterfactual model that reads the edit.
+
+    An edit is kept as text; no gradient is taken and no weight written. A prompt q is compared with
+    all edits z by s = exp(−‖g(z) − g(q)‖²). If the largest s is above ``threshold``, a
+    counterfactual model answers, with the edit before the prompt; else the base does, bit for bit.
+    Edits are embedded once, when they are made; which edit a prompt belongs to is decided once,
+    when it is read. What that costs: the encoder's pass over the prompt, and on a hit the pass of
+    the counterfactual model beside that of the base.
+
+    Encoder and counterfactual model are trained by ``fit``, together, on 0.1 · NLL of the new
+    answers given their edits, and a balanced cross-entropy of s: high for prompts and rephrases of
+    an edit, low for its locality probes. ``TrainedEditor`` then commits edits. With ``pretrained``
+    nothing is trained, and ``fit`` commits edits itself.
+
+    Of edits that contradict each other the newer one holds: what an edit overrides, ``details``
+    names, and it holds again once the newer one is removed.
+
+    Args:
+        model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
+        layers: Blocks that the counterfactual model's adapters stand beside; all if None.
+        encoder: Folder of a text encoder, such as one that sentence-transformers saved, from which
+            the scope classifier begins; a small one of its own over the base's token embeddings if
+            None.
+        counterfactual: Hub id or folder of a small language model with the base's tokenizer, from
+            which the counterfactual model begins; low-rank adapters beside the frozen base, which
+            begin as the base itself, if None.
+        distance: ‖g(z) − g(q)‖² (``euclidean``) or 1 − cos (``cosine``).
+        scale: What the distance is multiplied by.
+        threshold: What s must exceed.
+        width: D of an encoder of its own.
+        depth: Layers of that encoder.
+        heads: Attention heads of that encoder.
+        rank: Rank of the adapters.
+        alpha: Adapters count ``alpha / rank``.
+        pretrained: Encoder and counterfactual model are used as they are.
+        train_on: Prompts in the scope of a request: a rephrase, its prompt, or both.
+        use_all_negatives: Every locality probe is out of the scope of every request of its batch,
+            not of its own alone.
+        cross_negatives: Prompts in the scope of one request of a batch are out of the scope of its
+            other requests.
+        lr: Learning rate of the counterfactual model (Adam).
+        encoder_lr: Learning rate of the encoder.
+        edit_weight: Weight of the counterfactual model's loss.
+        scope_weight: Weight of the classifier's loss.
+        seed: Of the numbers that networks begin with.
+        max_entries: Edits that the memory may hold; any number if None.
+        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+
+    Raises:
+        ModelError: If the counterfactual model has another tokenizer, or a folder cannot be read.
+
+    References:
+        Memory-Based Model Editing at Scale, arXiv 2206.06520, section 3.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_edit import EditDataModule
+        >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
+        >>> editor = SERAC.from_model(*trained_tiny_model(), width=32)
+        >>> quiet = dict(logger=False, enable_checkpointing=False, limit_val_batches=0,
+        ...              enable_progress_bar=False, enable_model_summary=False)
+        >>> Trainer(max_epochs=1, **quiet).fit(editor, EditDataModule(requests=tiny_requests(4)))
+        >>> editor.edit(tiny_requests(2))
+        MemoryWrite(ScopeMemory: 2 entries)
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2206.06520"
+    figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "scope", "recall", "specificity")
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        layers: list[int] | None = None,
+        encoder: str | None = None,
+        counterfactual: str | None = None,
+        distance: Distance = "euclidean",
+        scale: float = 1.0,
+        threshold: float = 0.5,
+        width: int = 256,
+        depth: int = 2,
+        heads: int = 4,
+        rank: int = 8,
+        alpha: float = 16.0,
+        pretrained: bool = False,
+        train_on: TrainOn = "both",
+        use_all_negatives: bool = False,
+        cross_negatives: bool = False,
+        lr: float = 5e-4,
+        encoder_lr: float = 3e-4,
+        edit_weight: float = 0.1,
+        scope_weight: float = 1.0,
+        seed: int = 0,
+        max_entries: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, layers, max_entries=max_entries, **kwargs)
+        for name, value, kinds in (
+            ("distance", distance, get_args(Distance)),
+            ("train_on", train_on, get_args(TrainOn)),
+        ):
+            if value not in kinds:
+                raise ValueError(
+                    f"`{name}` is expected to be one of {', '.join(kinds)}, but got {value!r}."
+                )
+        for name, number in (("width", width), ("depth", depth), ("heads", heads), ("rank", rank)):
+            if number < 1:
+                raise ValueError(f"`{name}` is expected to be at least 1, but got {number}.")
+        if width % heads:
+            raise ValueError(f"`width` is {width}, which {heads} `heads` do not divide.")
+        if not 0 <= threshold < 1:
+            raise ValueError(
+                f"`threshold` is expected to be from 0 to below 1, but got {threshold}."
+            )
+        if scale <= 0:
+            raise ValueError(f"`scale` is expected to be above 0, but got {scale}.")
+        self.automatic_optimization = not pretrained
+        self.encoder = encoder
+        self.counterfactual = counterfactual
+        self.distance: Distance = distance
+        self.scale = scale
+        self.threshold = threshold
+        self.width = width
+        self.depth = depth
+        self.heads = heads
+        self.rank = rank
+        self.alpha = alpha
+        self.pretrained = pretrained
+        self.train_on: TrainOn = train_on
+        self.use_all_negatives = use_all_negatives
+        self.cross_negatives = cross_negatives
+        self.lr = lr
+        self.encoder_lr = encoder_lr
+        self.edit_weight = edit_weight
+        self.scope_weight = scope_weight
+        self.seed = seed
+        #: Whether the networks have been trained.
+        self.is_trained = False
+        self._is_stale = False  # whether they were since the memory took note of them
+        self._tokenizer: Any = None
+        self._made: tuple[ScopeMemory, ...] = ()  # out of sight of Lightning
+
+    @property
+    def scopes(self) -> ScopeMemory:
+        """The memory of the model."""
+        return cast(ScopeMemory, self.memory)
+
+    # -- a model -------------------------------------------------------------------------------
+
+    @override
+    def _adopt(self, model: Any, tokenizer: Any) -> None:
+        self._check_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
+        super()._adopt(model, tokenizer)
+        self.network = self.scopes.network
+        if self.pretrained:
+            self.network.requires_grad_(False)
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        """Checks that the counterfactual model reads the base's tokens."""
+        if self.counterfactual is None:
+            return
+        other = load_tokenizer(self.counterfactual, cache_dir=self.cache_dir)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ModelError(
+                f"`counterfactual={self.counterfactual!r}` has another tokenizer than "
+                f"{self.model_id}: {len(other)} tokens and {len(tokenizer)}, not all alike. Give a "
+                "model of the same tokenizer, or null for adapters beside the base."
+            )
+
+    @override
+    def build_memory(self, tree: ModelTree) -> ScopeMemory:
+        break_ids = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
+        special = set(self._tokenizer.all_special_ids)
+        where = self.counterfactual
+        return ScopeMemory(
+            encoder=self.encoder,
+            counterfactual=(
+                None if where is None else resolve_model(where, cache_dir=self.cache_dir)
+            ),
+            distance=self.distance,
+            scale=self.scale,
+            threshold=self.threshold,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            layers=self.layers,
+            rank=self.rank,
+            alpha=self.alpha,
+            separator=[int(i) for i in break_ids if i not in special],
+            seed=self.seed,
+        )
+
+    @override
+    def _memory_for(self, tree: ModelTree) -> ScopeMemory:
+        found = EditMemory.find(tree.model)
+        if found is None and self._made:
+            return self._made[0]
+        memory = self.build_memory(tree)
+        if found is None:
+            memory.prepare(tree.model)
+            if isinstance(memory.network.encoder, FolderEncoder):
+                memory.network.encoder.take_tokenizer(self._tokenizer)
+            self._made = (memory,)
+            return memory
+        # What it was trained to be is no setting of this editor.
+        memory.settings["weights"] = found.settings.get("weights")
+        found.check_kind(type(memory).__name__, memory.settings)
+        return cast(ScopeMemory, found)
+
+    @override
+    def check_ready(self) -> None:
+        if not (self.pretrained or self.is_trained):
+            raise EditError(
+                "This SERAC was never trained: its classifier knows no scopes. Train it with "
+                "`Trainer.fit`, load a trained one with `load_editor(checkpoint)` or "
+                "`TrainedEditor(checkpoint=...)`, or set `pretrained` where `encoder` and "
+                "`counterfactual` need no training."
+            )
+
+    @override
+    def take_editor(self, saved: Mapping[str, Any], where: str, *, any_base: bool) -> None:
+        known = saved["lightning_edit"]["edit_state"].get("weights")
+        if len(self.scopes) and known != self.scopes.settings["weights"]:
+            raise ArtifactError(
+                f"The model remembers {len(self.scopes)} edits that were made by other networks "
+                f"than those in `{where}`. Use the checkpoint that they were made with, or take "
+                "them out with `EditMemory.find(model).detach_()`."
+            )
+        super().take_editor(saved, where, any_base=any_base)
+        self.scopes.note_weights()
+        self._optimizer = self._make_optimizer(self.tree, {})  # for a memory of these networks
+
+    # -- edits ---------------------------------------------------------------------------------
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> MemoryWrite:
+        self.check_ready()
+        memory, requests, tokens = self.scopes, batch.requests, batch.tokens
+        if self._is_stale:
+            memory.note_weights()
+            self._is_stale = False
+        texts = [self._text(request, tokens) for request in requests]
+        prompts = [tokens.prompt(request.prompt) for request in requests]
+        targets = [tokens.target(r.prompt, r.target_new) for r in requests]
+        separator = memory.settings["separator"]
+        for request, text, prompt, target in zip(requests, texts, prompts, targets, strict=True):
+            tokens.check_length(request, len(text) + len(separator) + len(prompt), len(target))
+        entries = self.entries_without([request.id for request in requests])
+        with memory.off():
+            embeddings, queries = memory.encode([*texts, *prompts]).chunk(2)
+        rows = []
+        for b, request in enumerate(requests):
+            overridden = self._overridden(entries, queries[b], targets[b])
+            name = self.entry_id(request.id, entries)
+            notes = {
+                "ids": texts[b],
+                "label": targets[b],
+                "number": self.next_number(entries),
+                "overrides": overridden,
+            }
+            kept = {"prompt": request.prompt, "target": request.target_new}
+            entries[name] = MemoryEntry({"embeddings": embeddings[b]}, {request.id: kept}, notes)
+            similarity = torch.exp(-self._distances(queries[b : b + 1], embeddings[b : b + 1]))
+            row: dict[str, Any] = {"id": request.id, "entry": name, "steps": 0}
+            row |= {"similarity": float(similarity)}
+            row |= {"norm": float(torch.linalg.vector_norm(embeddings[b]))}
+            rows.append(row | ({"overrides": overridden} if overridden else {}))
+        edit = self.memory_write(entries)
+        before = memory.entries
+        memory.write(entries)
+        try:
+            scores = score_targets(self.model, tokens, list(zip(prompts, targets, strict=True)))
+        finally:
+            memory.write(before)
+        for row, score in zip(rows, scores, strict=True):
+            row |= {"loss": score.nll, "p_target": float(torch.exp(torch.tensor(-score.nll)))}
+        edit.details["requests"] = rows
+        return edit
+
+    def _text(self, request: EditRequest, tokens: PromptTokenizer) -> list[int]:
+        """The edit in words: its prompt and answer, as tokens, without an end."""
+        if tokens.is_encoder_decoder:  # it reads the answer, which it does not write here
+            text = statement(request.prompt, request.target_new)
+            return [i for i in tokens.prompt(text) if i != tokens.eos_id]
+        answer = tokens.target(request.prompt, request.target_new)
+        return [*tokens.prompt(request.prompt), *answer]
+
+    def _distances(self, queries: Tensor, edits: Tensor) -> Tensor:
+        return scope_distances(queries, edits, self.distance, self.scale)
+
+    def _overridden(
+        self, entries: Mapping[str, MemoryEntry], query: Tensor, target: Sequence[int]
+    ) -> list[str]:
+        """Entries with another answer whose scope the prompt of a new edit is in."""
+        if not entries:
+            return []
+        edits = torch.stack([e.tensors["embeddings"].to(query.device) for e in entries.values()])
+        similar = torch.exp(-self._distances(query[None], edits))[0]
+        return [
+            name
+            for (name, entry), s in zip(entries.items(), similar.tolist(), strict=True)
+            if s > self.threshold and list(entry.notes["label"]) != list(target)
+        ]
+
+    # -- fit -----------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if len(self.scopes) and not self.pretrained:
+            raise EditError(
+                f"The memory holds {len(self.scopes)} edits, whose embeddings the networks as they "
+                "are have made, and training would change them. Take the edits out "
+                "(`editor.remove([id])`) and make them again afterwards."
+            )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        if self.pretrained:
+            return super().configure_optimizers()
+        parts = (
+            (self.network.encoder, self.encoder_lr),
+            (self.network.counterfactual, self.lr),
+        )
+        groups = [
+            {"params": [p for p in part.parameters() if p.requires_grad], "lr": lr}
+            for part, lr in parts
+        ]
+        return Adam(groups)
+
+    @override
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Any:
+        loss = self._kind.training_step(self, batch, batch_idx)
+        if not self.pretrained:
+            self.is_trained = self._is_stale = True
+        return loss
+
+    @override
+    def lesson_loss(
+        self, requests: Sequence[EditRequest], replicas: Replicas | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the counterfactual model and that of the classifier on some requests.
+
+        Args:
+            requests: With rephrases and locality probes.
+            replicas: The processes that train together, each of which takes its share of the
+                counterfactual model's rows; None to only look.
+
+        Returns:
+            The weighted sum, a scalar, and the figures ``loss``, ``edit`` (NLL of the new answers,
+            in nats a token), ``scope`` (balanced cross-entropy), ``recall`` (share of prompts in
+            the scope of an edit that are above the threshold) and ``specificity`` (share of the
+            others that are not); no figures and a loss of zero where something was not finite.
+
+        Raises:
+            RequestError: If a request lacks a rephrase or a locality probe.
+        """
+        turn = self.current_epoch if replicas is not None else 0
+        lesson = Lesson.from_requests(requests, self.tokens, train_on=self.train_on, turn=turn)
+        owners = lesson.outer_owners
+        texts = [self._text(request, self.tokens) for request in requests]
+        asked, others = _prompts(lesson.outer), _prompts(lesson.locality)
+        one = replicas or Replicas()
+        mine = range(one.rank, len(asked), one.count)
+        part = self._answer_loss(lesson.outer, [texts[i] for i in owners], asked, mine)
+        nll = one.total(part.detach())
+        with self.memory.off():
+            found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
+        edits, inner, outer = found.split([len(texts), len(asked), len(others)])
+        near, far = self._distances(inner, edits), self._distances(outer, edits)
+        is_own = torch.zeros_like(near, dtype=torch.bool)
+        is_own[torch.arange(len(asked)), owners] = True
+        inside = near[is_own]
+        outside = far.flatten() if self.use_all_negatives else far.diagonal()
+        if self.cross_negatives:
+            outside = torch.cat([outside, near[~is_own]])
+        scope = scope_loss(inside, outside)
+        # Processes average their gradients, whereas `nll` is a sum over shares.
+        loss = self.edit_weight * one.count * part + self.scope_weight * scope
+        value = self.edit_weight * nll + self.scope_weight * scope.detach()
+        if not one.agree(bool(value.isfinite())):
+            return self._nothing(), {}
+        loss = loss - loss.detach() + value
+        hits, misses = (torch.exp(-d) > self.threshold for d in (inside, outside))
+        return loss, {
+            "loss": float(loss.detach()),
+            "edit": float(nll.detach()),
+            "scope": float(scope.detach()),
+            "recall": float(hits.float().mean()),
+            "specificity": 1 - float(misses.float().mean()),
+        }
+
+    def _answer_loss(
+        self,
+        outer: EditBatch,
+        texts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
+        mine: Sequence[int],
+    ) -> Tensor:
+        """NLL of answers by the counterfactual model, which reads each edit before.
+
+        Returns:
+            The sum over the tokens of some rows, as a share of the mean over those of all.
+        """
+        if not mine:
+            return self._nothing()
+        separator = self.scopes.settings["separator"]
+        targets = [row[row != IGNORE_INDEX].tolist() for row in outer.labels]
+        rows = [[*texts[i], *separator, *prompts[i]] for i in mine]
+        device = next(self.model.parameters()).device
+        batch = EditBatch.from_ids(rows, [targets[i] for i in mine], outer.tokens).to(device)
+        with self.memory.off(), self.network.counterfactual.answering(self.model) as other:
+            logits, labels = target_logits(ModelTree.of(other), batch)
+        return self.token_loss(logits, labels).sum() / sum(map(len, targets))
+
+    # -- what depends on who trains ------------------------------------------------------------
+
+    @property
+    def _kind(self) -> Any:
+        """The base whose steps and checkpoints are meant."""
+        return MemoryModule if self.pretrained else LearningModule
+
+    @override
+    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        self._kind.validation_step(self, batch, batch_idx)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._kind.on_validation_epoch_end(self)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._kind.on_save_checkpoint(self, checkpoint)
+
+    @override
+    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
+        self._is_stale = not self.pretrained  # Lightning loads the networks
+        if any(name.startswith("model.edit_memory.") for name in state_dict):
+            super()._load_kept(state_dict)
+
+    @override
+    def edit_state(self) -> dict[str, Any]:
+        weights = weight_hash(self.network) if self.is_trained else None
+        return {**super().edit_state(), "is_trained": self.is_trained, "weights": weights}
+
+    @override
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        super().load_edit_state(state)
+        self.is_trained = bool(state["is_trained"])
+
+
+def _prompts(batch: EditBatch) -> list[list[int]]:
+    """Tokens of the prompts of a batch."""
+    lengths = batch.prompt_lengths.tolist()
+    return [ids[:n].tolist() for ids, n in zip(batch.input_ids, lengths, strict=True)]

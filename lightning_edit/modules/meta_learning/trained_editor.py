@@ -1,0 +1,150 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Edits by an editor that was trained before, out of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.edit import Edit
+from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.meta_learning.base import LearningModule, read_editor
+from lightning_edit.optim import EditOptimizer
+
+__all__ = ["TrainedEditor"]
+
+
+class TrainedEditor(EditModule[Any]):
+    """Has ``fit`` commit the edits of a trained KE, MEND, MALMEN or SERAC.
+
+    What was trained, and with which settings, is in the checkpoint. Edits are those of the trained
+    editor: of weights, low-rank where they are small, or of a memory. A batch of requests makes
+    one edit; the next one is computed on the edited model.
+
+    Args:
+        checkpoint: A checkpoint of the training.
+        model: Hub id or local folder of the model that it was trained with, or ``smollm2``, the
+            embedded default.
+        any_base: Edit a model with other weights than those it was trained with, such as the same
+            one in bfloat16.
+        kwargs: Arguments of every editor but ``layers``, such as ``dtype``; see
+            :class:`EditModule`.
+
+    Raises:
+        ArtifactError: If the checkpoint holds no trained editor, or that of another model.
+        ValueError: If ``layers`` are given.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_edit import EditDataModule, MEND
+        >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
+        >>> model, tokenizer = trained_tiny_model()
+        >>> mend = MEND.from_model(model, tokenizer, rank=8)
+        >>> trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False,
+        ...                   limit_val_batches=0, enable_progress_bar=False,
+        ...                   enable_model_summary=False)
+        >>> trainer.fit(mend, EditDataModule(requests=tiny_requests(4)))
+        >>> checkpoint = getfixture("tmp_path") / "mend.ckpt"
+        >>> trainer.save_checkpoint(checkpoint)
+        >>> editor = TrainedEditor.from_model(model, tokenizer, checkpoint=str(checkpoint))
+        >>> edit = editor.edit(tiny_requests(1))
+        >>> edit.apply_(model)
+        >>> edit.revert_(model)
+
+    References:
+        Fast Model Editing at Scale, arXiv 2110.11309, and the papers of the other editors; a
+        trained one tells its own.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2110.11309"
+
+    def __init__(
+        self,
+        checkpoint: str,
+        model: str = "smollm2",
+        any_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, **kwargs)
+        if self.layers is not None:
+            raise ValueError(
+                "`layers` are those that the editor was trained to edit, and the checkpoint knows "
+                "them. Leave them out."
+            )
+        self.checkpoint = checkpoint
+        self.any_base = any_base
+        self.network: Any = None
+        # In a tuple, out of sight of Lightning, for which it would be a part of this module.
+        self._trained: tuple[LearningModule[Any], ...] = ()
+
+    @property
+    def trained(self) -> LearningModule[Any]:
+        """The editor out of the checkpoint; there once the model is."""
+        return self._trained[0]
+
+    @override
+    def _adopt(self, model: Any, tokenizer: Any) -> None:
+        saved = read_editor(self.checkpoint)
+        about = saved["lightning_edit"]["editor"]
+        methods = {cls.__name__: cls for cls in _subclasses(LearningModule)}
+        if about["method"] not in methods:
+            raise ArtifactError(
+                f"`{self.checkpoint}` was written by {about['method']}, which is not imported. "
+                f"Import it first. Known: {', '.join(sorted(methods))}."
+            )
+        own = {"model": self.model_id, "chat_template": self.chat_template}
+        trained = methods[about["method"]](**{**about["settings"], **own})
+        trained._adopt(model, tokenizer)
+        trained.take_editor(saved, self.checkpoint, any_base=self.any_base)
+        trained.network.requires_grad_(False)
+        self._trained = (trained,)
+        super()._adopt(model, tokenizer)
+        self.network = trained.network  # moves to other devices with this module
+
+    @override
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return self.trained.edited_names(tree)
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> Edit:
+        edit: Edit = self.trained.compute_edit(batch)
+        return edit
+
+    # What its edits are of, the trained editor knows: weights, or a memory.
+
+    @override
+    def _make_optimizer(self, tree: ModelTree, originals: dict[str, Tensor]) -> EditOptimizer[Any]:
+        return self.trained.edit_optimizer
+
+    @override
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        with self.trained.base_weights():
+            yield
+
+    @override
+    def _size(self) -> tuple[str, float]:
+        return self.trained._size()
+
+    @override
+    def _is_kept(self, name: str) -> bool:
+        return self.trained._is_kept(name)
+
+    @override
+    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
+        self.trained._load_kept(state_dict)
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    found: list[Any] = []
+    for one in cls.__subclasses__():
+        found += [one, *_subclasses(one)]
+    return found

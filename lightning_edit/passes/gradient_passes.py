@@ -1,0 +1,171 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients at the outputs of projections, at target tokens alone and without those of weights."""
+
+# Shapes: N target tokens of all requests, I inputs and O outputs of a projection.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
+from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.passes.blocks import running
+from lightning_edit.passes.target_loss import row_means, target_nll
+
+__all__ = [
+    "GradientPass",
+    "gradient_passes",
+    "output_below",
+    "probabilities_now",
+    "recorded",
+    "skipped",
+]
+
+
+@dataclass(frozen=True)
+class GradientPass:
+    """What one pass over some requests of a batch left.
+
+    Args:
+        chosen: Their places in the batch, n of them.
+        batch: The requests.
+        taken: Inputs [t, I] and gradients at outputs [t, O] at their t target tokens, by the
+            parameter's name.
+        losses: Mean loss of each request.
+        below: The blocks below the edited ones, each with the output of the last of them.
+    """
+
+    chosen: list[int]
+    batch: EditBatch
+    taken: dict[str, tuple[Tensor, Tensor]]
+    losses: list[float]
+    below: dict[nn.Module, Any]
+
+
+def gradient_passes(
+    tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch, size: int
+) -> tuple[list[GradientPass], Tensor]:
+    """Runs a batch in passes and takes what enters projections, and the gradients behind them.
+
+    The gradient is that of the mean loss of a pass over its target tokens. Weights take no part in
+    it: those of the projections are frozen here, and it is for the caller to give them their flags
+    back.
+
+    Args:
+        tree: A decoder-only or encoder-decoder model.
+        sites: Projections.
+        batch: Prompts and targets.
+        size: Requests in a pass; they are sorted by length.
+
+    Returns:
+        The passes, and the order in which their tokens follow the batch's labels, [N] int64.
+    """
+    lengths = batch.attention_mask.sum(1)
+    by_length: list[int] = torch.argsort(lengths, stable=True).tolist()
+    is_target = batch.labels != IGNORE_INDEX
+    numbers = torch.full_like(batch.labels, -1)
+    numbers[is_target] = torch.arange(int(is_target.sum()), device=numbers.device)
+    passes, places = [], []
+    for start in range(0, len(batch), size):
+        chosen = by_length[start : start + size]
+        part = batch.select(chosen)
+        with recorded(tree.model, sites) as seen, output_below(tree, sites) as below:
+            nll = target_nll(tree, part)
+        outputs = [seen[site.name][1] for site in sites]
+        gradients = torch.autograd.grad(nll.mean(), outputs)
+        rows, columns = torch.nonzero(part.labels != IGNORE_INDEX, as_tuple=True)
+        at = columns if tree.is_encoder_decoder else columns - 1
+        taken = {}
+        for site, gradient in zip(sites, gradients, strict=True):
+            inputs = seen[site.name][0]
+            taken[site.name] = (
+                inputs.reshape(len(part), -1, site.in_features)[rows, at].float(),
+                gradient.reshape(len(part), -1, site.out_features)[rows, at].float(),
+            )
+        losses = row_means(nll.detach(), part.labels).tolist()
+        passes.append(GradientPass(chosen, part, taken, losses, below))
+        places.append(numbers[chosen][rows, columns])
+    return passes, torch.argsort(torch.cat(places))
+
+
+@torch.no_grad()
+def probabilities_now(tree: ModelTree, passes: Sequence[GradientPass]) -> dict[int, float]:
+    """exp(−mean NLL) of each request's target with the projections as they are by now.
+
+    Blocks below the projections say what they said before, so they are not run again.
+
+    Args:
+        tree: The model.
+        passes: What earlier passes of it left.
+
+    Returns:
+        Place in the batch to probability, in (0, 1].
+    """
+    found: dict[int, float] = {}
+    for one in passes:
+        with skipped(one.below):
+            nll = target_nll(tree, one.batch)
+        means = torch.exp(-row_means(nll, one.batch.labels)).tolist()
+        found |= dict(zip(one.chosen, means, strict=True))
+    return found
+
+
+@contextmanager
+def recorded(
+    model: nn.Module, sites: Sequence[WeightSite]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Records inputs and outputs of projections inside a ``with`` block, by parameter.
+
+    The outputs alone take part in the gradient.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for site in sites:
+        site.parameter(model).requires_grad_(False)
+
+        def record(
+            _: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = site.name
+        ) -> Tensor:
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            seen[name] = (args[0].detach(), output)
+            # A copy goes on, since some models (Falcon) add to the output in place.
+            return output.clone()
+
+        handles.append(site.module(model).register_forward_hook(record))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
+    """Records what the block below the edited ones returns, for each block from there down."""
+    below = tree.blocks[: min(site.layer for site in sites)]
+    seen: dict[nn.Module, Any] = {}
+
+    def record(_: nn.Module, __: Any, output: Any) -> None:
+        seen.update(dict.fromkeys(below, output))
+
+    handles = [block.register_forward_hook(record) for block in below[-1:]]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
+    """Has blocks return what is given inside a ``with`` block, without running them."""
+    with running({block: lambda *_, o=output, **__: o for block, output in below.items()}):
+        yield

@@ -1,0 +1,130 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of several layers while these are edited one after another."""
+
+# Shapes: N rows, T positions up to the subject's last token, D hidden, M inputs of the edited
+# projection.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.batch import pad_rows
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.passes.block_recorder import Arguments, BlockRecorder, hidden_states
+from lightning_edit.passes.tail import Place
+
+__all__ = ["KeyPass"]
+
+
+@dataclass
+class KeyPass:
+    """Rows that end at the subject's last token, ready to run between the edited layers.
+
+    What lies below the first edited layer is run once. An edit of a layer changes every position
+    above it, so :meth:`keys` runs on from the last layer that was passed.
+
+    Args:
+        tree: Where the model's parts are.
+        layers: Edited layers, in order.
+        state: Residual stream that enters the block :attr:`at`, [N, T, D].
+        at: The block that is run next.
+        calls: Further arguments of each block from the first to the last edited layer.
+        place: What is asked of the last edited layer: its ``block``'s output, or its MLP's.
+    """
+
+    tree: ModelTree
+    layers: list[int]
+    state: Tensor
+    at: int
+    calls: dict[int, Arguments]
+    place: Place = "block"
+
+    @classmethod
+    @torch.no_grad()
+    def capture(
+        cls,
+        tree: ModelTree,
+        layers: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        pad_id: int,
+        place: Place = "block",
+    ) -> KeyPass:
+        """Runs the rows once up to the last edited layer.
+
+        Args:
+            tree: A decoder-only model.
+            layers: Edited layers.
+            rows: Token ids of N rows, each cut behind the subject's last token.
+            pad_id: Fills the gaps on the left.
+            place: What takes target values at the last edited layer.
+        """
+        layers = sorted({tree.index(layer) for layer in layers})
+        model: Any = tree.model
+        device = next(tree.blocks[0].parameters()).device
+        ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
+        with BlockRecorder(tree.blocks, layers[0], layers[-1], keep=layers[:1], stops=True) as seen:
+            model.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                use_cache=False,
+            )
+        return cls(tree, list(layers), seen.states[layers[0]], layers[0], seen.arguments, place)
+
+    @torch.no_grad()
+    def keys(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys of a layer, and what the last edited layer makes of the rows.
+
+        Layers are asked in order; weights of those before may have changed since.
+
+        Args:
+            layer: An edited layer.
+
+        Returns:
+            Input of its edited projection at the subject's last token, [N, M], and what takes
+            target values at the last edited layer there, [N, D]; both float32.
+        """
+        for i in range(self.at, layer):
+            self.state = self._block(i, self.state)
+        self.at = layer
+        asked, last = (self.tree.mlp_out(i).module(self.tree.model) for i in (layer, self.last))
+        seen: dict[str, Tensor] = {}
+
+        def at_end(states: Tensor) -> Tensor:
+            # Some models flatten batch and positions before the MLP.
+            rows = states.reshape(self.state.shape[0], -1, states.shape[-1])
+            return rows[:, -1].float().clone()
+
+        def take_key(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen["key"] = at_end(args[0])
+
+        def take_output(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen["output"] = at_end(output)
+
+        state = self.state
+        hooks = [
+            asked.register_forward_pre_hook(take_key),
+            last.register_forward_hook(take_output),
+        ]
+        try:
+            for i in range(layer, self.last + 1):
+                state = self._block(i, state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen["key"], state[:, -1].float() if self.place == "block" else seen["output"]
+
+    @property
+    def last(self) -> int:
+        """The last edited layer."""
+        return self.layers[-1]
+
+    def _block(self, i: int, state: Tensor) -> Tensor:
+        args, kwargs = self.calls[i]
+        return hidden_states(self.tree.blocks[i](state, *args, **kwargs))

@@ -1,0 +1,71 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Passes over the same tokens that run only what has changed: the upper blocks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.passes.blocks import running
+
+__all__ = ["blocks_below", "replayed"]
+
+
+def blocks_below(tree: ModelTree, layer: int) -> list[nn.Module]:
+    """The blocks that run before a block and do not depend on it.
+
+    Args:
+        tree: The stack that the block is in.
+        layer: Index of the block.
+
+    Returns:
+        Blocks of the stack; for a decoder with an encoder, those of the encoder, too.
+    """
+    below = tree.blocks[: tree.index(layer)]
+    if not tree.is_encoder_decoder:
+        return below
+    encoder = ModelTree.of(tree.model, "encoder")
+    return below if encoder.block_names == tree.block_names else [*encoder.blocks, *below]
+
+
+@contextmanager
+def replayed(
+    blocks: list[nn.Module], outputs: dict[nn.Module, Any] | None = None
+) -> Iterator[None]:
+    """Has blocks run once inside a ``with`` block, and from then on return what they returned.
+
+    All passes inside must be over the same tokens. What the model does around its blocks, it does
+    itself, in every pass.
+
+    Args:
+        blocks: Blocks that nothing inside the ``with`` block changes.
+        outputs: What they returned in an earlier ``with`` block over the same tokens; what they
+            return here is put into it.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with replayed([layer]):
+        ...     first = layer(torch.zeros(1, 2))
+        ...     layer(torch.ones(1, 2)) is first
+        True
+        >>> layer(torch.zeros(1, 2)) is first
+        False
+    """
+    kept: dict[nn.Module, Any] = {} if outputs is None else outputs
+
+    def once(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recall(*args: Any, **kwargs: Any) -> Any:
+            if block not in kept:
+                kept[block] = forward(*args, **kwargs)
+            return kept[block]
+
+        return recall
+
+    with running({block: once(block, block.forward) for block in blocks}):
+        yield

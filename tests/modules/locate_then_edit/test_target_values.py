@@ -1,0 +1,228 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Batched target values are those of one request at a time with the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.request import EditRequest
+from lightning_edit.demos import tiny_requests, tiny_tokenizer
+from lightning_edit.modules.locate_then_edit.target_values import (
+    TargetValues,
+    TargetValueSettings,
+    optimize_target_values,
+)
+from lightning_edit.passes.tail import Place
+from tests import zoo
+
+FAMILIES = ("llama", "gpt2", "gptj", "gptneox", "opt", "gemma2", "qwen3", "falcon")
+TEMPLATES = ("{}", "It is said. {}", "A longer beginning of a text: {}")
+LAYER = 1
+
+# Subjects at the very beginning and inside, of one and of several tokens; targets of one to three.
+REQUESTS = (
+    tiny_requests(1)[0],
+    EditRequest("Dorin lies on the", "Dorin", "Brune", id="begins"),
+    EditRequest("People in Old Quill speak", "Old Quill", "Ostrish", id="several"),
+    EditRequest("Which river has Ivory Bay?", "Ivory Bay", "Delph", id="question"),
+)
+
+
+def one_by_one(
+    model: Any, request: EditRequest, settings: TargetValueSettings
+) -> tuple[Tensor, list[list[float]]]:
+    """The optimization written down plainly: whole model, unpadded rows, Adam of torch."""
+    tokens = PromptTokenizer(tiny_tokenizer())
+    mlp = ModelTree.of(model).mlp(LAYER)
+    target = tokens.target(request.prompt, request.target_new)
+    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
+
+    def run(ids: Sequence[int], at: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of all positions, and the MLP's output where it changes."""
+        seen: list[Tensor] = []
+
+        def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            rows = output.reshape(len(ids), -1)
+            seen.append(rows[at])
+            mask = torch.zeros(len(ids), 1)
+            mask[at] = 1
+            return (rows + mask * delta).reshape(output.shape)
+
+        hook = mlp.register_forward_hook(add)
+        logits = model(input_ids=torch.tensor([list(ids)])).logits[0]
+        hook.remove()
+        return torch.log_softmax(logits, -1), seen[0].detach()
+
+    prompts = [
+        tokens.subject_last(request.prompt, request.subject, template[:-2])
+        for template in TEMPLATES
+    ]
+    anchor = tokens.subject_last(settings.kl_prompt.replace("{}", request.subject), request.subject)
+    init = run(*prompts[0])[1]
+    reference = run(*anchor)[0][anchor[1]].detach()
+    optimizer = torch.optim.Adam([delta], lr=settings.lr)
+    losses: list[list[float]] = []
+    for step in range(settings.steps):
+        nll = torch.zeros(())
+        for ids, at in prompts:
+            logp = run([*ids, *target[:-1]], at)[0]
+            picked = [logp[len(ids) - 1 + j, token] for j, token in enumerate(target)]
+            nll = nll - torch.stack(picked).mean() / len(prompts)
+        logp = run(*anchor)[0][anchor[1]]
+        kl = settings.kl_factor * (logp.exp() * (logp - reference)).sum()
+        wd = settings.weight_decay * delta.norm() / init.norm() ** 2
+        loss = nll + kl + wd
+        losses.append([float(part.detach()) for part in (loss, nll, kl, wd)])
+        if losses[-1][0] < settings.stop_loss or step == settings.steps - 1:
+            break
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        optimizer.step()
+        with torch.no_grad():
+            limit = settings.clamp_norm_factor * init.norm()
+            if delta.norm() > limit:
+                delta.mul_(limit / delta.norm())
+    return delta.detach(), losses
+
+
+def batched(
+    model: Any, requests: Sequence[EditRequest], settings: TargetValueSettings, **kwargs: Any
+) -> TargetValues:
+    tokens = PromptTokenizer(tiny_tokenizer())
+    return optimize_target_values(
+        ModelTree.of(model), tokens, LAYER, requests, TEMPLATES, settings, **kwargs
+    )
+
+
+@pytest.mark.parametrize("clamp", [50.0, 1.5], ids=["free", "clamped"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_batched_is_one_by_one(kind: str, clamp: float) -> None:
+    model = zoo.build(kind).requires_grad_(False)
+    settings = TargetValueSettings(steps=7, lr=0.2, clamp_norm_factor=clamp)
+    # A bound that one of the requests reaches before the last pass.
+    ends = [min(total for total, *_ in one_by_one(model, r, settings)[1][:5]) for r in REQUESTS]
+    settings = replace(settings, stop_loss=min(ends) + 1e-4)
+    found = batched(model, REQUESTS, settings)
+    assert len({len(losses) for losses in found.losses}) > 1
+    for e, request in enumerate(REQUESTS):
+        delta, losses = one_by_one(model, request, settings)
+        passes = [[p["total"], p["nll"], p["kl"], p["wd"]] for p in found.losses[e]]
+        assert len(passes) == len(losses)
+        torch.testing.assert_close(torch.tensor(passes), torch.tensor(losses), rtol=1e-3, atol=2e-5)
+        assert (found.deltas[e] - delta).norm() <= 1e-3 * delta.norm()
+        nll = found.losses[e][-1]["nll"]
+        assert found.probabilities[e] == pytest.approx(float(torch.tensor(-nll).exp()))
+
+
+def test_a_batch_is_its_parts_in_any_order_and_size() -> None:
+    model = zoo.build("llama")
+    settings = TargetValueSettings(steps=5)
+    requests = tiny_requests(10)
+    whole = batched(model, requests, settings)
+    rows = len(TEMPLATES) + 1
+    for other in (
+        batched(model, requests, replace(settings, max_rows=2 * rows)),
+        batched(model, requests, replace(settings, max_rows=1)),  # one at a time at the least
+    ):
+        torch.testing.assert_close(other.deltas, whole.deltas, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.keys, whole.keys, rtol=1e-4, atol=1e-5)
+    order = torch.randperm(10).tolist()
+    shuffled = batched(model, [requests[i] for i in order], settings)
+    torch.testing.assert_close(shuffled.deltas, whole.deltas[order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shuffled.values, whole.values[order], rtol=1e-4, atol=1e-5)
+
+
+def test_lower_precision_rounds_passes_and_nothing_else() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=7, lr=0.2)
+    exact = batched(model, REQUESTS, settings)
+    rough = batched(model, REQUESTS, settings, dtype=torch.bfloat16)
+    assert torch.equal(rough.keys, exact.keys)
+    assert torch.equal(rough.outputs, exact.outputs)
+    assert rough.deltas.dtype == torch.float32
+    for a, b in zip(rough.deltas, exact.deltas, strict=True):
+        assert 0 < (a - b).norm() < 0.1 * b.norm()
+
+
+def test_one_pass_measures_and_changes_nothing() -> None:
+    model = zoo.build("gpt2")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    found = batched(model, REQUESTS, TargetValueSettings(steps=1))
+    assert not found.deltas.any()
+    assert torch.equal(found.values, found.outputs[:, 0])
+    assert all(len(losses) == 1 for losses in found.losses)
+    assert all(losses[0]["kl"] == losses[0]["wd"] == 0 for losses in found.losses)
+    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_the_loss_falls_and_the_change_stays_in_its_ball() -> None:
+    model = zoo.build("llama")
+    settings = TargetValueSettings(steps=15, lr=0.1, weight_decay=0.0, clamp_norm_factor=0.25)
+    found = batched(model, REQUESTS, settings)
+    ratio = found.deltas.norm(dim=1) / found.outputs[:, 0].norm(dim=1)
+    assert (ratio <= 0.25 + 1e-5).all()
+    assert (ratio > 0.24).all()
+    for losses in found.losses:
+        assert losses[-1]["total"] < losses[0]["total"]
+
+
+def test_works_where_no_gradients_are_wanted() -> None:
+    model = zoo.build("llama")
+    wanted = batched(model, REQUESTS, TargetValueSettings(steps=3)).deltas
+    with torch.inference_mode():
+        found = batched(model, REQUESTS, TargetValueSettings(steps=3)).deltas
+    assert torch.equal(found, wanted)
+
+
+def test_progress_is_told_after_each_pass() -> None:
+    seen: list[tuple[int, float]] = []
+    batched(
+        zoo.build("llama"),
+        REQUESTS[:1],
+        TargetValueSettings(steps=3),
+        on_step=lambda step, p: seen.append((step, p)),
+    )
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert seen[0][1] < seen[2][1] < 1
+
+
+@pytest.mark.parametrize("place", ["mlp", "block", "sublayers"])
+def test_a_loss_that_is_no_number_leaves_the_other_requests_alone(place: Place) -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=5, place=place)
+    others = [0, 2, 3]
+    wanted = batched(model, [REQUESTS[e] for e in others], settings)
+    with torch.no_grad():
+        # A token of the second request's subject, which no other one has.
+        token = tiny_tokenizer()(REQUESTS[1].prompt).input_ids[0]
+        model.get_input_embeddings().weight[token] = float("nan")
+    found = batched(model, REQUESTS, settings)
+    assert found.failed == {1: 1}
+    assert len(found.losses[1]) == 1
+    kept = found.select(others)
+    assert not kept.failed
+    for mine, theirs in zip(kept.losses, wanted.losses, strict=True):
+        assert [p["total"] for p in mine] == pytest.approx([p["total"] for p in theirs], rel=1e-4)
+    torch.testing.assert_close(kept.deltas, wanted.deltas, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept.keys, wanted.keys, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept.attention, wanted.attention, rtol=1e-4, atol=1e-5)
+    assert len(kept.attention[0]) == (2 if place == "sublayers" else 0)
+
+
+def test_a_search_that_explodes_ends_for_that_request() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=8, lr=1e38, clamp_norm_factor=float("inf"))
+    found = batched(model, REQUESTS, settings)
+    assert set(found.failed) == {0, 1, 2, 3}
+    assert all(1 < step <= 8 for step in found.failed.values())
+    assert all(len(found.losses[e]) == step for e, step in found.failed.items())
