@@ -220,7 +220,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(kind: TinyKind = "llama", seed: int = 0) -> PreTrainedModel:
-    """A model of four layers and random weights, for the tokenizer of [`tiny_tokenizer`][].
+    """A model of four layers and random weights, for the tokenizer of ``tiny_tokenizer``.
 
     Args:
         kind: Architecture: ``llama`` (gated MLP), ``gpt2`` (transposed weights) or ``t5``

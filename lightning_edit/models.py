@@ -48,10 +48,10 @@ def load_model(
     Only safetensors are read and no code of the model's repository is run.
 
     Args:
-        model: ``smollm2``, a folder, a GGUF file or a hub id; see [`resolve_model`][].
+        model: ``smollm2``, a folder, a GGUF file or a hub id; see ``resolve_model``.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the weights; ``auto`` is as stored.
-        cache_dir: Where a model converted from GGUF is kept; see [`resolve_model`][].
+        cache_dir: Where a model converted from GGUF is kept; see ``resolve_model``.
 
     Raises:
         ModelError: If the model is not found, is no language model or lacks weights.
@@ -104,9 +104,9 @@ def load_tokenizer(
     the sequences' lengths.
 
     Args:
-        model: As in [`load_model`][].
-        revision: As in [`load_model`][].
-        cache_dir: As in [`load_model`][].
+        model: As in [`load_model`][lightning_edit.load_model].
+        revision: As in [`load_model`][lightning_edit.load_model].
+        cache_dir: As in [`load_model`][lightning_edit.load_model].
 
     Raises:
         ModelError: If there is no tokenizer, or none that knows character offsets.

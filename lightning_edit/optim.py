@@ -23,7 +23,7 @@ E = TypeVar("E", bound=Edit, default=WeightDelta)
 
 
 class EditOptimizer(Optimizer, Generic[E]):
-    """Writes a staged :class:`~lightning_edit.core.edit.Edit` at each step.
+    """Writes a staged ``Edit`` at each step.
 
     The step is what Lightning counts, checkpoints and resumes by. Weights are set to original
     plus the sum of all edits so far, so the order of rounding does not depend on interruptions.
@@ -63,7 +63,7 @@ class EditOptimizer(Optimizer, Generic[E]):
         self._staged = edit
 
     def rewind(self, delta: E | None = None) -> None:
-        """Goes back to an earlier sum of edits: to none, or to one that :attr:`delta` was."""
+        """Goes back to an earlier sum of edits: to none, or to one that ``delta`` was."""
         earlier = self._nothing if delta is None else delta
         earlier.reset_(self.model, self.originals)
         self.delta = earlier

@@ -206,7 +206,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         file = (page.parent / name).resolve() if name else page
         assert file.exists(), f"{page.name}: `{target}` does not exist"
-        if page.parent.name == "docs":
+        if page.parent == ROOT / "docs":
             assert file.is_relative_to(ROOT / "docs"), f"{page.name}: `{target}` is not in the site"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: `{target}` has no such heading"
@@ -221,7 +221,7 @@ def anchors(page: Path) -> set[str]:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = set(re.findall(r"\w+\.md", str(navigation)))
-    assert named == {page.name for page in PAGES if page.parent.name == "docs"}
+    assert named == {page.name for page in PAGES if page.parent == ROOT / "docs"}
 
 
 def pages_text() -> str:

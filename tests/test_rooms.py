@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -271,3 +272,18 @@ def test_no_file_speaks_of_what_is_left_to_do() -> None:
     for path in EVERYTHING:
         text = path.read_text(encoding="utf-8")
         assert not [mark for mark in marks if mark in text], name_of(path)
+
+
+def test_names_are_referred_to_in_one_syntax() -> None:
+    """``[`ROME`][lightning_edit.ROME]``, and of public names alone, which have their pages."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    functional = tree_of(PACKAGE / "functional" / "__init__.py").body[-1]
+    assert isinstance(functional, ast.Assign)
+    known = set(homes()) | {f"functional.{name}" for name in ast.literal_eval(functional.value)}
+    for path in [*EVERYTHING, *pages]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.findall(r":[a-z]+:`", text), f"{name_of(path)} has roles of Sphinx"
+        for name, target in re.findall(r"\[`([\w.]+)`\]\[([\w.]*)\]", text):
+            public = target.removeprefix("lightning_edit.")
+            assert {public, public.rpartition(".")[0]} & known, f"{name_of(path)}: {target!r}"
+            assert target.endswith(f".{name}"), f"{name_of(path)}: {name!r} is {target!r}"

@@ -125,7 +125,7 @@ def model_skeleton(model: str, revision: str | None = None) -> PreTrainedModel:
     """A model's module tree without weights, on the meta device.
 
     Args:
-        model: As in [`lightning_edit.models.load_model`][].
+        model: As in [`load_model`][lightning_edit.load_model].
         revision: Of a hub id.
 
     Raises:

@@ -43,9 +43,10 @@ class EditReport(Callback):
     """Writes the run folder at the end of ``fit`` and prints the table of the metrics.
 
     The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,
-    ``report.md`` and a card. Metrics come from the :class:`EditEvaluator` of the same Trainer, the
-    curve over a sequence of edits from its :class:`RetentionCurve` as well.
-    Files of an earlier run are kept in ``earlier/``.
+    ``report.md`` and a card. Metrics come from the [`EditEvaluator`][lightning_edit.EditEvaluator]
+    of the same Trainer, the curve over a sequence of edits from its
+    [`RetentionCurve`][lightning_edit.RetentionCurve] as well. Files of an earlier run are kept in
+    ``earlier/``.
 
     Args:
         dirpath: The folder; the Trainer's log or root folder when None.

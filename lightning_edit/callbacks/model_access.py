@@ -31,7 +31,7 @@ def model_and_tokens(
 
     Args:
         module: A LightningModule after ``configure_model``.
-        attribute: As in :func:`find_model`.
+        attribute: As in ``find_model``.
         who: Name of the callback that needs them, for the error.
 
     Raises:

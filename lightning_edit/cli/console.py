@@ -46,7 +46,7 @@ def parser(verb: str) -> ArgumentParser:
     """The parser of one verb's options, made of its function's signature and docstring.
 
     Args:
-        verb: One of :data:`VERBS`.
+        verb: One of ``VERBS``.
     """
     function = VERBS[verb]
     # Read once to have the help of what argparse itself cannot be told by a signature.

@@ -178,7 +178,7 @@ class PromptTokenizer:
             prefix: Context before the prompt, named in the error.
 
         Raises:
-            RequestError: If the row is longer than :attr:`max_length`.
+            RequestError: If the row is longer than ``max_length``.
         """
         longest = max(prompt, target) if self.is_encoder_decoder else prompt + target
         if self.max_length is None or longest <= self.max_length:

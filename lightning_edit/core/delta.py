@@ -38,7 +38,7 @@ class WeightDelta(Edit):
     rounding errors. The originals are kept, since ``W + Δ − Δ`` is not ``W`` in floating point.
 
     Args:
-        changes: Parameter name to :class:`LowRank` factors or a dense float32 tensor of the
+        changes: Parameter name to ``LowRank`` factors or a dense float32 tensor of the
             parameter's shape.
         provenance: Where the edit comes from.
         originals: Parameter name to the tensor that stood there before, needed to undo an edit
@@ -177,7 +177,7 @@ class WeightDelta(Edit):
         """Adds the change to the model's weights, in place, keeping the originals.
 
         Args:
-            model: Model whose parameters are named as in :attr:`changes`.
+            model: Model whose parameters are named as in ``changes``.
             check: Compare the model's weights with the recorded base. Turn off only to add an
                 edit to a model that differs from its base on purpose.
 
@@ -344,7 +344,7 @@ class WeightDelta(Edit):
         return {name: named[name] for name in self.changes}
 
     def to_lora(self, model: nn.Module, rank: int | None = None) -> dict[str, LoRAFactors]:
-        """The edit as LoRA factors; see [`lightning_edit.core.lora.to_lora`][].
+        """The edit as LoRA factors; see ``lightning_edit.core.lora.to_lora``.
 
         Args:
             model: A model with the modules that the edit changes; its weights are not read.
@@ -366,7 +366,7 @@ class WeightDelta(Edit):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
-        """The edit out of :meth:`state_dict`, on the devices of the model's parameters."""
+        """The edit out of ``state_dict``, on the devices of the model's parameters."""
         # Lightning moves what a torch optimizer keeps to the device of the model, but not this.
         tensors = {
             key: tensor.to(model.get_parameter(key.rpartition(".")[0]).device)
@@ -411,7 +411,7 @@ class WeightDelta(Edit):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Reads an edit that :meth:`save` wrote.
+        """Reads an edit that ``save`` wrote.
 
         Raises:
             ArtifactError: If a file is missing, damaged or of a newer format.

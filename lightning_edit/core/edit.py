@@ -60,9 +60,9 @@ class Provenance:
 class Edit(ABC):
     """A change to a model that can be applied, undone, saved, loaded and added to another.
 
-    There are two kinds: :class:`~lightning_edit.core.delta.WeightDelta` changes weights, and
-    :class:`~lightning_edit.core.memory.MemoryWrite` what a memory beside them holds. Subclasses
-    write the abstract methods; :meth:`applied` and :meth:`reverted` follow from them.
+    There are two kinds: [`WeightDelta`][lightning_edit.WeightDelta] changes weights, and
+    [`MemoryWrite`][lightning_edit.MemoryWrite] what a memory beside them holds. Subclasses
+    write the abstract methods; ``applied`` and ``reverted`` follow from them.
     """
 
     #: Whether the model has other weights after the edit.
@@ -175,4 +175,4 @@ class Edit(ABC):
     @classmethod
     @abstractmethod
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
-        """The edit out of :meth:`state_dict` and a model in which it stands."""
+        """The edit out of ``state_dict`` and a model in which it stands."""

@@ -155,7 +155,7 @@ class Locator:
 class ModelTree:
     """One stack of transformer blocks of a model, and what stands before and after it.
 
-    Built by [`ModelTree.of`][]. Layers may be negative in every method.
+    Built by ``ModelTree.of``. Layers may be negative in every method.
 
     Args:
         model: The model it was read from.

@@ -303,7 +303,7 @@ class MemoryWrite(Edit):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Reads an edit that :meth:`save` wrote.
+        """Reads an edit that ``save`` wrote.
 
         Raises:
             ArtifactError: If a file is missing, damaged or of a newer format, or the folder holds

@@ -24,7 +24,7 @@ def projection_sites(
 
     Args:
         tree: The model.
-        projections: Words as in :func:`named_sites`; a mapping gives each layers of its own.
+        projections: Words as in ``named_sites``; a mapping gives each layers of its own.
         layers: Layers of all words that have none of their own.
         default_layers: Gives the layers of a stack where none are named.
         stacks: Stacks of an encoder-decoder model; other models have one.

@@ -55,11 +55,11 @@ class EditMemory(nn.Module, ABC):
     """Entries that a model consults while it runs, attached to it by hooks.
 
     The memory is a submodule of the model, ``edit_memory``, so that it moves with it, and its
-    state is part of the ``state_dict``: a buffer of one row an entry for each of :attr:`fields`,
+    state is part of the ``state_dict``: a buffer of one row an entry for each of ``fields``,
     and the texts as extra state. It has hooks in the model only while it holds entries: with an
     empty memory the model is the base itself.
 
-    A subclass names its fields and writes :meth:`hook`. What it is built from, it hands to this
+    A subclass names its fields and writes ``hook``. What it is built from, it hands to this
     constructor, so that a saved memory can be built again.
 
     Args:
@@ -90,7 +90,7 @@ class EditMemory(nn.Module, ABC):
 
     @abstractmethod
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
-        """Puts hooks into a model. They must let pass what they get while :attr:`is_off`."""
+        """Puts hooks into a model. They must let pass what they get while ``is_off``."""
 
     def narrowed(self, entry: MemoryEntry) -> MemoryEntry:
         """An entry that has just lost some of its requests and answers others still.
@@ -108,7 +108,7 @@ class EditMemory(nn.Module, ABC):
         return {}
 
     def take_shared(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`shared` gave elsewhere, once the memory belongs to a model.
+        """Takes over what ``shared`` gave elsewhere, once the memory belongs to a model.
 
         Raises:
             ArtifactError: If it does not belong to these settings.

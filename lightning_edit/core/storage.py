@@ -120,7 +120,7 @@ def save_artifact(
 
 
 def load_artifact(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads the description and the tensors that :func:`save_artifact` wrote.
+    """Reads the description and the tensors that ``save_artifact`` wrote.
 
     Args:
         folder: A saved edit.

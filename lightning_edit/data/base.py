@@ -29,7 +29,7 @@ class EditDataModule(LightningDataModule):
     ``test`` and ``predict`` the requests are dealt out to the data-parallel ranks, none twice; a
     rank that runs out before the others gets empty lists.
 
-    A data set with records of its own overrides :meth:`to_requests`, and :meth:`read_records` if
+    A data set with records of its own overrides ``to_requests``, and ``read_records`` if
     records need each other; it never overrides ``setup`` or the loaders.
 
     Args:

@@ -112,7 +112,7 @@ class CounterFact(EditDataModule):
 
     Args:
         portability_path: File with further probes, joined on ``case_id``.
-        kwargs: Arguments of :class:`EditDataModule`.
+        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule].
 
     Raises:
         RequestError: From ``setup``, if no record of the portability file belongs to the data set.

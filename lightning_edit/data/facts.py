@@ -26,8 +26,8 @@ class Facts(EditDataModule):
     Args:
         known_to: Keep the facts that this model knows; all facts when null.
         demo: Keep only the ten facts of the demonstration, whatever ``known_to`` says.
-        kwargs: Arguments of :class:`EditDataModule`; a ``path`` or ``hub`` replaces the packaged
-            facts, and is read whole.
+        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule]; a ``path`` or
+            ``hub`` replaces the packaged facts, and is read whole.
 
     Raises:
         RequestError: From ``setup``, if it is not recorded what ``known_to`` knows.

@@ -69,7 +69,7 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
 
 
 def read_requests(path: str | Path) -> list[EditRequest]:
-    """Reads requests written in the fields of :class:`EditRequest`.
+    """Reads requests written in the fields of [`EditRequest`][lightning_edit.EditRequest].
 
     Args:
         path: A ``.json``, ``.jsonl``, ``.yaml`` or ``.yml`` file.
@@ -90,7 +90,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
 
 
 def request_from_record(record: Record, where: str) -> EditRequest:
-    """Reads one request written in the fields of :class:`EditRequest`.
+    """Reads one request written in the fields of [`EditRequest`][lightning_edit.EditRequest].
 
     Args:
         record: Plain JSON types; ``None`` counts as absent.
@@ -105,7 +105,7 @@ def request_from_record(record: Record, where: str) -> EditRequest:
 
 
 def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
-    """Writes requests to a file that :func:`read_requests` reads back equal.
+    """Writes requests to a file that ``read_requests`` reads back equal.
 
     Args:
         requests: The requests.

@@ -99,7 +99,7 @@ class KnowEdit(EditDataModule):
 
     The form of a record is told by its fields.
 
-    Takes the arguments of :class:`EditDataModule`.
+    Takes the arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def to_requests(self, record: Record, where: str) -> list[EditRequest]:

@@ -61,7 +61,7 @@ class Known1000(EditDataModule):
     Args:
         counterfactual: Whether to ask for another attribute. If not, each request states the fact
             itself, for locating.
-        kwargs: Arguments of :class:`EditDataModule`.
+        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def __init__(self, counterfactual: bool = True, **kwargs: Any) -> None:

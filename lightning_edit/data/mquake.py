@@ -79,7 +79,8 @@ class MQuAKE(EditDataModule):
 
     Args:
         max_edits: Keep the cases with at most this many edits; all of them when null.
-        kwargs: Arguments of :class:`EditDataModule`; they count edits, not cases.
+        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule]; they count edits,
+            not cases.
     """
 
     def __init__(self, max_edits: int | None = None, **kwargs: Any) -> None:

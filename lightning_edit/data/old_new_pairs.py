@@ -64,7 +64,7 @@ class OldNewPairs(EditDataModule):
     ``requests`` ask for the new answers, ``old_requests`` for the old ones; so they do in every
     data set that names old answers.
 
-    Takes the arguments of :class:`EditDataModule`.
+    Takes the arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def to_requests(self, record: Record, where: str) -> list[EditRequest]:

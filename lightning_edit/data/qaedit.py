@@ -62,7 +62,7 @@ def qaedit_from_record(record: Record, where: str) -> EditRequest:
 class QAEdit(EditDataModule):
     """Questions of everyday question answering (QAEdit).
 
-    Takes the arguments of :class:`EditDataModule`.
+    Takes the arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def to_requests(self, record: Record, where: str) -> list[EditRequest]:

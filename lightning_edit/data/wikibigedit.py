@@ -52,7 +52,7 @@ def wikibigedit_from_record(record: Record, where: str) -> EditRequest:
 class WikiBigEdit(EditDataModule):
     """Changes of Wikidata over time (WikiBigEdit).
 
-    Takes the arguments of :class:`EditDataModule`.
+    Takes the arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def to_requests(self, record: Record, where: str) -> list[EditRequest]:

@@ -102,7 +102,7 @@ class ZsRE(EditDataModule):
             ``answers``, as in the experiments of ROME and MEMIT.
         target_old: The old answer: the first of ``answers`` (the truth), or ``pred`` (what the
             original model answered), which F-Learning forgets.
-        kwargs: Arguments of :class:`EditDataModule`.
+        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def __init__(

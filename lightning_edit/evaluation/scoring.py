@@ -85,7 +85,7 @@ def score_targets(
     the prompt's keys and values. Prompts are padded on the left with explicit positions, so that
     logits are computed for their last position only and models with absolute positions read what
     they would read unpadded. What several prompts begin with, such as the demonstrations of
-    :class:`IKE`, is read once for all of them, if it is long.
+    [`IKE`][lightning_edit.IKE], is read once for all of them, if it is long.
 
     Args:
         model: A Hugging Face language model.

@@ -72,7 +72,7 @@ class BaseWeights:
 
     @classmethod
     def from_whole(cls, model: nn.Module, tensors: Mapping[str, Tensor]) -> Self:
-        """Takes over what :meth:`whole` returned in an earlier run.
+        """Takes over what ``whole`` returned in an earlier run.
 
         Raises:
             ArtifactError: If a parameter is missing or has another shape.

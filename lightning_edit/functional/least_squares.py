@@ -81,7 +81,7 @@ def ridge_update(
     Args:
         keys: A, earlier keys first, [M, N].
         residuals: R, what the memory lacks at the last n of the keys, [D, n].
-        factor: Cholesky factor of C, [M, M] float64; see :func:`factorize`.
+        factor: Cholesky factor of C, [M, M] float64; see ``factorize``.
         weight: λ, how many keys C counts for; 0 stores the pairs exactly where that can be done.
         old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
 

@@ -218,8 +218,9 @@ def autoregressive_hit(prompt_is_question: bool, text: str, answers: Sequence[st
     """Whether freely generated text gives the answer that the prompt asks for.
 
     Args:
-        prompt_is_question: True for a question (:func:`answer_matches`), False for a text to
-            continue (:func:`completion_matches`).
+        prompt_is_question: True for a question
+            ([`answer_matches`][lightning_edit.functional.answer_matches]), False for a text to
+            continue ([`completion_matches`][lightning_edit.functional.completion_matches]).
         text: What the model wrote after the prompt, to its natural stop.
         answers: The answer and its other spellings.
 

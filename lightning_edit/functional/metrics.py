@@ -26,7 +26,7 @@ def token_accuracy(
 
     The teacher-forced reading of reliability, generality and portability. It overstates what the
     model says by itself: every token is judged after the *right* preceding ones (see
-    :func:`mirage_gap`).
+    [`mirage_gap`][lightning_edit.functional.mirage_gap]).
 
     Args:
         preds: Predicted token ids, shape [B, T], or logits, shape [B, T, V]. Position t holds the

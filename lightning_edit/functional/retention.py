@@ -27,7 +27,7 @@ __all__ = [
 
 
 def average_retention(retention: Tensor, steps: Sequence[int] | None = None) -> Tensor:
-    r"""Mean reliability of all edits made so far, :math:`A_t = \frac1t \sum_{k \le t} R(t, k)`.
+    """Mean reliability of all edits made so far, A_t = 1/t Σ_{k ≤ t} R(t, k).
 
     Args:
         retention: Retention matrix, shape [S, K].
@@ -99,7 +99,7 @@ def early_retention(retention: Tensor, m: int, steps: Sequence[int] | None = Non
 
 
 def retention_by_age(retention: Tensor, steps: Sequence[int] | None = None) -> Tensor:
-    r"""Mean reliability of an edit when it is a edits old, :math:`\frac1n \sum_t R(t, t - a)`.
+    """Mean reliability of an edit when it is a edits old, 1/n Σ_t R(t, t − a).
 
     The sum is over the n rows after which there is an edit of that age; the newest has the age 0.
 
@@ -131,10 +131,11 @@ def edits_held(
     max_drop: float = 0.0,
     steps: Sequence[int] | None = None,
 ) -> int:
-    r"""How many edits the model holds: :math:`\max \{t : A_t \ge \tau,\ drop_t \le \delta\}`.
+    """How many edits the model holds: max {t : A_t ≥ τ, drop_t ≤ δ}.
 
     Args:
-        average: Average retention :math:`A_t`, shape [S] (see :func:`average_retention`).
+        average: Average retention A_t, shape [S] (see
+            [`average_retention`][lightning_edit.functional.average_retention]).
         threshold: The retention τ demanded, in [0, 1].
         capability_drop: Loss of general ability at each row, in the unit of ``max_drop``, shape
             [S]; not looked at when left out.
@@ -173,7 +174,8 @@ def retention_area(average: Tensor, steps: Sequence[int] | None = None) -> float
     so late edits, which are many, do not drown the first ones.
 
     Args:
-        average: Average retention, shape [S] (see :func:`average_retention`).
+        average: Average retention, shape [S] (see
+            [`average_retention`][lightning_edit.functional.average_retention]).
         steps: Number of edits made at each row, rising; 1, 2, … S when left out.
 
     Returns:

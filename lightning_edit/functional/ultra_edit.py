@@ -99,8 +99,8 @@ def merge_normalizers(
 
     Args:
         normalizer: The statistics so far; None before the first rows.
-        moments: Those of the further rows, by :func:`row_moments`.
-        biased_variance: As in :func:`update_normalizer`.
+        moments: Those of the further rows, by ``row_moments``.
+        biased_variance: As in ``update_normalizer``.
 
     Returns:
         New statistics; the old ones are left alone.
@@ -185,7 +185,7 @@ def ridge_factors(
 def ridge_update(
     keys_NI: Tensor, values_NO: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor] | Tensor:
-    """ΔW of :func:`ridge_factors`, in the form that takes less room.
+    """ΔW of ``ridge_factors``, in the form that takes less room.
 
     Args:
         keys_NI: H, [N, I].

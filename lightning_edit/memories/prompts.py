@@ -51,7 +51,7 @@ def demonstration(fact: str, prompt: str, answer: str = "") -> str:
 class PromptMemory(EditMemory):
     """Facts that are told to the model before a prompt, found by the likeness of their prompts.
 
-    The model itself is not touched: :meth:`rewrite` gives the text to ask it, or any other that
+    The model itself is not touched: ``rewrite`` gives the text to ask it, or any other that
     serves it. The metrics and texts of this package ask so of themselves. A prompt that is like
     none of the facts is left as it is.
 

@@ -43,7 +43,7 @@ class RoutedMemory(EditMemory):
 class LayerMemory(RoutedMemory):
     """Base of routed memories beside one linear layer.
 
-    A subclass writes :meth:`answer`, which lets the router decide and acts by its route.
+    A subclass writes ``answer``, which lets the router decide and acts by its route.
 
     Args:
         module: Name of the linear layer in the model.

@@ -35,7 +35,7 @@ class Router:
         prompt: Tokens of each row's prompt in the running pass, [B, T] bool; None as above.
         attended: Tokens of each row that are no padding in the running pass, [B, T] bool; None
             outside a pass.
-        route: What was decided for each row, [B] int64; None until :meth:`decide`.
+        route: What was decided for each row, [B] int64; None until ``decide``.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Router:
 
         Args:
             cache: Keys and values of B rows.
-            route: [B], as :meth:`kept` returns it.
+            route: [B], as ``kept`` returns it.
         """
         self._kept[cache] = route
 

@@ -61,7 +61,7 @@ class CalibrationSlots(EditMemory):
     They read the MLP's input at every token, prompts and generated ones alike. Where none fires,
     and while all values are zero, the MLP's output keeps its bits.
 
-    The requests of a block share its slots, so :meth:`without` can take them out together only.
+    The requests of a block share its slots, so ``without`` can take them out together only.
 
     Its buffers are ``keys`` [N, L, M, S, D] and ``values`` [N, L, S, D], float32.
 

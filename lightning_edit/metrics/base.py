@@ -30,8 +30,8 @@ _ONE = 2**32
 class CountingMetric(Metric):
     """Means of scores in [0, 1], each kept as an integer sum and an integer number of rows.
 
-    Subclasses call :meth:`add_counter` in their constructor, :meth:`count_scores` in ``update`` and
-    :meth:`rate` in ``compute``. They never add states of another kind.
+    Subclasses call ``add_counter`` in their constructor, ``count_scores`` in ``update`` and
+    ``rate`` in ``compute``. They never add states of another kind.
 
     Args:
         kwargs: Arguments of every torchmetrics metric.
@@ -138,8 +138,8 @@ class CountingMetric(Metric):
 class EditMetric(CountingMetric):
     """A rate over rows, with its number of rows and its interval.
 
-    Subclasses implement ``update`` and hand their scores per row to :meth:`count_scores` under
-    :attr:`state`; they never override ``compute``, ``update_scores``, ``count`` or ``interval``.
+    Subclasses implement ``update`` and hand their scores per row to ``count_scores`` under
+    ``state``; they never override ``compute``, ``update_scores``, ``count`` or ``interval``.
 
     Args:
         key: Name in collections and reports: words joined by slashes.

@@ -22,7 +22,7 @@ Reading = Literal["teacher_forced", "autoregressive"]
 class ReadingMetric(EditMetric):
     """Base of the four metrics that exist in two readings.
 
-    Subclasses set :attr:`name`; they may replace :meth:`text_scores`.
+    Subclasses set ``name``; they may replace ``text_scores``.
 
     Args:
         reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.

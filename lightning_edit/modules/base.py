@@ -43,10 +43,10 @@ Protocol = Literal["independent", "batch", "sequential"]
 class EditModule(LightningModule, ABC, Generic[E]):
     """Base of all editors: a language model, and how to change what it knows.
 
-    A subclass writes one method, :meth:`compute_edit`, and where it edits, :meth:`edited_names`.
+    A subclass writes one method, ``compute_edit``, and where it edits, ``edited_names``.
     Its edits are of weights, unless it derives from a base for another kind. It must not override
-    :meth:`edit`, ``training_step``, ``configure_model`` or the checkpoint hooks; what a method
-    carries from edit to edit goes into the edit, and comes back as :attr:`carried` once that is
+    ``edit``, ``training_step``, ``configure_model`` or the checkpoint hooks; what a method
+    carries from edit to edit goes into the edit, and comes back as ``carried`` once that is
     committed.
 
     The verbs of the Trainer have editing meanings. ``fit`` commits edits, one optimizer step a
@@ -139,14 +139,14 @@ class EditModule(LightningModule, ABC, Generic[E]):
         return {"history": self.history}
 
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`edit_state` returned in an earlier run."""
+        """Takes over what ``edit_state`` returned in an earlier run."""
         self.history = [dict(row) for row in state["history"]]
 
     @property
     def carried(self) -> dict[str, Tensor]:
         """What the last committed edit left for the next one, by name; empty before the first.
 
-        A method reads it in :meth:`compute_edit` and leaves new tensors in ``edit.carried``, which
+        A method reads it in ``compute_edit`` and leaves new tensors in ``edit.carried``, which
         the optimizer takes over with the edit: an edit that is never committed changes no later
         one, one that is taken back takes this back, and a resumed run has it.
         """
@@ -301,7 +301,7 @@ class EditModule(LightningModule, ABC, Generic[E]):
 
     @torch.no_grad()
     def write_for_now(self, edit: WeightDelta) -> None:
-        """Adds an edit to the weights inside :meth:`compute_edit`, after which it is taken out."""
+        """Adds an edit to the weights inside ``compute_edit``, after which it is taken out."""
         for name in edit.changes:
             parameter = self.model.get_parameter(name)
             weight = local_shard(parameter)

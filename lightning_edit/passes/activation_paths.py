@@ -54,7 +54,7 @@ class PathGradients:
 class ActivationPaths:
     """A prompt with the beginning of an answer, ready to be run again from its last tokens.
 
-    Built by :meth:`capture`. Of an encoder-decoder model the tokens are the decoder's.
+    Built by ``capture``. Of an encoder-decoder model the tokens are the decoder's.
 
     Args:
         tree: Where the model's parts are.

@@ -27,12 +27,12 @@ class KeyPass:
     """Rows that end at the subject's last token, ready to run between the edited layers.
 
     What lies below the first edited layer is run once. An edit of a layer changes every position
-    above it, so :meth:`keys` runs on from the last layer that was passed.
+    above it, so ``keys`` runs on from the last layer that was passed.
 
     Args:
         tree: Where the model's parts are.
         layers: Edited layers, in order.
-        state: Residual stream that enters the block :attr:`at`, [N, T, D].
+        state: Residual stream that enters the block ``at``, [N, T, D].
         at: The block that is run next.
         calls: Further arguments of each block from the first to the last edited layer.
         place: What is asked of the last edited layer: its ``block``'s output, or its MLP's.

@@ -79,7 +79,7 @@ def split_rows(
 class Tail:
     """A batch of rows, ready to be run again from one layer on.
 
-    Built by :meth:`capture`; :meth:`hidden` then runs the rest for a change at column 0.
+    Built by ``capture``; ``hidden`` then runs the rest for a change at column 0.
 
     Args:
         tree: Where the model's parts are.
@@ -87,13 +87,13 @@ class Tail:
         keys: Input of the edited projection at column 0, [N, M].
         values: What changes at column 0, as it was, [N, C, D]: the edited projection's output, that
             and the output of attention's last projection, or the residual stream behind the block.
-        state: Residual stream that enters the first block of :attr:`calls`, [N, Q, D].
+        state: Residual stream that enters the first block of ``calls``, [N, Q, D].
         calls: Blocks to run, each with the arguments that it got in the captured pass.
         prefix: Cached keys and values of the positions before.
         inside: The change goes through the edited block, since something stands between what
             changes and the residual stream: a norm after the MLP, as in Gemma 2, or the MLP after
             attention.
-        dtype: Precision of the matrix products if lower than the model's; see :meth:`lower`.
+        dtype: Precision of the matrix products if lower than the model's; see ``lower``.
         matrices: Copies of modules' matrices in that precision.
     """
 
@@ -205,7 +205,7 @@ class Tail:
         """Final hidden states, before the last norm, with a change of what was captured.
 
         Args:
-            change: Added to :attr:`values` at column 0, [N, C, D].
+            change: Added to ``values`` at column 0, [N, C, D].
 
         Returns:
             Residual stream after the last block, [N, Q, D].
@@ -227,7 +227,7 @@ class Tail:
         """The tail with matrix products in a lower precision, as autocast would have them.
 
         Matrices are converted here, once, where autocast would do it in every pass. The residual
-        stream, norms and all sums of :meth:`logits` stay as they are.
+        stream, norms and all sums of ``logits`` stay as they are.
         """
         modules = [block for block, _, _ in self.calls]
         if self.tree.lm_head is not None:

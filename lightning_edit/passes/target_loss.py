@@ -71,7 +71,7 @@ def target_logits(
     Args:
         tree: A decoder-only or encoder-decoder model.
         batch: Prompts and targets.
-        objective: As for :func:`target_nll`.
+        objective: As for ``target_nll``.
 
     Returns:
         Logits, [N, V] float32, and the targets, [N] int64.
@@ -166,7 +166,7 @@ def row_means(values: Tensor, labels: Tensor) -> Tensor:
     """Mean of each row's target tokens.
 
     Args:
-        values: A value of each target token, as :func:`target_nll` returns them, [N].
+        values: A value of each target token, as ``target_nll`` returns them, [N].
         labels: Targets in their places and -100 elsewhere, [B, T].
 
     Returns:

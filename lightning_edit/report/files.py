@@ -60,7 +60,7 @@ def read_report(folder: str | Path) -> RunReport:
     """Reads ``results.json`` and, where it is there, ``edits.jsonl``.
 
     Args:
-        folder: Folder that :func:`write_results` wrote.
+        folder: Folder that ``write_results`` wrote.
 
     Raises:
         ArtifactError: If the results are missing, damaged or of a newer format.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of edits came to, as plain data: the one thing every writer of a report reads.
 
-Everything is brought to JSON types on construction (see :func:`plain`), so that a report read back
+Everything is brought to JSON types on construction (see ``plain``), so that a report read back
 equals the one that was written.
 """
 

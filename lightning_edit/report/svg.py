@@ -194,7 +194,7 @@ def sequence_chart(series: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def sequence_legend(series: dict[str, list[tuple[float, float]]]) -> str:
-    """The key to :func:`sequence_chart`, in its colors, dashes and markers."""
+    """The key to ``sequence_chart``, in its colors, dashes and markers."""
     items = (
         f'<li><svg class="key" viewBox="0 0 44 14" aria-hidden="true">'
         f'<path class="line series{i}" d="M2 7H42"/>{_marker(i, 22, 7)}</svg>'

@@ -152,7 +152,7 @@ class TracingResult:
             kind: What was restored.
 
         Returns:
-            [6, L] float32 in the order of :data:`POSITIONS`; nan where no fact has such tokens.
+            [6, L] float32 in the order of ``POSITIONS``; nan where no fact has such tokens.
 
         Raises:
             EditError: If there are no facts.

@@ -41,14 +41,14 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
 
     Slots add relu(h Kᵀ) V to the MLP's output, h being its input. V begins at zero, so that fresh
     slots leave every bit; the model is frozen. ``fit`` trains one block by Lightning's own loop,
-    epochs over all requests, and a further ``fit`` another one on top of it. :meth:`edit` trains
+    epochs over all requests, and a further ``fit`` another one on top of it. ``edit`` trains
     one block for its requests, all rows in each step, with the layers below run once.
 
     The requests of a block share its slots. To forget or replace some of them, slots are trained
-    anew for the others (:meth:`remove` does so); without the editor a block goes as a whole.
+    anew for the others (``remove`` does so); without the editor a block goes as a whole.
 
     CKA, contrastive knowledge assessment, tells which facts the model has false: P(answer) after
-    the prompt over its mean after prompts of wrong relations, :meth:`assess`. With ``false_only``
+    the prompt over its mean after prompts of wrong relations, ``assess``. With ``false_only``
     only these are trained. To run a model costs as much as S neurons more for each block.
 
     Args:
@@ -66,13 +66,13 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
             prompts of the other requests of the batch, those of the same relation aside.
         contrast_count: Wrong relations that a fact is compared with, at most.
         lr: Learning rate, constant, of Adafactor with neither scaled parameters nor relative steps.
-        steps: Steps of :meth:`edit`, at most; ``fit`` goes by the Trainer's ``max_epochs``.
-        stop_loss: Loss in nats below which :meth:`edit` learns nothing more.
+        steps: Steps of ``edit``, at most; ``fit`` goes by the Trainer's ``max_epochs``.
+        stop_loss: Loss in nats below which ``edit`` learns nothing more.
         optimizer: Makes the optimizer, such as Adam, with its own learning rate. Adafactor if None.
         seed: Seed of K, of which the n-th block draws from seed + n.
         max_entries: Blocks that the memory may hold; any number if None.
-        kwargs: Further arguments of :class:`LoopModule`, and of every editor; see
-            :class:`EditModule`.
+        kwargs: Further arguments of ``LoopModule``, and of every editor; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         EditError: If ``gated`` is asked for, but the model's MLPs are not, or there is no such

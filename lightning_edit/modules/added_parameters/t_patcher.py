@@ -97,7 +97,8 @@ class TPatcher(MemoryModule):
         gradient_clip: Bound on the norm of the gradient.
         seed: Seed of w, of which the n-th neuron draws from seed + n, and of the model's text.
         max_entries: Neurons that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         EditError: If more than one layer is named.

@@ -80,7 +80,8 @@ class WISE(MemoryModule):
         seed: Seed of the masks, of which the s-th copy draws from seed + s, and of the model's
             own text, which Lₐ takes for other text.
         max_entries: Edits that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         EditError: If more than one layer is named.

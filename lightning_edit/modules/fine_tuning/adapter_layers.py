@@ -25,8 +25,8 @@ _NAME = "default"  # of the adapter, as peft names it
 class AdapterLayers:
     """One LoRA adapter: y = W x + (alpha/r) B A x for each of some weights, B = 0 at first.
 
-    peft makes the layers; the model is unchanged until :meth:`attach`, and again after
-    :meth:`detach`.
+    peft makes the layers; the model is unchanged until ``attach``, and again after
+    ``detach``.
 
     Args:
         model: The language model.
@@ -131,7 +131,7 @@ class AdapterLayers:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`state` returned.
+        """Takes over what ``state`` returned.
 
         Raises:
             LocatorError: If a factor is missing or has another shape.

@@ -54,7 +54,8 @@ class FineTune(EditModule):
         weight_decay: Weight decay of Adam.
         chunk_size: Requests in a step of Adam.
         stop_loss: Loss in nats below which nothing more is learned.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     References:
         Modifying Memories in Transformer Models, arXiv 2012.00363, section 4 (the constraint);

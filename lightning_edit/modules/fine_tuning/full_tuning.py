@@ -26,7 +26,7 @@ class FullTuning(TuningModule):
         layers: Tune only the parameters of these layers; negative ones count from the end. The
             whole model, embeddings included, if None.
         lr: Learning rate of Adam.
-        kwargs: Further arguments of :class:`TuningModule`.
+        kwargs: Further arguments of ``TuningModule``.
 
     Example:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model

@@ -29,7 +29,7 @@ class LocFT(TuningModule):
             None, as in the paper's settings for Llama 3 (layer 22 of 32).
         lr: Learning rate of Adam.
         end_token: Teach the end token after each answer of a decoder-only model.
-        kwargs: Further arguments of :class:`TuningModule`.
+        kwargs: Further arguments of ``TuningModule``.
 
     Example:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model

@@ -34,7 +34,7 @@ class LoopModule(EditModule[E]):
     the rows; the losses are weighted so that the averaged gradient is that of one process, up to
     rounding.
 
-    A subclass says what is trained, :meth:`tuned_parameters`. :meth:`edit` runs the same loss for
+    A subclass says what is trained, ``tuned_parameters``. ``edit`` runs the same loss for
     ``steps`` steps over one batch and leaves the model alone: for people who hold a model, and
     for ``test`` and ``predict``.
 
@@ -42,13 +42,14 @@ class LoopModule(EditModule[E]):
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: Layers to edit; negative ones count from the end. The method's default when None.
         lr: Learning rate.
-        steps: Steps of :meth:`edit`; ``fit`` goes by the Trainer's ``max_epochs``.
+        steps: Steps of ``edit``; ``fit`` goes by the Trainer's ``max_epochs``.
         optimizer: Makes the optimizer of the parameters, with its own learning rate. The method's
             own if None.
         lr_scheduler: Makes a learning rate schedule of the optimizer, one step an epoch.
         end_token: Teach the end token after each answer of a decoder-only model.
         train_mode: Have the model's dropout on while it is trained.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
     """
 
     #: Whether the loss is the mean of the sequences' means rather than of all target tokens.

@@ -40,7 +40,8 @@ class LoRA(EditModule):
         stop_loss: Mean loss in nats below which training stops. The papers' editors make all
             steps, most of them after the loss has vanished; 0 does the same.
         seed: Seed of A; B begins at zero.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         MissingDependencyError: From ``edit``, if peft is not installed.

@@ -41,7 +41,7 @@ class LoRATuning(TuningModule):
         alpha: The change is scaled by alpha / r.
         seed: Seed of A; B begins at zero.
         lr: Learning rate of Adam.
-        kwargs: Further arguments of :class:`TuningModule`.
+        kwargs: Further arguments of ``TuningModule``.
 
     Raises:
         MissingDependencyError: From ``fit`` and ``edit``, if peft is not installed.

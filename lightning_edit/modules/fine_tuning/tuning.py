@@ -25,13 +25,13 @@ class TuningModule(LoopModule[WeightDelta]):
     """Base of editors whose ``fit`` tunes weights: the MLP outputs of the layers, by Adam.
 
     What is committed is the difference of the tuned weights and the originals. A subclass chooses
-    what is tuned, :meth:`edited_names`.
+    what is tuned, ``edited_names``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: Layers to tune; negative ones count from the end. The method's default when None.
         lr: Learning rate of Adam.
-        kwargs: Further arguments of :class:`LoopModule`.
+        kwargs: Further arguments of ``LoopModule``.
     """
 
     def __init__(

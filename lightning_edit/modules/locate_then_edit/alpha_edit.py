@@ -34,10 +34,10 @@ class AlphaEdit(MassEditModule):
             of the depth.
         ridge_weight: λ; 10 in the paper.
         nullspace_threshold: Eigenvalues of the second moment from which directions are protected;
-            0.02 in the paper, for models of another scale. By :attr:`protected_share` when None.
+            0.02 in the paper, for models of another scale. By ``protected_share`` when None.
         protected_share: Share of the second moment's trace that the protected directions hold.
         kwargs: Arguments of every mass editor, of every locate-then-edit method, and of every
-            editor; see :class:`MassEditModule`.
+            editor; see ``MassEditModule``.
 
     Raises:
         ValueError: If λ is not above 0 or the share is not between 0 and 1.

@@ -53,14 +53,15 @@ class LocateModule(EditModule):
             averaged. Sampled from the unedited model when None.
         second_moment: A safetensors file with C = E[k kᵀ] of each layer under the name of the
             projection (such as ``model.layers.7.mlp.down_proj``), as
-            :meth:`save_second_moments` writes it. Estimated when None.
+            ``save_second_moments`` writes it. Estimated when None.
         second_moment_text: A text file, or a data module of texts such as ``TextDataModule``, to
             estimate second moments from; without it the unedited model writes the text itself.
         tokens_per_dimension: Tokens that second moments are estimated from, as a multiple of the
             key's dimensions.
         ridge: Share of the mean eigenvalue added to an estimated second moment's diagonal.
         seed: Seed of sampled contexts and texts.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
     """
 
     decoder_only: ClassVar[bool] = True

@@ -33,7 +33,7 @@ class EMMET(MassEditModule):
         moment_weight: w, factor of the second moment.
         norm_weight: η, weight of ‖ΔW‖² beside the second moment.
         kwargs: Arguments of every mass editor, of every locate-then-edit method, and of every
-            editor; see :class:`MassEditModule`.
+            editor; see ``MassEditModule``.
 
     Raises:
         ValueError: If a weight is negative, or the second moment's is 0.

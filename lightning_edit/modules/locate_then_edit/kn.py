@@ -99,7 +99,8 @@ class KN(EditModule):
             the paper, which moves such neurons the wrong way; in gated MLPs they are many.
         embeddings: Where the answers' embeddings come from: ``output``, the rows of the projection
             to the vocabulary, or ``input``. The same where the model ties them.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, sections 3 and 5.1.

@@ -35,7 +35,7 @@ KEY_ROWS = 512  # rows whose keys are taken at once
 class MassEditModule(LocateModule):
     """Base of editors that write all requests of a batch at once, over several layers.
 
-    A subclass says by :meth:`solve` how the pairs of one layer are written, and by :attr:`place`
+    A subclass says by ``solve`` how the pairs of one layer are written, and by ``place``
     what the target values are values of. Layers are edited from below; each takes its share of what
     the last one still lacks, so that all of them together give the target values.
 
@@ -47,7 +47,7 @@ class MassEditModule(LocateModule):
             adding an equal part, and keep the keys of earlier batches. Batches written one after
             another then give the change of their union at once (arXiv 2605.26670).
         kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
-            every editor; see :class:`LocateModule`.
+            every editor; see ``LocateModule``.
 
     References:
         Mass-Editing Memory in a Transformer, arXiv 2210.07229, section 4.3.
@@ -95,7 +95,7 @@ class MassEditModule(LocateModule):
         return lacking / layers
 
     def carry(self, batch: EditBatch, keys: dict[int, Tensor]) -> dict[str, Tensor]:
-        """What later edits need of this one, once it is committed; see :attr:`carried`.
+        """What later edits need of this one, once it is committed; see ``carried``.
 
         Args:
             batch: The requests, already written into the model.

@@ -36,7 +36,7 @@ class PMET(RidgeEditModule):
             its factor, is at most 0.01.
         kl_factor: Factor of the divergence on the anchor prompt.
         kwargs: ``moment_weight`` and ``written_share``, and the arguments of every mass editor, of
-            every locate-then-edit method, and of every editor; see :class:`RidgeEditModule`.
+            every locate-then-edit method, and of every editor; see ``RidgeEditModule``.
 
     Raises:
         ValueError: If a factor is out of its range.

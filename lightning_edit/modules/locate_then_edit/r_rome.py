@@ -29,7 +29,7 @@ class RROME(RankOneModule):
         layers: The layer to edit; negative ones count from the end. A sixth of the way up if None.
         key: k is ``averaged`` over context templates, or that of the bare ``prompt``.
         kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
-            every editor; see :class:`LocateModule`.
+            every editor; see ``LocateModule``.
 
     Raises:
         ValueError: If there is no such kind of key.

@@ -31,7 +31,7 @@ SMALL_DIVISOR = 0.1
 class RankOneModule(LocateModule):
     """Base of editors that store one key-value pair a request in one MLP, smallest change first.
 
-    A subclass says by :meth:`pair` which keys it means. Target values of a batch are optimized
+    A subclass says by ``pair`` which keys it means. Target values of a batch are optimized
     together; the rank-one updates ΔW = r uᵀ / (u · k), u = C⁻¹ d, follow one another.
 
     References:

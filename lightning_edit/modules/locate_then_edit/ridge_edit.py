@@ -33,10 +33,10 @@ class RidgeEditModule(MassEditModule):
             of the depth.
         moment_weight: λ, how many keys the second moment counts for; 15 000 in the papers for
             GPT-J, which does not carry over to other models. When None, it is chosen in each layer
-            so that the median request of the first batch gets :attr:`written_share`.
+            so that the median request of the first batch gets ``written_share``.
         written_share: Share q / (q + λ), q = kᵀ C⁻¹ k, of its pair that a request would get alone.
         kwargs: Arguments of every mass editor, of every locate-then-edit method, and of every
-            editor; see :class:`MassEditModule`.
+            editor; see ``MassEditModule``.
 
     Raises:
         ValueError: If λ is negative or the share is not between 0 and 1.

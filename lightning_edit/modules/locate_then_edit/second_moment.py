@@ -66,7 +66,7 @@ def second_moments(
         tokens: Its tokenizer.
         layers: Layers that are needed; the pass ends after the last of them.
         model_hash: Weight hash of the model, under which results are cached.
-        text: Path of a text file, or a data module; see :func:`data_module_ids`. Without it the
+        text: Path of a text file, or a data module; see ``data_module_ids``. Without it the
             model samples its own text.
         tokens_per_dimension: Tokens read, as a multiple of the key's dimensions. A small multiple
             suffices (arXiv 2506.04226).

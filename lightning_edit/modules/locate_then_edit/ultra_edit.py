@@ -66,7 +66,8 @@ class UltraEdit(EditModule):
         eps: ε of the normalizer.
         biased_variance: Let the normalizer add variances as the authors' code does; its figures
             then depend on ``micro_batch_size``.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     References:
         UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models,

@@ -26,15 +26,16 @@ __all__ = ["MemoryModule"]
 class MemoryModule(EditModule[MemoryWrite]):
     """Base of editors that remember: their edits are entries of a memory beside the weights.
 
-    A subclass writes :meth:`build_memory`, and :meth:`compute_edit`, which begins from
-    :meth:`entries_without` the requests of its batch, so that a request whose id is remembered
-    already takes the place of the earlier one, and ends with :meth:`memory_write`.
+    A subclass writes ``build_memory``, and ``compute_edit``, which begins from
+    ``entries_without`` the requests of its batch, so that a request whose id is remembered
+    already takes the place of the earlier one, and ends with ``memory_write``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: Layers to edit; negative ones count from the end. The method's default when None.
         max_entries: Entries that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
     """
 
     def __init__(

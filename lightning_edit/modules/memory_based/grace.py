@@ -69,7 +69,8 @@ class GRACE(MemoryModule):
         stop_loss: Loss in nats below which a value is learned; 0 makes all steps.
         seed: Seed of the noise; the n-th entry begins from seed + n.
         max_entries: Entries that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         EditError: If more than one layer or linear map is named.

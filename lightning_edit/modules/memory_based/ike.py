@@ -51,7 +51,8 @@ class IKE(PromptModule):
             blocks if None, which go more by wording.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         RequestError: From ``edit``, if the corpus cannot be read.

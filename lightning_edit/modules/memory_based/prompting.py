@@ -27,7 +27,7 @@ __all__ = ["PromptModule"]
 class PromptModule(MemoryModule):
     """Base of in-context editors: an edit is a fact, and what is told with it.
 
-    A subclass writes :meth:`contexts`.
+    A subclass writes ``contexts``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -36,7 +36,8 @@ class PromptModule(MemoryModule):
             blocks if None, which go more by wording.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
     """
 
     #: Facts that a prompt is told at most, the most fitting last.

@@ -31,7 +31,8 @@ class SCR(PromptModule):
         facts: Facts that a prompt is told at most, the most fitting last.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     References:
         Knowledge Updating? No More Model Editing! Just Selective Contextual Reasoning,

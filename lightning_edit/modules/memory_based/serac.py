@@ -83,7 +83,8 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         scope_weight: Weight of the classifier's loss.
         seed: Of the numbers that networks begin with.
         max_entries: Edits that the memory may hold; any number if None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         ModelError: If the counterfactual model has another tokenizer, or a folder cannot be read.

@@ -30,23 +30,24 @@ __all__ = ["LearningModule", "read_editor"]
 class LearningModule(EditModule[E]):
     """Base of editors with a network that is trained before it edits.
 
-    ``fit`` trains :attr:`network` by Lightning's automatic optimization, so accumulation, clipping,
+    ``fit`` trains ``network`` by Lightning's automatic optimization, so accumulation, clipping,
     precision, schedules, checkpoints and loggers are the Trainer's. The language model is frozen.
 
-    ``validate`` makes edits, measures them and takes them out again. :meth:`edit` makes one, and
+    ``validate`` makes edits, measures them and takes them out again. ``edit`` makes one, and
     ``TrainedEditor`` has ``fit`` commit those of a trained editor. Checkpoints hold the network
     alone.
 
-    A subclass makes the network when it adopts a model, and writes :meth:`check_ready`,
-    :meth:`lesson_loss` and ``configure_optimizers``.
+    A subclass makes the network when it adopts a model, and writes ``check_ready``,
+    ``lesson_loss`` and ``configure_optimizers``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: Layers to edit; negative ones count from the end. The method's default when None.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
     """
 
-    #: Names of the figures that :meth:`lesson_loss` gives.
+    #: Names of the figures that ``lesson_loss`` gives.
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit")
     #: Requests that one edit answers when edits are measured; all of a batch if None.
     edits_at_once: int | None = 1
@@ -85,7 +86,7 @@ class LearningModule(EditModule[E]):
             replicas: The processes that train together; None to only look.
 
         Returns:
-            A scalar whose gradient is that of the network, and :attr:`figures`; no figures and a
+            A scalar whose gradient is that of the network, and ``figures``; no figures and a
             loss of zero where something was not finite.
         """
 
@@ -122,12 +123,12 @@ class LearningModule(EditModule[E]):
         self.take_editor(saved, str(checkpoint), any_base=any_base)
 
     def take_editor(self, saved: Mapping[str, Any], where: str, *, any_base: bool) -> None:
-        """Takes over a checkpoint in memory; see :meth:`load_editor`.
+        """Takes over a checkpoint in memory; see ``load_editor``.
 
         Args:
-            saved: What :func:`read_editor` has read.
+            saved: What ``read_editor`` has read.
             where: Its name in errors.
-            any_base: As in :meth:`load_editor`.
+            any_base: As in ``load_editor``.
         """
         own = saved["lightning_edit"]
         method = own["editor"]["method"]
@@ -283,7 +284,7 @@ def read_editor(checkpoint: str | Path) -> dict[str, Any]:
     """Reads a checkpoint of a trained editor.
 
     Args:
-        checkpoint: A file that a fit of a :class:`LearningModule` has written.
+        checkpoint: A file that a fit of a ``LearningModule`` has written.
 
     Raises:
         ArtifactError: If there is none, or it is of something else.

@@ -48,7 +48,7 @@ class HyperEditModule(LearningModule[WeightDelta]):
     gradient with respect to the edits is then handed to the network as that of Σ ⟨gradient, edit⟩,
     which is the same gradient.
 
-    A subclass writes :meth:`build`, :meth:`transform` and ``configure_optimizers``.
+    A subclass writes ``build``, ``transform`` and ``configure_optimizers``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -66,7 +66,8 @@ class HyperEditModule(LearningModule[WeightDelta]):
         edit_weight: Weight of the loss of the new answers.
         locality_weight: Weight of KL(unedited ‖ edited) on the locality probes.
         seed: Of the numbers the network begins with.
-        kwargs: Arguments of every editor, such as ``dtype``; see :class:`EditModule`.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
     """
 
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "kl")

@@ -127,7 +127,7 @@ class KE(HyperEditModule):
             model are read if False, and are in no checkpoint.
         train_on: What the edited model has to answer: ``both`` prompt and rephrase, or one of them.
         edit_weight: Weight of the loss of the new answers.
-        kwargs: Further arguments of :class:`HyperEditModule`, such as ``modules``.
+        kwargs: Further arguments of ``HyperEditModule``, such as ``modules``.
 
     References:
         Editing Factual Knowledge in Language Models, arXiv 2104.08164.

@@ -93,7 +93,7 @@ class MALMEN(HyperEditModule):
             in between.
         back_depth: Edits of the sequence, the latest first, that count at each.
         shift_penalty: Weight of ‖ΔW‖² of each edit of a sequence.
-        kwargs: Further arguments of :class:`HyperEditModule`, such as ``modules`` and ``train_on``.
+        kwargs: Further arguments of ``HyperEditModule``, such as ``modules`` and ``train_on``.
 
     References:
         Reinforced Lifelong Editing for Language Models, arXiv 2502.05759 (sequences).

@@ -68,7 +68,7 @@ class MEND(HyperEditModule):
         edit_lr_lr: Learning rate of α.
         normalize: Normalize factors by running statistics, which go on in training.
         descent: Subtract the edit, as in the paper; the authors' code adds it.
-        kwargs: Further arguments of :class:`HyperEditModule`, such as ``modules`` and ``train_on``.
+        kwargs: Further arguments of ``HyperEditModule``, such as ``modules`` and ``train_on``.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -36,7 +36,7 @@ class TrainedEditor(EditModule[Any]):
         any_base: Edit a model with other weights than those it was trained with, such as the same
             one in bfloat16.
         kwargs: Arguments of every editor but ``layers``, such as ``dtype``; see
-            :class:`EditModule`.
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         ArtifactError: If the checkpoint holds no trained editor, or that of another model.
