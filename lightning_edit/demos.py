@@ -124,7 +124,7 @@ def _probes(fact: TinyFact, answer: str) -> tuple[Probe, ...]:
 def world_sentences() -> list[tuple[str, str]]:
     """All that is said in the world: prompts and their answers, without repetition.
 
-    Example:
+    Examples:
         >>> world_sentences()[0]
         ('The capital of Velmora is', 'Dorin')
     """
@@ -147,7 +147,7 @@ def tiny_requests(n: int = 4) -> list[EditRequest]:
     Raises:
         ValueError: If n is not between 1 and 24.
 
-    Example:
+    Examples:
         >>> request = tiny_requests(1)[0]
         >>> request.prompt, request.target_old, request.target_new
         ('The capital of Velmora is', 'Dorin', 'Kettleby')
@@ -194,7 +194,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     As in GPT-2 a word carries the space before it, and any text can be encoded. There is an end
     token, a pad token of its own and no token for the beginning.
 
-    Example:
+    Examples:
         >>> tokenizer = tiny_tokenizer()
         >>> tokenizer.tokenize("The capital of Dorin")
         ['The', 'Ġcapital', 'Ġof', 'ĠDorin']
@@ -233,7 +233,7 @@ def tiny_model(kind: TinyKind = "llama", seed: int = 0) -> PreTrainedModel:
     Raises:
         ModelError: If the kind is not one of these.
 
-    Example:
+    Examples:
         >>> model = tiny_model()
         >>> model.config.num_hidden_layers, model.config.hidden_size
         (4, 32)
@@ -306,7 +306,7 @@ def trained_tiny_model(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises:
         ModelError: If the training does not reach the goal.
 
-    Example:
+    Examples:
         >>> model, tokenizer = trained_tiny_model()
         >>> prompt = tokenizer("The capital of Velmora is", return_tensors="pt")
         >>> tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0])

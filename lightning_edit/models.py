@@ -56,7 +56,7 @@ def load_model(
     Raises:
         ModelError: If the model is not found, is no language model or lacks weights.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> folder = getfixture("tmp_path")
         >>> tiny_model().save_pretrained(folder)
@@ -111,7 +111,7 @@ def load_tokenizer(
     Raises:
         ModelError: If there is no tokenizer, or none that knows character offsets.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model, tiny_tokenizer
         >>> folder = getfixture("tmp_path")
         >>> _ = tiny_model().save_pretrained(folder), tiny_tokenizer().save_pretrained(folder)
@@ -155,7 +155,7 @@ def resolve_model(model: str, *, cache_dir: str | Path | None = None) -> str:
     Raises:
         ModelError: If there is no such folder or file, or a package is missing.
 
-    Example:
+    Examples:
         >>> resolve_model("openai-community/gpt2")
         'openai-community/gpt2'
         >>> resolve_model("./modles/llama")

@@ -33,7 +33,7 @@ class EditOptimizer(Optimizer, Generic[E]):
         originals: Parameter name to the tensor that stood there before the first edit.
         nothing: The sum of no edits, of the kind that will be staged; one of weights when None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_edit.core.change import LowRank
         >>> from lightning_edit.core.delta import WeightDelta

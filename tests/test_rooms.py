@@ -19,6 +19,18 @@ EVERYTHING = sorted(
     for folder in ("lightning_edit", "tests", "examples", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
+# Sections of docstrings that mkdocstrings knows, and two that it sets in a box.
+SECTIONS = {
+    "Args",
+    "Attributes",
+    "Examples",
+    "Note",
+    "Raises",
+    "References",
+    "Returns",
+    "Warns",
+    "Yields",
+}
 HEADER = "# Copyright the lightning_edit developers.\n# SPDX-License-Identifier: Apache-2.0\n"
 OPTIONAL = {"rich", "peft", "matplotlib", "datasets", "gguf", "ruamel", "shtab"}
 FAMILIES = {
@@ -287,3 +299,11 @@ def test_names_are_referred_to_in_one_syntax() -> None:
             public = target.removeprefix("lightning_edit.")
             assert {public, public.rpartition(".")[0]} & known, f"{name_of(path)}: {target!r}"
             assert target.endswith(f".{name}"), f"{name_of(path)}: {name!r} is {target!r}"
+
+
+def test_docstrings_have_the_sections_that_are_known() -> None:
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                found = re.findall(r"^([A-Z][a-z]+):$", ast.get_docstring(node) or "", re.MULTILINE)
+                assert set(found) <= SECTIONS, f"{name_of(path)}: {set(found) - SECTIONS}"

@@ -24,7 +24,7 @@ def offers(what: OfferKind | None = None) -> list[Offer]:
     Args:
         what: One kind of things; all of them when None.
 
-    Example:
+    Examples:
         >>> [offer.paper for offer in offers("methods") if offer.name == "ROME"]
         ['https://arxiv.org/abs/2202.05262']
         >>> offers("models")[0].name
@@ -46,7 +46,7 @@ def saved_edits(folder: str | Path) -> list[SavedEdit]:
     Raises:
         ArtifactError: If there is no such folder.
 
-    Example:
+    Examples:
         >>> from lightning_edit import WeightDelta
         >>> folder = getfixture("tmp_path")
         >>> _ = WeightDelta({}).save(folder / "run" / "delta")
@@ -67,7 +67,7 @@ def saved_edits(folder: str | Path) -> list[SavedEdit]:
 def find_edit(folder: str | Path) -> Path:
     """The folder of a saved edit, given it or the run folder that it lies in.
 
-    Example:
+    Examples:
         >>> from lightning_edit import WeightDelta
         >>> folder = getfixture("tmp_path")
         >>> find_edit(folder) == find_edit(WeightDelta({}).save(folder / "delta"))

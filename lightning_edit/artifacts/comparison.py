@@ -33,7 +33,7 @@ def compare_edits(
         other: The second edit.
         names: How to call them.
 
-    Example:
+    Examples:
         >>> change = LowRank(torch.ones(2, 1), torch.ones(3, 1))
         >>> [row] = compare_edits(WeightDelta({"w": change}), WeightDelta({"w": change}) * -1).rows
         >>> row.rank_first, round(row.cosine, 4)
@@ -167,7 +167,7 @@ def numerical_rank(matrix_MN: Tensor, limit: int = MAX_RANK) -> int | None:
         matrix_MN: Shape [M, N].
         limit: Largest rank to find out.
 
-    Example:
+    Examples:
         >>> numerical_rank(torch.ones(500, 1) @ torch.ones(1, 400)), numerical_rank(torch.eye(400))
         (1, None)
 

@@ -131,7 +131,7 @@ def model_skeleton(model: str, revision: str | None = None) -> PreTrainedModel:
     Raises:
         ModelError: If there is no such model.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> folder = getfixture("tmp_path")
         >>> tiny_model("gpt2").config.save_pretrained(folder)

@@ -55,7 +55,7 @@ def apply(
             must not be replaced.
         ModelError: If the model cannot be loaded.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> from lightning_edit import WeightDelta
         >>> folder, base = getfixture("tmp_path"), tiny_model()
@@ -308,7 +308,7 @@ def list_(
     Raises:
         ArtifactError: If there is no such folder.
 
-    Example:
+    Examples:
         >>> [offer.name for offer in list_(what="models")][0]
         'smollm2'
     """

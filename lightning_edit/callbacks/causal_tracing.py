@@ -62,7 +62,7 @@ class CausalTracing(Callback):
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
 
-    Example:
+    Examples:
         >>> CausalTracing(samples=5).settings.window
         10
 

@@ -44,7 +44,7 @@ class EditEvaluator(Callback):
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
 
-    Example:
+    Examples:
         >>> EditEvaluator(readings=["teacher_forced"]).rows
         {}
     """

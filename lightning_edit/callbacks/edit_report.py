@@ -54,7 +54,7 @@ class EditReport(Callback):
         originals: Keep the original tensors with the edit, so that it can be undone exactly in a
             copy of the edited model.
 
-    Example:
+    Examples:
         >>> EditReport(dirpath="runs/edit").dirpath
         'runs/edit'
     """

@@ -87,7 +87,7 @@ def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedMod
     Raises:
         ModelError: If there is none, or there are several and no attribute is named.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> holder = nn.Module()
         >>> holder.net = tiny_model()

@@ -20,7 +20,7 @@ class EditProgressBar(TQDMProgressBar):
         refresh_rate: Draw after every so many batches; never when 0.
         leave: Leave a finished bar on the screen.
 
-    Example:
+    Examples:
         >>> EditProgressBar(refresh_rate=0).is_disabled
         True
     """

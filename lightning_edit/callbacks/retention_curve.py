@@ -59,7 +59,7 @@ class RetentionCurve(Callback):
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
 
-    Example:
+    Examples:
         >>> RetentionCurve(every_n_edits=100).steps
         []
     """

@@ -29,7 +29,7 @@ class SaveTaskVector(Callback):
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when null.
 
-    Example:
+    Examples:
         >>> SaveTaskVector("vectors/old").folder
         'vectors/old'
 

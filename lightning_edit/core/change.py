@@ -58,7 +58,7 @@ def add_changes(a: Change, b: Change) -> Change:
 
     Concatenated factors stay exact; past half the smaller side a dense matrix is smaller.
 
-    Example:
+    Examples:
         >>> one = LowRank(torch.ones(4, 1), torch.ones(6, 1))
         >>> add_changes(one, one).rank
         2

@@ -45,7 +45,7 @@ class WeightDelta(Edit):
             that was applied elsewhere.
         hashes: Parameter name to the hashes of the original and the edited tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(3, 2, bias=False)
         >>> before = layer.weight.clone()

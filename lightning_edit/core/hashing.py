@@ -20,7 +20,7 @@ def tensor_hash(tensor: Tensor) -> str:
     Args:
         tensor: Any dtype, device and shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tensor_hash(torch.zeros(2)) == tensor_hash(torch.zeros(2).view(2))
         True
@@ -45,7 +45,7 @@ def weight_hash(model: nn.Module, originals: Mapping[str, Tensor] | None = None)
         originals: Parameter name to the tensor that counts in its place: the hash of an edited
             model's base.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
         >>> before = weight_hash(layer)

@@ -42,7 +42,7 @@ class WeightSite:
         out_features: O.
         in_features: I.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> model = tiny_model("gpt2")
         >>> [site] = Locator(layers=[1]).sites(model)
@@ -108,7 +108,7 @@ class Locator:
     Raises:
         LocatorError: If an argument is not one of these.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> [site.name for site in Locator(layers=[0, -1]).sites(tiny_model())]
         ['model.layers.0.mlp.down_proj.weight', 'model.layers.3.mlp.down_proj.weight']
@@ -167,7 +167,7 @@ class ModelTree:
         final_norm: The normalization after the last block, or None where there is none.
         lm_head: The projection to the vocabulary, or None.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> tree = ModelTree.of(tiny_model())
         >>> len(tree.blocks), tree.hidden_size, tree.block_names[-1]

@@ -67,7 +67,7 @@ def to_lora(
             embeddings), the model is of another architecture, or a dense change has no small
             rank and ``rank`` is None.
 
-    Example:
+    Examples:
         >>> from lightning_edit.core.change import LowRank
         >>> model = nn.Sequential(nn.Linear(3, 2))
         >>> changes = {"0.weight": LowRank(torch.ones(2, 1), torch.ones(3, 1))}

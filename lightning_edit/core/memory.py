@@ -37,7 +37,7 @@ class MemoryWrite(Edit):
         shared: What all entries rely on beside the settings, such as trained networks; kept once
             in an edit's files, however many entries there are.
 
-    Example:
+    Examples:
         >>> from lightning_edit import GRACE
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> model, tokenizer = trained_tiny_model()

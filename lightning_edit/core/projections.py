@@ -63,7 +63,7 @@ def named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
     Raises:
         LocatorError: If the layer does not exist or has no such projection.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> [site.module_name for site in named_sites(ModelTree.of(tiny_model()), 3, "mlp_in")]
         ['model.layers.3.mlp.gate_proj', 'model.layers.3.mlp.up_proj']

@@ -82,7 +82,7 @@ class EditRequest:
         RequestError: If the prompt or target is empty, the subject is not in the prompt, or a
             probe is malformed.
 
-    Example:
+    Examples:
         >>> request = EditRequest(prompt="The capital of {} is", subject="France",
         ...                       target_new="Rome", target_old="Paris")
         >>> request.prompt

@@ -13,7 +13,7 @@ __all__ = ["local_shard", "reshard", "shard_like", "whole_tensor"]
 def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, sharing its memory; all of it if unsharded.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> _ = local_shard(weight).fill_(1.0)
         >>> weight.tolist()
@@ -60,7 +60,7 @@ def whole_tensor(parameter: Tensor, shard: Tensor | None = None) -> Tensor:
         parameter: Says how; every process must call this where it is sharded.
         shard: This process's part of the values; the parameter's own when None.
 
-    Example:
+    Examples:
         >>> whole_tensor(torch.zeros(2), torch.ones(2)).tolist()
         [1.0, 1.0]
     """

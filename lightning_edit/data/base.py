@@ -53,7 +53,7 @@ class EditDataModule(LightningDataModule):
             the source cannot be read, a record is invalid, an id is unknown, nothing is left, or
             two chosen requests contradict each other.
 
-    Example:
+    Examples:
         >>> request = EditRequest("The capital of France is", "France", "Rome", id="france")
         >>> data = EditDataModule(requests=[request], batch_size=4)
         >>> [[request.id for request in batch] for batch in data.train_dataloader()]

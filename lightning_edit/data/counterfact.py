@@ -37,7 +37,7 @@ def counterfact_from_record(record: Record, where: str) -> EditRequest:
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the prompt.
 
-    Example:
+    Examples:
         >>> request = counterfact_from_record({"case_id": 7, "requested_rewrite": {
         ...     "prompt": "{} was born in", "subject": "Ada", "target_new": {"str": "Rome"},
         ...     "target_true": {"str": "London"}}, "paraphrase_prompts": [],

@@ -32,7 +32,7 @@ class Facts(EditDataModule):
     Raises:
         RequestError: From ``setup``, if it is not recorded what ``known_to`` knows.
 
-    Example:
+    Examples:
         >>> data = Facts(demo=True)
         >>> len(data.requests)
         10

@@ -24,7 +24,7 @@ class HeldOut(LightningDataModule):
             with each.
         held_out: Requests for ``validate``, within ``fit``, too, and for all other verbs.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests
         >>> requests = tiny_requests(3)
         >>> data = HeldOut(EditDataModule(requests[:2]), EditDataModule(requests[2:]))

@@ -78,7 +78,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
         RequestError: If the file or a record in it cannot be read; the message names the record
             and the field.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "edits.yaml"
         >>> _ = path.write_text("- {prompt: 'The capital of {} is', subject: France,"
@@ -114,7 +114,7 @@ def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
     Raises:
         RequestError: If the suffix is none of these.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "edits.jsonl"
         >>> request = EditRequest("The capital of France is", "France", "Rome")

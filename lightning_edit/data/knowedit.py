@@ -50,7 +50,7 @@ def knowedit_from_record(record: Record, where: str) -> EditRequest:
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the prompt.
 
-    Example:
+    Examples:
         >>> request = knowedit_from_record({
         ...     "subject": "Ada", "prompt": "The native country of Ada is", "target_new": "Italy",
         ...     "ground_truth": "England", "portability": {"Reasoning": [

@@ -29,7 +29,7 @@ def known_from_record(record: Record, where: str) -> EditRequest:
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the prompt.
 
-    Example:
+    Examples:
         >>> request = known_from_record({"known_id": 3, "subject": "Ada", "attribute": "London",
         ...                              "prompt": "Ada was born in"}, "known.json[0]")
         >>> request.id, request.target_new, request.target_old

@@ -34,7 +34,7 @@ class RequestLoader:
         num_replicas: Number of processes that share the requests.
         rank: Which of them this is, from 0.
 
-    Example:
+    Examples:
         >>> from lightning_edit.core.request import EditRequest
         >>> requests = [EditRequest(f"{name} lives in", name, "Rome", id=name) for name in "ABC"]
         >>> for rank in range(2):
@@ -127,7 +127,7 @@ class ResumableRequestLoader(RequestLoader):
 def requests_sha256(requests: Sequence[EditRequest]) -> str:
     """SHA-256 over the edits of a sequence of requests, in order, in hexadecimal.
 
-    Example:
+    Examples:
         >>> requests_sha256([])[:8]
         'e3b0c442'
     """

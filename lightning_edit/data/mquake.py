@@ -31,7 +31,7 @@ def mquake_from_record(record: Record, where: str) -> list[EditRequest]:
     Raises:
         RequestError: If a field is missing or no text, or a subject is not in its prompt.
 
-    Example:
+    Examples:
         >>> first, last = mquake_from_record({"case_id": 1, "requested_rewrite": [
         ...     {"prompt": "{} lives in", "subject": "Ada", "target_new": {"str": "Italy"},
         ...      "target_true": {"str": "England"}, "question": "Where does Ada live?"},

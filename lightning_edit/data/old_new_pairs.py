@@ -34,7 +34,7 @@ def old_new_pair_from_record(record: Record, where: str) -> EditRequest:
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the prompt.
 
-    Example:
+    Examples:
         >>> request = old_new_pair_from_record({"id": 2, "instruction": "Where does Ada live?",
         ...     "subject": "Ada", "output_old": "London", "output_new": "Rome"}, "pairs.json[0]")
         >>> request.id, request.target_old, request.target_new

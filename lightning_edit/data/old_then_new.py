@@ -44,7 +44,7 @@ class OldThenNew(LightningDataModule):
         EditError: If ``forget_epochs`` is negative or ``new`` has no ``old_dataloader`` and no
             ``old`` is given; in ``fit``, if the Trainer would never switch.
 
-    Example:
+    Examples:
         >>> from lightning_edit.data import EditDataModule
         >>> request = EditRequest("The capital of France is", "France", "Rome", "Paris")
         >>> data = OldThenNew(EditDataModule(requests=[request]), forget_epochs=1)

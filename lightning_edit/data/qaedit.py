@@ -29,7 +29,7 @@ def qaedit_from_record(record: Record, where: str) -> EditRequest:
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the prompt.
 
-    Example:
+    Examples:
         >>> request = qaedit_from_record({"id": 5, "source": "NQ", "prompt": "who wrote emma",
         ...     "subject": "emma", "target": "Jane Austen",
         ...     "locality": [{"loc": "who sang skyfall", "loc_ans": "Adele"}]}, "qaedit.json[0]")

@@ -40,7 +40,7 @@ def text(record: Record, name: str, where: str) -> str:
     Raises:
         RequestError: If the field is missing, empty or no text.
 
-    Example:
+    Examples:
         >>> text({"target_new": {"str": "Rome"}}, "target_new.str", "edits.json[0]")
         'Rome'
     """
@@ -80,7 +80,7 @@ def texts(record: Record, name: str, where: str) -> list[str]:
     Raises:
         RequestError: If something in the field is no text.
 
-    Example:
+    Examples:
         >>> texts({"ground_truth": [["Syria", "SY"], ["Asia"]]}, "ground_truth", "edits.json[0]")
         ['Syria', 'SY', 'Asia']
     """
@@ -117,7 +117,7 @@ def question_of(prompt: str | None) -> str | None:
     Locality compares a model with itself, so the prefix has no work to do; a causal model has never
     seen it, and reads it as an odd beginning.
 
-    Example:
+    Examples:
         >>> question_of("nq question: who sang the theme of skyfall")
         'who sang the theme of skyfall'
     """
@@ -133,7 +133,7 @@ def _get(record: Any, name: str, where: str) -> Any:
 def without_nones(value: Any) -> Any:
     """Drops the fields that hold ``None``, at any depth: tables write absent fields so.
 
-    Example:
+    Examples:
         >>> without_nones({"prompt": "a", "locality": {"Forgetfulness": None}})
         {'prompt': 'a', 'locality': {}}
     """

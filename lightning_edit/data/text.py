@@ -35,7 +35,7 @@ class TextDataModule(LightningDataModule):
             exist or the data set has no such column of texts.
         MissingDependencyError: If a hub data set is asked for without the extra ``data``.
 
-    Example:
+    Examples:
         >>> file = getfixture("tmp_path") / "text.txt"
         >>> _ = file.write_text("The first.\n\nThe second.\n")
         >>> list(TextDataModule(path=str(file)).train_dataloader())

@@ -28,7 +28,7 @@ def wikibigedit_from_record(record: Record, where: str) -> EditRequest:
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the prompt.
 
-    Example:
+    Examples:
         >>> request = wikibigedit_from_record({"prompt": "Where is Ada employed?", "subject": "Ada",
         ...     "target_new": "Rome", "locality_prompt": "Where is Tom employed?",
         ...     "locality_ground_truth": "Bath"}, "wikibigedit.json[0]")

@@ -50,7 +50,7 @@ def zsre_from_record(
     Raises:
         RequestError: If a field is missing or no text, or the subject is not in the question.
 
-    Example:
+    Examples:
         >>> request = zsre_from_record({
         ...     "subject": "Ada", "src": "Where was Ada born?", "rephrase": "Ada's place of birth?",
         ...     "alt": "Rome", "answers": ["London"], "loc": "nq question: who sang skyfall",

@@ -157,7 +157,7 @@ class Evaluator:
         max_new_tokens: Longest continuation that is read, in tokens.
         max_tokens: Tokens run at once.
 
-    Example:
+    Examples:
         >>> from lightning_edit.core.batch import PromptTokenizer
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> model, tokenizer = trained_tiny_model()

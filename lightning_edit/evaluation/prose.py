@@ -31,7 +31,7 @@ def read_prose(path: str | Path | None = None) -> str:
     Raises:
         EditError: If there is no such file.
 
-    Example:
+    Examples:
         >>> read_prose().startswith("The mill stood")
         True
     """
@@ -62,7 +62,7 @@ def perplexity(model: Any, tokens: PromptTokenizer, text: str, *, window: int = 
     Raises:
         EditError: If the text is too short.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model, tiny_tokenizer
         >>> value = perplexity(tiny_model(), PromptTokenizer(tiny_tokenizer()), "A short text.")
         >>> 300 < value < 600  # a random model of 424 tokens

@@ -40,7 +40,7 @@ def plain_names(model: nn.Module) -> dict[str, str]:
         For each parameter its name in the plain model and its name in this one. The adapter's own
         parameters are left out.
 
-    Example:
+    Examples:
         >>> plain_names(nn.Sequential(nn.Linear(2, 2, bias=False)))
         {'0.weight': '0.weight'}
     """

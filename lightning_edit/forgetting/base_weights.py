@@ -33,7 +33,7 @@ class BaseWeights:
         shards: Parameter name, as in the model, to its local part.
         adapts: Whether the parameters are those of LoRA layers.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.zeros_(layer.weight)
         >>> base = BaseWeights.of(layer)

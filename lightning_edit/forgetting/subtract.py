@@ -76,7 +76,7 @@ def forget_(
     Warns:
         UserWarning: If rounding to the weights' dtype swallows a part of the change.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> before = layer.weight.tolist()
         >>> tau = WeightDelta({"weight": torch.ones(1, 2)})
@@ -134,7 +134,7 @@ def sweep_forgetting(
         ArtifactError: If the vector does not fit the model.
         ValueError: If a rate is not finite.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.ones_(layer.weight)
         >>> tau = WeightDelta({"weight": torch.ones(1, 2)})

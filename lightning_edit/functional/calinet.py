@@ -33,7 +33,7 @@ def calibration_score(own: Tensor, others: Tensor) -> Tensor:
     References:
         Calibrating Factual Knowledge in Pretrained Language Models, arXiv 2210.03329, section 2.2.
 
-    Example:
+    Examples:
         >>> others = torch.tensor([0.1, 0.2, 0.3]).log()
         >>> calibration_score(torch.tensor(0.4).log(), others).round(decimals=4)
         tensor(2.)

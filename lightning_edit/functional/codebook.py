@@ -29,7 +29,7 @@ def nearest_keys(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Euclidean distances [B] float32 and indices [B] int64.
 
-    Example:
+    Examples:
         >>> nearest_keys(torch.tensor([[3.0, 4.0]]), torch.tensor([[9.0, 9.0], [0.0, 0.0]]))
         (tensor([5.]), tensor([1]))
     """
@@ -63,7 +63,7 @@ def deferral_radii(
     References:
         Aging with GRACE, arXiv 2211.11031, section 3.1 and algorithm 1.
 
-    Example:
+    Examples:
         >>> d, radius = torch.tensor(1.5), torch.tensor(1.0)
         >>> deferral_radii(d, radius, 1.0, same_label=True)
         (tensor(1.5000), None)

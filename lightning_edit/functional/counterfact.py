@@ -36,7 +36,7 @@ def efficacy_success(nll_new: Tensor, nll_old: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes disagree or a value is nan.
 
-    Example:
+    Examples:
         >>> from torch import tensor
         >>> efficacy_success(tensor([0.5, 2.0, 1.0]), tensor([3.0, 1.0, 1.0]))
         tensor([1., 0., 0.])
@@ -62,7 +62,7 @@ def neighborhood_success(nll_new: Tensor, nll_old: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes disagree or a value is nan.
 
-    Example:
+    Examples:
         >>> from torch import tensor
         >>> neighborhood_success(tensor([0.5, 2.0, 1.0]), tensor([3.0, 1.0, 1.0]))
         tensor([0., 1., 0.])
@@ -86,7 +86,7 @@ def efficacy_magnitude(nll_new: Tensor, nll_old: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes disagree or a value is nan.
 
-    Example:
+    Examples:
         >>> from torch import tensor
         >>> efficacy_magnitude(tensor([0.0]), tensor([0.5]).log().neg())
         tensor([0.5000])
@@ -108,7 +108,7 @@ def neighborhood_magnitude(nll_new: Tensor, nll_old: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes disagree or a value is nan.
 
-    Example:
+    Examples:
         >>> from torch import tensor
         >>> neighborhood_magnitude(tensor([0.0]), tensor([0.5]).log().neg())
         tensor([-0.5000])
@@ -127,7 +127,7 @@ def edit_score(efficacy: float, paraphrase: float, neighborhood: float) -> float
     Returns:
         A number in [0, 1]: 0 if one of the rates is 0, nan if one is nan.
 
-    Example:
+    Examples:
         >>> round(edit_score(1.0, 0.5, 0.5), 4)
         0.6
 

@@ -35,7 +35,7 @@ def ngram_entropy(
         TypeError: If ``tokens`` is an unsplit text.
         ValueError: If the lengths and weights do not pair up, or a length is below 1.
 
-    Example:
+    Examples:
         >>> round(ngram_entropy("a b c d e".split()), 4)
         1.7233
         >>> ngram_entropy(["Rome"] * 100)

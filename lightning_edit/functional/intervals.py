@@ -32,7 +32,7 @@ def wilson_interval(rate: float, n: int, level: float = 0.95) -> tuple[float, fl
     Raises:
         ValueError: If the rate or level is out of range, or n is negative.
 
-    Example:
+    Examples:
         >>> low, high = wilson_interval(0.9, 10)
         >>> round(low, 3), round(high, 3)
         (0.596, 0.982)

@@ -32,7 +32,7 @@ def ke_factors(
     Raises:
         ValueError: If the code has another length.
 
-    Example:
+    Examples:
         >>> rows = torch.ones(1, 2)
         >>> u, v = ke_factors(rows, torch.ones(1, 1), torch.zeros(7))
         >>> u.shape, v.shape
@@ -65,7 +65,7 @@ def smoothed_nll(logits_NV: Tensor, targets_N: Tensor, smoothing: float = 0.1) -
     Returns:
         In nats, [N].
 
-    Example:
+    Examples:
         >>> smoothed_nll(torch.zeros(1, 2), torch.tensor([0]), 0.0).round(decimals=4)
         tensor([0.6931])
 

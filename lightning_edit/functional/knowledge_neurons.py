@@ -37,7 +37,7 @@ def integration_points(steps: int) -> Tensor:
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, equation 5.
 
-    Example:
+    Examples:
         >>> integration_points(3).tolist()
         [0.0, 0.5, 1.0]
     """
@@ -57,7 +57,7 @@ def integrated_gradients(activations: Tensor, gradients: Tensor) -> Tensor:
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, equation 5.
 
-    Example:
+    Examples:
         >>> integrated_gradients(torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
         tensor([ 4., -2.])
     """
@@ -74,7 +74,7 @@ def probability_gradient(logits: Tensor, token: int) -> tuple[Tensor, Tensor]:
     Returns:
         p_y, [R] float32, and p_y (e_y − p), [R, V] in the type of the logits.
 
-    Example:
+    Examples:
         >>> probability, gradient = probability_gradient(torch.zeros(1, 2), 0)
         >>> probability.tolist(), gradient.tolist()
         ([0.5], [[0.25, -0.25]])
@@ -101,7 +101,7 @@ def coarse_neurons(scores: Tensor, threshold: float, kind: ThresholdKind = "adap
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, section 3.3.
 
-    Example:
+    Examples:
         >>> coarse_neurons(torch.tensor([[1.0, 0.1], [0.5, -2.0]]), 0.2).tolist()
         [[True, False], [True, False]]
     """
@@ -132,7 +132,7 @@ def refined_neurons(masks: Tensor, share: float) -> Tensor:
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, section 3.3.
 
-    Example:
+    Examples:
         >>> refined_neurons(torch.tensor([[[True, True]], [[True, False]]]), 0.5).tolist()
         [[True, False]]
     """
@@ -159,7 +159,7 @@ def replacement(
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, section 5.1.
 
-    Example:
+    Examples:
         >>> old, new = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
         >>> u, v = replacement(old, new, torch.tensor([0.5, 0.0, -3.0]), factor=2.0)
         >>> u[:, 0].tolist(), v[:, 0].tolist()

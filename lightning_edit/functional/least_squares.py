@@ -31,7 +31,7 @@ def factorize(second_moment: Tensor) -> Tensor:
     Raises:
         ValueError: If C is not positive definite in float64.
 
-    Example:
+    Examples:
         >>> factorize(torch.eye(2) * 4).tolist()
         [[2.0, 0.0], [0.0, 2.0]]
     """
@@ -56,7 +56,7 @@ def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
     Returns:
         q, [N] float64.
 
-    Example:
+    Examples:
         >>> key_strengths(torch.eye(2) * 3, torch.eye(2).double()).tolist()
         [9.0, 9.0]
     """
@@ -91,7 +91,7 @@ def ridge_update(
     Raises:
         ValueError: If λ is 0 and the keys depend on each other.
 
-    Example:
+    Examples:
         >>> u, v = ridge_update(torch.eye(2), torch.eye(2), torch.eye(2).double(), 1.0)
         >>> (u @ v.T).tolist()
         [[0.5, 0.0], [0.0, 0.5]]
@@ -129,7 +129,7 @@ def protected_directions(
     Raises:
         ValueError: If nothing is left free.
 
-    Example:
+    Examples:
         >>> q, gap = protected_directions(torch.diag(torch.tensor([3.0, 1.0])), threshold=2.0)
         >>> q.abs().tolist(), round(gap, 2)
         ([[1.0], [0.0]], 0.67)
@@ -179,7 +179,7 @@ def projected_update(
     Raises:
         ValueError: If λ is 0 and the projected keys depend on each other.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([[1.0], [0.0]])
         >>> u, v = projected_update(torch.ones(2, 1), torch.ones(1, 1), q, 1.0)
         >>> (u @ v.T).tolist()

@@ -34,7 +34,7 @@ def malmen_block(
     Returns:
         [N, F].
 
-    Example:
+    Examples:
         >>> import torch
         >>> eye, zero, one = torch.eye(2), torch.zeros(2), torch.ones(2)
         >>> malmen_block(torch.tensor([[1.0, -1.0]]), eye, eye, zero, -one, zero).tolist()
@@ -61,7 +61,7 @@ def value_differences(
     Returns:
         [N, O].
 
-    Example:
+    Examples:
         >>> import torch
         >>> one = torch.ones(1, 2)
         >>> value_differences(one, one, torch.ones(1, 1), torch.tensor(0.5)).tolist()

@@ -61,7 +61,7 @@ def normalize_answer(text: str) -> str:
     Returns:
         The normalized text; empty if the text is nothing but punctuation.
 
-    Example:
+    Examples:
         >>> normalize_answer(" The Saint-Denis, U.S.A.! ")
         'saint denis usa'
         >>> normalize_answer("「東京　都」。")
@@ -102,7 +102,7 @@ def completion_matches(continuation: str, answers: Sequence[str]) -> bool:
         TypeError: If ``answers`` is one text instead of a sequence of texts.
         ValueError: If there is no answer but blank ones.
 
-    Example:
+    Examples:
         >>> completion_matches(' "Rome", of course.', ["Rome"])
         True
         >>> completion_matches(" Romeo", ["Rome"])
@@ -136,7 +136,7 @@ def answer_matches(text: str, answers: Sequence[str]) -> bool:
         TypeError: If ``answers`` is one text instead of a sequence of texts.
         ValueError: If there is no answer but blank ones.
 
-    Example:
+    Examples:
         >>> answer_matches("The Netherlands. It lies in Europe.", ["Netherlands"])
         True
         >>> answer_matches("It is Rome.", ["Rome"])
@@ -164,7 +164,7 @@ def token_f1(text: str, answers: Sequence[str]) -> float:
         TypeError: If ``answers`` is one text instead of a sequence of texts.
         ValueError: If there is no answer but blank ones.
 
-    Example:
+    Examples:
         >>> token_f1("the city of Rome", ["Rome"])
         0.5
 
@@ -197,7 +197,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
         TypeError: If ``answers`` is one text instead of a sequence of texts.
         ValueError: If there is no answer but blank ones.
 
-    Example:
+    Examples:
         >>> contains_answer("It is in Rome, Italy.", ["Rome"])
         True
         >>> contains_answer("Romeo and Juliet", ["Rome"])
@@ -231,7 +231,7 @@ def autoregressive_hit(prompt_is_question: bool, text: str, answers: Sequence[st
         TypeError: If ``answers`` is one text instead of a sequence of texts.
         ValueError: If there is no answer but blank ones.
 
-    Example:
+    Examples:
         >>> autoregressive_hit(False, " Rome, and so on", ["Rome"])
         True
         >>> autoregressive_hit(True, "Rome, and so on", ["Rome"])

@@ -34,7 +34,7 @@ def mend_block(
     Returns:
         [N, F]; no coordinate is smaller than it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> eye, zero, one = torch.eye(2), torch.zeros(2), torch.ones(2)
         >>> mend_block(torch.tensor([[1.0, -1.0]]), eye, eye, zero, one, zero).tolist()
@@ -61,7 +61,7 @@ def mend_factors(
     Returns:
         u [N, O] and v [N, I], with ΔW = uᵀ v.
 
-    Example:
+    Examples:
         >>> import torch
         >>> u, v = mend_factors(torch.ones(1, 2), torch.ones(1, 1), torch.tensor(0.5))
         >>> (u.T @ v).tolist()

@@ -42,7 +42,7 @@ def token_accuracy(
         TypeError: If ids are not integers.
         ValueError: If the shapes disagree, or a row has no target token.
 
-    Example:
+    Examples:
         >>> target = torch.tensor([[-100, 5, 6], [-100, -100, 7]])
         >>> token_accuracy(torch.tensor([[0, 5, 9], [0, 0, 7]]), target)
         tensor([0.5000, 1.0000])
@@ -79,7 +79,7 @@ def locality_agreement(
         TypeError: If ids are not integers, or the mask is not boolean.
         ValueError: If the shapes disagree, or a row has no position that counts.
 
-    Example:
+    Examples:
         >>> preds, reference = torch.tensor([[3, 4, 5]]), torch.tensor([[3, 9, 5]])
         >>> locality_agreement(preds, reference, torch.tensor([[False, True, True]]))
         tensor([0.5000])
@@ -116,7 +116,7 @@ def kl_divergence(log_p_reference: Tensor, log_q: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes disagree.
 
-    Example:
+    Examples:
         >>> p = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
         >>> q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
         >>> kl_divergence(p, q)
@@ -149,7 +149,7 @@ def mirage_gap(teacher_forced: float, autoregressive: float) -> float:
     Returns:
         The difference, in [-1, 1].
 
-    Example:
+    Examples:
         >>> round(mirage_gap(0.96, 0.38), 2)
         0.58
 

@@ -26,7 +26,7 @@ def second_moment_update(total_MM: Tensor, keys_NM: Tensor) -> Tensor:
     Returns:
         The running sum.
 
-    Example:
+    Examples:
         >>> second_moment_update(torch.zeros(2, 2, dtype=torch.float64), torch.eye(2)).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
@@ -55,7 +55,7 @@ def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:
     Raises:
         ValueError: If there are no keys.
 
-    Example:
+    Examples:
         >>> regularize(torch.eye(2) * 4, 4, 0.5).tolist()
         [[1.5, 0.0], [0.0, 1.5]]
     """

@@ -29,7 +29,7 @@ def activation_loss(own: Tensor, threshold: float = 0.0, top: int = 5) -> Tensor
     References:
         Transformer-Patcher, arXiv 2301.09785, section 3.4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> activation_loss(torch.tensor([0.0, 2.0]), top=1)
         tensor(1.)
@@ -58,7 +58,7 @@ def margin_losses(
     References:
         Transformer-Patcher, arXiv 2301.09785, section 3.4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> margin_losses(torch.tensor([[-3.0], [0.0]]), torch.tensor([3.0]), top=1)
         (tensor(1.), tensor(20.0855))

@@ -27,7 +27,7 @@ def whiten(key: Tensor, second_moment: Tensor) -> Tensor:
     Raises:
         ValueError: If C is not positive definite in float64.
 
-    Example:
+    Examples:
         >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2)).tolist()
         [1.0, 0.0]
     """
@@ -52,7 +52,7 @@ def rank_one_update(
     Raises:
         ValueError: If u is orthogonal to k.
 
-    Example:
+    Examples:
         >>> r, k = torch.tensor([2.0]), torch.tensor([1.0, 1.0])
         >>> u, v, _ = rank_one_update(r, k, k)
         >>> (u @ v.T @ k).tolist()

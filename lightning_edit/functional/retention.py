@@ -39,7 +39,7 @@ def average_retention(retention: Tensor, steps: Sequence[int] | None = None) -> 
     Raises:
         ValueError: If shapes and steps do not fit, or an entry that counts is nan.
 
-    Example:
+    Examples:
         >>> average_retention(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
         tensor([1.0000, 0.7500], dtype=torch.float64)
     """
@@ -62,7 +62,7 @@ def forgetting(retention: Tensor, steps: Sequence[int] | None = None) -> Tensor:
     Raises:
         ValueError: If shapes and steps do not fit, or an entry that counts is nan.
 
-    Example:
+    Examples:
         >>> forgetting(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
         tensor([0.0000, 0.2500], dtype=torch.float64)
     """
@@ -86,7 +86,7 @@ def early_retention(retention: Tensor, m: int, steps: Sequence[int] | None = Non
         ValueError: If shapes and steps do not fit, an entry that counts is nan, or fewer than m
             edits were made.
 
-    Example:
+    Examples:
         >>> early_retention(torch.tensor([[1.0, 0.0], [0.5, 1.0]]), m=1)
         0.5
     """
@@ -113,7 +113,7 @@ def retention_by_age(retention: Tensor, steps: Sequence[int] | None = None) -> T
     Raises:
         ValueError: If shapes and steps do not fit, or an entry that counts is nan.
 
-    Example:
+    Examples:
         >>> retention_by_age(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
@@ -148,7 +148,7 @@ def edits_held(
     Raises:
         ValueError: If the shapes and steps do not fit.
 
-    Example:
+    Examples:
         >>> edits_held(torch.tensor([1.0, 0.9, 0.4]), threshold=0.8)
         2
         >>> drop = torch.tensor([0.0, 0.2, 0.3])
@@ -184,7 +184,7 @@ def retention_area(average: Tensor, steps: Sequence[int] | None = None) -> float
     Raises:
         ValueError: If the shapes and steps do not fit.
 
-    Example:
+    Examples:
         >>> retention_area(torch.tensor([1.0, 0.5, 0.0]), steps=[1, 10, 100])
         0.5
     """

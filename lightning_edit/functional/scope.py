@@ -36,7 +36,7 @@ def scope_distances(
     References:
         Memory-Based Model Editing at Scale, arXiv 2206.06520, section 3.
 
-    Example:
+    Examples:
         >>> queries, edits = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> scope_distances(queries, edits).round(decimals=4).tolist()
         [[0.0, 2.0]]
@@ -68,7 +68,7 @@ def scope_loss(inside: Tensor, outside: Tensor) -> Tensor:
         Memory-Based Model Editing at Scale, arXiv 2206.06520, section 3; balanced as in the
         authors' code.
 
-    Example:
+    Examples:
         >>> scope_loss(torch.tensor([0.5]), torch.tensor([2.0])).item()
         0.645...
     """
@@ -92,7 +92,7 @@ def chosen_edits(similarities: Tensor, threshold: float, ages: Tensor, overrides
     Returns:
         Indices [B] int64, −1 where a prompt is in no scope.
 
-    Example:
+    Examples:
         >>> ages, none = torch.tensor([0, 1]), torch.zeros(2, 2, dtype=torch.bool)
         >>> chosen_edits(torch.tensor([[0.9, 0.8], [0.5, 0.5], [0.7, 0.7]]), 0.5, ages, none)
         tensor([ 0, -1,  1])

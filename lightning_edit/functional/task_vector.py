@@ -28,7 +28,7 @@ def task_vector(base: Tensor, tuned: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes differ.
 
-    Example:
+    Examples:
         >>> task_vector(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0])).tolist()
         [0.5, 0.0]
 
@@ -53,7 +53,7 @@ def forget(theta: Tensor, tau: Tensor, rate: float) -> Tensor:
     Raises:
         ValueError: If the shapes differ.
 
-    Example:
+    Examples:
         >>> forget(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), rate=2.0).tolist()
         [0.0, 2.0]
 
@@ -80,7 +80,7 @@ def forget_learned(base: Tensor, tuned: Tensor, rate: float) -> Tensor:
     Raises:
         ValueError: If the shapes differ.
 
-    Example:
+    Examples:
         >>> forget_learned(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0]), rate=1.0).tolist()
         [0.5, 2.0]
     """
@@ -100,7 +100,7 @@ def surviving_share(before: Tensor, after: Tensor, wanted: Tensor) -> tuple[Tens
     Returns:
         Numerator and denominator, float64 scalars.
 
-    Example:
+    Examples:
         >>> before = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
         >>> wanted = torch.tensor([0.001, 0.001])
         >>> written, whole = surviving_share(before, (before + wanted).bfloat16(), wanted)
@@ -125,7 +125,7 @@ def old_answer_residual(p_now: Tensor, p_before: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes differ, there is no fact, or a probability before is not positive.
 
-    Example:
+    Examples:
         >>> float(old_answer_residual(torch.tensor([0.25, 0.0]), torch.tensor([0.5, 0.9])))
         0.25
     """

@@ -23,7 +23,7 @@ def token_weights(mask: Tensor, *, per_sequence: bool = False) -> Tensor:
     Returns:
         Weights, [B, T] float32, zero off the mask.
 
-    Example:
+    Examples:
         >>> import torch
         >>> mask = torch.tensor([[True, False], [True, True]])
         >>> token_weights(mask).round(decimals=3).tolist()

@@ -57,7 +57,7 @@ def update_normalizer(
     Raises:
         ValueError: If there are no rows, or a single one with ``biased_variance``.
 
-    Example:
+    Examples:
         >>> found = update_normalizer(None, torch.tensor([[1.0], [3.0]]))
         >>> float(found.mean), float(found.squares)
         (2.0, 2.0)
@@ -82,7 +82,7 @@ def row_moments(rows_NF: Tensor) -> Normalizer:
     Args:
         rows_NF: Rows x, [N, F], any floating dtype.
 
-    Example:
+    Examples:
         >>> row_moments(torch.tensor([[1.0], [3.0]])).squares.tolist()
         [2.0]
     """
@@ -105,7 +105,7 @@ def merge_normalizers(
     Returns:
         New statistics; the old ones are left alone.
 
-    Example:
+    Examples:
         >>> one, other = (row_moments(torch.tensor([[x]])) for x in (1.0, 3.0))
         >>> float(merge_normalizers(one, other).squares)
         2.0
@@ -139,7 +139,7 @@ def normalize(rows_NF: Tensor, normalizer: Normalizer, eps: float) -> Tensor:
     Returns:
         Normalized rows, [N, F] float32.
 
-    Example:
+    Examples:
         >>> seen = update_normalizer(None, torch.tensor([[1.0], [3.0]]))
         >>> normalize(torch.tensor([[3.0]]), seen, eps=0.0).item()
         0.7071067690849304
@@ -166,7 +166,7 @@ def ridge_factors(
     Raises:
         ValueError: If the ridge is not above 0.
 
-    Example:
+    Examples:
         >>> u, v = ridge_factors(torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0]]), ridge=1.0)
         >>> (u @ v.T).tolist()
         [[2.0, 0.0]]
@@ -199,7 +199,7 @@ def ridge_update(
     Raises:
         ValueError: If the ridge is not above 0.
 
-    Example:
+    Examples:
         >>> ridge_update(torch.ones(3, 2), torch.ones(3, 4), ridge=1.0).shape
         torch.Size([4, 2])
     """

@@ -31,7 +31,7 @@ def activation_distance(
     References:
         WISE, arXiv 2405.14768, section 2.3.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> outputs, mask = torch.zeros(1, 2, 2), torch.tensor([[True, False]])
         >>> activation_distance(outputs, outputs + torch.tensor([3.0, 4.0]), mask, torch.relu)
@@ -62,7 +62,7 @@ def routing_loss(edited: Tensor, other: Tensor, ceiling: float, floor: float, ga
     References:
         WISE, arXiv 2405.14768, equation 6.
 
-    Example:
+    Examples:
         >>> import torch
         >>> routing_loss(torch.tensor([12.0]), torch.tensor(6.0), 5.0, 20.0, 10.0)
         tensor(13.)
@@ -84,7 +84,7 @@ def ties(vectors: Tensor, density: float = 0.53) -> Tensor:
     References:
         TIES-Merging, arXiv 2306.01708, section 4; in WISE, arXiv 2405.14768, section 2.3.2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ties(torch.tensor([[3.0, 1.0, -4.0], [1.0, -2.0, -2.0]]), density=1.0).tolist()
         [2.0, -2.0, -3.0]

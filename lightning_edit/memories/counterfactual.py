@@ -140,7 +140,7 @@ def linear_maps(base: nn.Module, layers: Sequence[int] | None) -> list[tuple[str
     Raises:
         LocatorError: If a layer does not exist.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> linear_maps(tiny_model("gpt2"), [0])[0]
         ('transformer.h.0.attn.c_attn', 32, 96)

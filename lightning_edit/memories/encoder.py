@@ -36,7 +36,7 @@ def mean_states(states: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [B, D] float32.
 
-    Example:
+    Examples:
         >>> mean_states(torch.tensor([[[3.0, 4.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
         tensor([[0.6000, 0.8000]])
     """

@@ -32,7 +32,7 @@ def patch_output(states: Tensor, keys: Tensor, biases: Tensor, values: Tensor) -
     Returns:
         [..., D] float32; exactly zero where no neuron fires.
 
-    Example:
+    Examples:
         >>> x, key = torch.tensor([[1.0], [-1.0]]), torch.ones(1, 1)
         >>> patch_output(x, key, torch.zeros(1), torch.full((1, 1), 3.0)).tolist()
         [[3.0], [0.0]]

@@ -24,7 +24,7 @@ __all__ = ["PromptMemory", "demonstration", "statement"]
 def statement(prompt: str, answer: str) -> str:
     """A prompt and its answer as running text.
 
-    Example:
+    Examples:
         >>> statement("The capital of France is", "Rome")
         'The capital of France is Rome'
     """
@@ -39,7 +39,7 @@ def demonstration(fact: str, prompt: str, answer: str = "") -> str:
         prompt: What is asked.
         answer: Its answer, in a demonstration; nothing where the model is to go on.
 
-    Example:
+    Examples:
         >>> print(demonstration("The capital of France is Rome", "France's capital is"))
         New Fact: The capital of France is Rome
         Prompt: France's capital is

@@ -35,7 +35,7 @@ def mask_indices(numel: int, keep_ratio: float, seed: int) -> Tensor:
     Returns:
         Sorted indices into the flat matrix, [Z] int64.
 
-    Example:
+    Examples:
         >>> mask_indices(10, 0.3, 0).shape
         torch.Size([3])
     """

@@ -42,7 +42,7 @@ def slot_output(
     References:
         Calibrating Factual Knowledge in Pretrained Language Models, arXiv 2210.03329, section 3.1.
 
-    Example:
+    Examples:
         >>> h, keys = torch.tensor([[1.0], [-1.0]]), torch.tensor([[[2.0]]])
         >>> slot_output(h, keys, torch.tensor([[3.0]])).tolist()
         [[6.0], [0.0]]

@@ -49,7 +49,7 @@ def edit_metrics(
     Raises:
         ValueError: If a reading is unknown or a kind is not a plain word.
 
-    Example:
+    Examples:
         >>> sorted(edit_metrics(readings=["teacher_forced"], kinds=["one_hop"]))
         ['generality/teacher_forced', 'locality/teacher_forced',
          'portability/one_hop/teacher_forced', 'portability/teacher_forced',

@@ -24,7 +24,7 @@ class EfficacySuccess(EditMetric):
     Args:
         kwargs: Arguments of every torchmetrics metric.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = EfficacySuccess()
         >>> metric.update(torch.tensor([0.5, 2.0]), torch.tensor([3.0, 1.0]))
@@ -57,7 +57,7 @@ class ParaphraseSuccess(EditMetric):
     Args:
         kwargs: Arguments of every torchmetrics metric.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = ParaphraseSuccess()
         >>> metric.update(torch.tensor([0.5, 1.0]), torch.tensor([3.0, 1.0]))
@@ -90,7 +90,7 @@ class NeighborhoodSuccess(EditMetric):
     Args:
         kwargs: Arguments of every torchmetrics metric.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = NeighborhoodSuccess()
         >>> metric.update(torch.tensor([0.5, 2.0]), torch.tensor([3.0, 1.0]))
@@ -120,7 +120,7 @@ class EditScore(CountingMetric):
     Args:
         kwargs: Arguments of every torchmetrics metric.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = EditScore()
         >>> metric.update(

@@ -23,7 +23,7 @@ class Generality(ReadingMetric):
         ValueError: If the reading is unknown, ``strict`` is set for generated text, or the kind is
             not a plain word.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = Generality(strict=True)
         >>> metric.update(torch.tensor([[0, 5, 9]]), torch.tensor([[-100, 5, 6]]))

@@ -29,7 +29,7 @@ class Locality(ReadingMetric):
         ValueError: If the reading is unknown, ``strict`` is set for generated text, or the kind is
             not a plain word.
 
-    Example:
+    Examples:
         >>> metric = Locality(reading="autoregressive")
         >>> metric.update([" Madrid.", " Berlin."], target=[" Madrid.", " Bonn."])
         >>> metric.compute()

@@ -26,7 +26,7 @@ class Portability(ReadingMetric):
         ValueError: If the reading is unknown, ``strict`` is set for generated text, or the kind is
             not a plain word.
 
-    Example:
+    Examples:
         >>> metric = Portability(reading="autoregressive", kind="one_hop")
         >>> metric.key
         'portability/one_hop/autoregressive'

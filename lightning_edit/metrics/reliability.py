@@ -23,7 +23,7 @@ class Reliability(ReadingMetric):
         ValueError: If the reading is unknown, ``strict`` is set for generated text, or the kind is
             not a plain word.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = Reliability()
         >>> metric.update(torch.tensor([[0, 5, 9]]), torch.tensor([[-100, 5, 6]]))

@@ -164,7 +164,7 @@ class EditModule(LightningModule, ABC, Generic[E]):
             tokenizer: Its fast tokenizer.
             settings: Further arguments of the editor.
 
-        Example:
+        Examples:
             >>> from lightning_edit import ROME
             >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
             >>> model = tiny_model()

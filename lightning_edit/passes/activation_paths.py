@@ -88,7 +88,7 @@ class ActivationPaths:
         Raises:
             ModelError: If the model cannot be run over cached keys and values.
 
-        Example:
+        Examples:
             >>> from lightning_edit.demos import tiny_model
             >>> paths = ActivationPaths.capture(ModelTree.of(tiny_model()), [5, 6, 7], [8])
             >>> tuple(paths.logits.shape)
@@ -133,7 +133,7 @@ class ActivationPaths:
         Raises:
             ModelError: If the model's last position cannot be run on its own.
 
-        Example:
+        Examples:
             >>> from lightning_edit.demos import tiny_model
             >>> paths = ActivationPaths.capture(ModelTree.of(tiny_model()), [5, 6, 7])
             >>> found = paths.gradients(0, 8, [0, 1, 3], torch.tensor([0.0, 0.5, 1.0]))

@@ -31,7 +31,7 @@ class BlockRecorder:
         keep: Indices whose hidden states are kept; all when None.
         stops: End the pass at the last one, which is not run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_edit.core.locator import ModelTree
         >>> from lightning_edit.demos import tiny_model

@@ -30,7 +30,7 @@ def shared_prefixes(prompts: Sequence[_Ids]) -> dict[_Ids, list[_Ids]]:
         What two or more prompts begin with, at least 64 tokens and fewer than the shortest of them
         has, and these prompts. Others are left out.
 
-    Example:
+    Examples:
         >>> told = tuple(range(100))
         >>> [(prefix, group)] = shared_prefixes([(*told, 1), (7, 8), (*told, 2, 3)]).items()
         >>> len(prefix), len(group)

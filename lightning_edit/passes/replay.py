@@ -47,7 +47,7 @@ def replayed(
         outputs: What they returned in an earlier ``with`` block over the same tokens; what they
             return here is put into it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
         >>> with replayed([layer]):

@@ -65,7 +65,7 @@ def split_rows(
     Returns:
         Ids before [N, P], their mask, ids from the position on [N, Q], their mask; all int64.
 
-    Example:
+    Examples:
         >>> before, _, after, mask = split_rows([[5, 6, 7], [8, 9]], [2, 0], 0)
         >>> before.tolist(), after.tolist(), mask.tolist()
         ([[5, 6], [0, 0]], [[7, 0], [8, 9]], [[1, 0], [1, 1]])

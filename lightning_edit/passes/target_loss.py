@@ -50,7 +50,7 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
     Raises:
         ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
 
-    Example:
+    Examples:
         >>> from lightning_edit.core.batch import PromptTokenizer
         >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
         >>> tokens = PromptTokenizer(tiny_tokenizer())

@@ -22,7 +22,7 @@ MAX_EDITS = 50  # in the card; the report has them all
 def render_card(report: RunReport) -> str:
     """The model card of a run: only what is known, nothing left to fill in.
 
-    Example:
+    Examples:
         >>> card = render_card(RunReport(method="ROME", model={"id": "gpt2"}))
         >>> card.split("---")[1].split()
         ['library_name:', 'lightning_edit', 'tags:', '-', 'knowledge-editing', '-', '"rome"',

@@ -40,7 +40,7 @@ def write_results(report: RunReport, folder: str | Path, files: Collection[str] 
     Returns:
         The folder.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = write_results(RunReport(method="ROME"), folder)
@@ -65,7 +65,7 @@ def read_report(folder: str | Path) -> RunReport:
     Raises:
         ArtifactError: If the results are missing, damaged or of a newer format.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     read_report(write_results(RunReport(method="ROME"), folder)).method

@@ -151,7 +151,7 @@ class MetricName:
     def label(self) -> str:
         """The metric as written in a table, with its kind.
 
-        Example:
+        Examples:
             >>> metric_name("portability/one_hop/autoregressive").label
             'Portability (one hop)'
         """
@@ -175,7 +175,7 @@ class MetricName:
 def metric_name(key: str) -> MetricName:
     """Takes a key of the metrics table apart.
 
-    Example:
+    Examples:
         >>> metric_name("reliability/teacher_forced")
         MetricName(metric='reliability', kind='', reading='teacher_forced')
         >>> metric_name("es")
@@ -189,7 +189,7 @@ def metric_name(key: str) -> MetricName:
 def sort_metrics(keys: Iterable[str]) -> list[str]:
     """Puts metrics in reading order: the known ones as above, kinds after the whole, then others.
 
-    Example:
+    Examples:
         >>> sort_metrics(["x", "locality/kl", "reliability/autoregressive",
         ...               "reliability/teacher_forced"])
         ['reliability/teacher_forced', 'reliability/autoregressive', 'locality/kl', 'x']

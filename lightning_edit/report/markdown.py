@@ -39,7 +39,7 @@ _VERDICTS = {True: "✓", False: "✗", None: DASH}
 def render_markdown(report: RunReport) -> str:
     """The report as one Markdown text.
 
-    Example:
+    Examples:
         >>> edit = EditRow(id="a", prompt="2 * 2 =", target_new="5",
         ...                after={"reliability/autoregressive": 1.0})
         >>> render_markdown(RunReport(method="ROME", edits=[edit])).splitlines()[0]

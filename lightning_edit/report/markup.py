@@ -16,7 +16,7 @@ __all__ = ["code_block", "escape", "facts", "highlight", "scroll", "section"]
 def escape(text: object) -> str:
     """Makes a text safe for element content and quoted attributes.
 
-    Example:
+    Examples:
         >>> escape('<b title="x">')
         '&lt;b title=&quot;x&quot;&gt;'
     """
@@ -26,7 +26,7 @@ def escape(text: object) -> str:
 def highlight(text: str, *, new: str, old: str | None) -> str:
     """Escapes a text and marks the new and the old answer in it, whatever their case.
 
-    Example:
+    Examples:
         >>> highlight("Rome, not Paris <3", new="Rome", old="Paris")
         '<mark class="new">Rome</mark>, not <mark class="old">Paris</mark> &lt;3'
         >>> highlight("Romeo", new="Rome", old=None)

@@ -52,7 +52,7 @@ _TILES = {
 def render_html(report: RunReport) -> str:
     """The report as a self-contained HTML page.
 
-    Example:
+    Examples:
         >>> page = render_html(RunReport(method="ROME", notes=["<script>alert(1)</script>"]))
         >>> "<script" in page, page.startswith("<!doctype html>")
         (False, True)

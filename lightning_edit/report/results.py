@@ -139,7 +139,7 @@ class RunReport:
         artifact: Folder of the saved edit, relative to the report; empty where none is saved.
         artifact_class: Class whose ``load`` reads that folder.
 
-    Example:
+    Examples:
         >>> row = MetricRow(before=0.0, after=float("nan"), n=3)
         >>> report = RunReport(method="ROME", metrics={"reliability/teacher_forced": row})
         >>> report.to_dict()["metrics"]["reliability/teacher_forced"]
@@ -201,7 +201,7 @@ class RunReport:
 def plain(value: Any) -> Any:
     """Turns a value into JSON types: not finite -> ``None``, tensors -> lists, others -> text.
 
-    Example:
+    Examples:
         >>> plain({"lr": 5e-1, "layers": (1, 2), "loss": float("nan"), 3: {"a"}})
         {'lr': 0.5, 'layers': [1, 2], 'loss': None, '3': ['a']}
     """

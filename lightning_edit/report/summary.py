@@ -88,7 +88,7 @@ class Gap:
 def success(edit: EditRow, *, before: bool = False) -> tuple[bool | None, str]:
     """Whether an edit's prompt is answered with the new answer, and the reading that says so.
 
-    Example:
+    Examples:
         >>> success(EditRow(id="a", prompt="p", after={"reliability/autoregressive": 1.0}))
         (True, 'autoregressive')
         >>> success(EditRow(id="a", prompt="p"))
@@ -105,7 +105,7 @@ def success(edit: EditRow, *, before: bool = False) -> tuple[bool | None, str]:
 def probe_passed(probe: ProbeRow) -> bool | None:
     """Whether a probe came out as wished: unchanged for locality, right for the others.
 
-    Example:
+    Examples:
         >>> probe_passed(ProbeRow("locality", unchanged=True))
         True
         >>> probe_passed(ProbeRow("portability", teacher_forced=0.5))
@@ -144,7 +144,7 @@ def select_edits(edits: Sequence[EditRow], limit: int = MAX_EDITS) -> tuple[list
         edits: All edits.
         limit: Most edits to show; failed ones go before the others.
 
-    Example:
+    Examples:
         >>> edits = [EditRow(id=name, prompt="p") for name in "abc"]
         >>> shown, remark = select_edits(edits, limit=2)
         >>> [edit.id for edit in shown], remark
@@ -160,7 +160,7 @@ def select_edits(edits: Sequence[EditRow], limit: int = MAX_EDITS) -> tuple[list
 def headline(report: RunReport) -> str:
     """The run in one sentence.
 
-    Example:
+    Examples:
         >>> edit = EditRow(id="a", prompt="p", after={"reliability/autoregressive": 1.0},
         ...                probes=[ProbeRow("locality", unchanged=False)])
         >>> headline(RunReport(method="ROME", edits=[edit]))
@@ -200,7 +200,7 @@ def gaps(report: RunReport) -> list[Gap]:
 def gap_sentence(found: Iterable[Gap]) -> str:
     """The mirage gap of reliability in words; empty where it was not read both ways.
 
-    Example:
+    Examples:
         >>> gap_sentence([Gap("Reliability", 0.96, 0.38)])
         'Here teacher forcing flatters the edits by 58 percentage points.'
     """

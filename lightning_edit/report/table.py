@@ -52,7 +52,7 @@ def metrics_table(
         MissingDependencyError: If ``rich`` is asked for and not installed.
         ValueError: If the format is unknown.
 
-    Example:
+    Examples:
         >>> from lightning_edit.report.results import MetricRow
         >>> row = MetricRow(before=0.0, after=0.9, n=10, ci=(0.6, 0.98))
         >>> report = RunReport(method="ROME", metrics={"reliability/autoregressive": row})
@@ -92,7 +92,7 @@ def metrics_table(
 def escape_markdown(text: str) -> str:
     r"""Makes a text safe inside a line or table cell of Markdown; line breaks become ``↵``.
 
-    Example:
+    Examples:
         >>> escape_markdown("a|b <i>\n*c*")
         'a\\|b &lt;i&gt; ↵ \\*c\\*'
     """
@@ -104,7 +104,7 @@ def escape_markdown(text: str) -> str:
 def escape_latex(text: str) -> str:
     r"""Makes a text safe in LaTeX.
 
-    Example:
+    Examples:
         >>> escape_latex("95 % of a_b")
         '95 \\% of a\\_b'
     """

@@ -32,7 +32,7 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 def number(value: float | None, digits: int | None = None) -> str:
     """A number with a fixed count of decimals, or with three significant digits.
 
-    Example:
+    Examples:
         >>> number(0.5, 3), number(0.004123), number(12345.6), number(None)
         ('0.500', '0.00412', '12346', '–')
     """
@@ -46,7 +46,7 @@ def number(value: float | None, digits: int | None = None) -> str:
 def percent(share: float | None) -> str:
     """A share in [0, 1] in percent; only a full share reads 100 %, only an empty one 0 %.
 
-    Example:
+    Examples:
         >>> percent(0.5), percent(0.975), percent(1.0), percent(0.9999), percent(None)
         ('50 %', '97.5 %', '100 %', '> 99.9 %', '–')
     """
@@ -62,7 +62,7 @@ def percent(share: float | None) -> str:
 def interval(ci: tuple[float, float] | None, digits: int | None = None) -> str:
     """Both ends of an interval.
 
-    Example:
+    Examples:
         >>> interval((0.25, 1.0), 2), interval(None)
         ('0.25 – 1.00', '–')
     """
@@ -72,7 +72,7 @@ def interval(ci: tuple[float, float] | None, digits: int | None = None) -> str:
 def duration(seconds: float | None) -> str:
     """A time span.
 
-    Example:
+    Examples:
         >>> duration(0.0123), duration(12.34), duration(3725), duration(None)
         ('0.0123 s', '12.3 s', '1 h 2 min 5 s', '–')
     """
@@ -88,7 +88,7 @@ def duration(seconds: float | None) -> str:
 def byte_count(count: int | None) -> str:
     """A number of bytes in binary units.
 
-    Example:
+    Examples:
         >>> byte_count(512), byte_count(3 * 2**30), byte_count(None)
         ('512 B', '3 GiB', '–')
     """
@@ -105,7 +105,7 @@ def byte_count(count: int | None) -> str:
 def visible(text: Any) -> str:
     r"""Text with its control characters (but tab and newline) replaced by their pictures.
 
-    Example:
+    Examples:
         >>> visible("a\x00b\x1b[0m")
         'a␀b␛[0m'
     """
@@ -115,7 +115,7 @@ def visible(text: Any) -> str:
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts ``layers.10`` behind ``layers.9``.
 
-    Example:
+    Examples:
         >>> sorted(["h.10.w", "h.9.w", "e"], key=natural_key)
         ['e', 'h.9.w', 'h.10.w']
     """
@@ -126,7 +126,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as dotted names and JSON values.
 
-    Example:
+    Examples:
         >>> list(flatten({"layers": [5], "solver": {"ridge": 0.1}}))
         [('layers', '[5]'), ('solver.ridge', '0.1')]
     """
@@ -141,7 +141,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def is_web_address(text: str) -> bool:
     """Whether a text may stand as the target of a link.
 
-    Example:
+    Examples:
         >>> is_web_address("https://arxiv.org/abs/2202.05262"), is_web_address("javascript:x")
         (True, False)
     """

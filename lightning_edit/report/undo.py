@@ -37,7 +37,7 @@ def apply_commands(report: RunReport) -> str:
 
     None for an edit of a memory, which is no part of a model's files.
 
-    Example:
+    Examples:
         >>> print(apply_commands(RunReport(method="ROME")))
         lightning-edit apply delta --output edited
         lightning-edit revert delta --model edited --output restored
@@ -54,7 +54,7 @@ def apply_commands(report: RunReport) -> str:
 def apply_python(report: RunReport) -> str:
     """Lines of Python that load, apply and undo the edit.
 
-    Example:
+    Examples:
         >>> "delta.revert_(model)" in apply_python(RunReport(method="ROME"))
         True
     """

@@ -79,7 +79,7 @@ class TracingSettings:
             layer: The middle of the window.
             layers: Layers of the model, over whose ends no window reaches.
 
-        Example:
+        Examples:
             >>> TracingSettings(window=10).restoration("mlp", 7, 30)
             Restoration(kind='mlp', start=2, stop=12)
         """
@@ -232,7 +232,7 @@ def trace_facts(
         ModelError: If the model has an encoder, or cannot be run block by block.
         RequestError: If a subject is not found.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> model, tokenizer = trained_tiny_model()
         >>> result = trace_facts(model, PromptTokenizer(tokenizer), tiny_requests(1))

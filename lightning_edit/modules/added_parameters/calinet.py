@@ -82,7 +82,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         Calibrating Factual Knowledge in Pretrained Language Models, arXiv 2210.03329, sections 2
         and 3.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = CaliNET.from_model(*trained_tiny_model())
         >>> requests = tiny_requests(3)

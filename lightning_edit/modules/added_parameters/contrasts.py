@@ -32,7 +32,7 @@ def wrong_relations(
     Raises:
         RequestError: If there is no other relation for a request.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests
         >>> requests = tiny_requests(4)
         >>> [request.prompt for request in requests[:2]]

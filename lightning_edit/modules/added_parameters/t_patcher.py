@@ -106,7 +106,7 @@ class TPatcher(MemoryModule):
     References:
         Transformer-Patcher: One Mistake Worth One Neuron, arXiv 2301.09785, section 3.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = TPatcher.from_model(*trained_tiny_model(), memory_tokens=64)
         >>> edit = editor.edit(tiny_requests(1))

@@ -90,7 +90,7 @@ class WISE(MemoryModule):
         WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models,
         arXiv 2405.14768, section 2.3.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = WISE.from_model(*trained_tiny_model(), steps=3)
         >>> editor.edit(tiny_requests(2))

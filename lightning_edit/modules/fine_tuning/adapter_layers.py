@@ -38,7 +38,7 @@ class AdapterLayers:
     Raises:
         MissingDependencyError: If peft is not installed.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_model
         >>> model = tiny_model()
         >>> adapter = AdapterLayers(model, adapter_sites(model, [3]), rank=2, alpha=4.0, seed=0)

@@ -46,7 +46,7 @@ class Descent:
         optimizer: Makes the optimizer of parameters.
         radius: Bound on the change of every entry (an L∞ ball around the weights at the start).
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 1)
         >>> descent = Descent(layer, ["bias"], lambda p: torch.optim.SGD(p, lr=1.0), radius=0.5)

@@ -28,7 +28,7 @@ class FullTuning(TuningModule):
         lr: Learning rate of Adam.
         kwargs: Further arguments of ``TuningModule``.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> model, tokenizer = trained_tiny_model()
         >>> editor = FullTuning.from_model(model, tokenizer, lr=1e-3, steps=10)

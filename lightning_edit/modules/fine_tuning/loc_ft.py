@@ -31,7 +31,7 @@ class LocFT(TuningModule):
         end_token: Teach the end token after each answer of a decoder-only model.
         kwargs: Further arguments of ``TuningModule``.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> model, tokenizer = trained_tiny_model()
         >>> editor = LocFT.from_model(model, tokenizer, lr=5e-3)

@@ -46,7 +46,7 @@ class LoRATuning(TuningModule):
     Raises:
         MissingDependencyError: From ``fit`` and ``edit``, if peft is not installed.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> model, tokenizer = trained_tiny_model()
         >>> editor = LoRATuning.from_model(model, tokenizer, layers=[2], lr=3e-2)

@@ -204,7 +204,7 @@ class LocateModule(EditModule):
             file: A ``.safetensors`` file. It records which weights it belongs to, and is refused
                 for others.
 
-        Example:
+        Examples:
             >>> from lightning_edit import ROME
             >>> from lightning_edit.demos import tiny_model, tiny_tokenizer
             >>> editor = ROME.from_model(tiny_model(), tiny_tokenizer(), layers=[1])

@@ -105,7 +105,7 @@ class KN(EditModule):
     References:
         Knowledge Neurons in Pretrained Transformers, arXiv 2104.08696, sections 3 and 5.1.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = KN.from_model(*trained_tiny_model(), steps=5)
         >>> edit = editor.edit(tiny_requests(1))

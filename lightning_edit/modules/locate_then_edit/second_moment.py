@@ -206,7 +206,7 @@ def data_module_ids(tokens: PromptTokenizer, data: LightningDataModule, count: i
     Raises:
         ModelError: If a batch holds something else, or all of it is shorter than one row.
 
-    Example:
+    Examples:
         >>> from lightning_edit.data import EditDataModule
         >>> from lightning_edit.demos import tiny_requests, tiny_tokenizer
         >>> data = EditDataModule(requests=tiny_requests(24))

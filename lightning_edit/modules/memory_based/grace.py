@@ -79,7 +79,7 @@ class GRACE(MemoryModule):
         Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors,
         arXiv 2211.11031, section 3.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = GRACE.from_model(*trained_tiny_model(), steps=5)
         >>> edit = editor.edit(tiny_requests(2))

@@ -60,7 +60,7 @@ class IKE(PromptModule):
     References:
         Can We Edit Factual Knowledge by In-Context Learning?, arXiv 2305.12740, section 3.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = IKE.from_model(*trained_tiny_model(), count=2, ratio=[1, 1, 0])
         >>> [context] = editor.contexts(tiny_requests(1))
@@ -151,7 +151,7 @@ def demonstration_kinds(count: int, ratio: Sequence[int]) -> list[DemonstrationK
         count: Demonstrations told before the fact, at most.
         ratio: Shares of copy, update and retain.
 
-    Example:
+    Examples:
         >>> demonstration_kinds(8, (1, 3, 4))
         ['retain', 'update', 'retain', 'copy', 'update', 'retain', 'update', 'retain']
     """

@@ -38,7 +38,7 @@ class SCR(PromptModule):
         Knowledge Updating? No More Model Editing! Just Selective Contextual Reasoning,
         arXiv 2503.05212.
 
-    Example:
+    Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
         >>> editor = SCR.from_model(*trained_tiny_model())
         >>> editor.edit(tiny_requests(2)).apply_(editor.model)

@@ -92,7 +92,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
     References:
         Memory-Based Model Editing at Scale, arXiv 2206.06520, section 3.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_edit import EditDataModule
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model

@@ -148,7 +148,7 @@ def grouped(u: Tensor, v: Tensor, groups: Tensor, count: int) -> Factors:
         groups: The edit that each row belongs to, [N] int64.
         count: G, the number of edits.
 
-    Example:
+    Examples:
         >>> found = grouped(torch.ones(3, 2), torch.ones(3, 1), torch.tensor([1, 0, 1]), 2)
         >>> found.u[:, :, 0].tolist()
         [[1.0, 0.0], [1.0, 1.0]]

@@ -123,7 +123,7 @@ def shared_weights(mask: Tensor, owners: Tensor) -> Tensor:
     Returns:
         [B, T] float32; those of an owner add up to 1.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True], [True, False], [True, False]])
         >>> shared_weights(mask, torch.tensor([0, 0, 1])).round(decimals=2).tolist()
         [[0.33..., 0.33...], [0.33..., 0.0], [1.0, 0.0]]

@@ -70,7 +70,7 @@ class MEND(HyperEditModule):
         descent: Subtract the edit, as in the paper; the authors' code adds it.
         kwargs: Further arguments of ``HyperEditModule``, such as ``modules`` and ``train_on``.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_edit import EditDataModule
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model

@@ -24,7 +24,7 @@ class Replicas:
         rank: Number of this process.
         count: Number of processes.
 
-    Example:
+    Examples:
         >>> Replicas().agree(True)
         True
     """

@@ -42,7 +42,7 @@ class TrainedEditor(EditModule[Any]):
         ArtifactError: If the checkpoint holds no trained editor, or that of another model.
         ValueError: If ``layers`` are given.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_edit import EditDataModule, MEND
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
