@@ -51,8 +51,9 @@ ROOMS = {
     "tracing": {"core", "passes", "evaluation"},
     "forgetting": {"core", "functional"},
     "report": {"core", "__about__"},
-    "data": {"core"},
+    "data": {"checkpoints", "core"},
     "modules": {
+        "checkpoints",
         "core",
         "evaluation",
         "functional",
@@ -74,7 +75,7 @@ ROOMS = {
         "tracing",
     },
     "artifacts": {"core", "models", "modules", "report"},
-    "cli": {"__about__", "artifacts", "core", "modules", "report"},
+    "cli": {"__about__", "artifacts", "checkpoints", "core", "modules", "report"},
 }
 # Packages that a room may import at all, and those among them only where they are needed.
 PACKAGES = {

@@ -17,7 +17,7 @@ import torch
 from lightning_edit.core.edit import Provenance
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.lora import LoRAFactors
-from lightning_edit.core.storage import atomic_folder
+from lightning_edit.core.storage import CARD, CARD_TAG, atomic_folder, foreign_entries
 from lightning_edit.models import DEFAULT_MODEL, resolve_model
 
 if TYPE_CHECKING:
@@ -25,8 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["check_output", "model_card", "model_skeleton", "save_adapter", "save_model"]
 
-# By one of these a folder is known to hold what is written here.
-_MARKERS = ("config.json", "adapter_config.json")
+#: Lists the files of a folder that was written here, which alone may be replaced.
+MANIFEST = "lightning_edit.json"
+
+# What a model or an adapter consists of, by which a folder without such a list is known.
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
+_FILES = re.compile(
+    r"(adapter_|generation_|tokenizer_)?config\.json|model\.safetensors\.index\.json|README\.md"
+    r"|tokenizer\.(json|model)|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
+    r"|(added_tokens|special_tokens_map|vocab)\.json|vocab\.txt|merges\.txt"
+)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MAX_IDS = 20
@@ -41,12 +49,12 @@ def check_output(output: str | Path, *, force: bool, inputs: tuple[str | Path, .
 
     Args:
         output: The folder.
-        force: Whether a model or adapter that lies there may be replaced.
+        force: Whether a model or adapter that was written there may be replaced.
         inputs: Folders that are read, and so must not be replaced.
 
     Raises:
         ArtifactError: If the folder is not empty and ``force`` is not given, or holds one of the
-            inputs, or anything else than a model or an adapter.
+            inputs, or anything else than a model or an adapter written here.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -63,12 +71,48 @@ def check_output(output: str | Path, *, force: bool, inputs: tuple[str | Path, .
             raise ArtifactError(
                 f"`{folder}` cannot be replaced: `{path}` in it is needed. Give another `output`."
             )
-    if not any((folder / name).is_file() for name in _MARKERS):
+    _check_ours(folder)
+    return folder
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuses to replace a folder that holds anything but a model or an adapter of ours."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    ours = _listed(folder) or {
+        name
+        for path in folder.iterdir()
+        if _FILES.fullmatch(name := path.name) or _WEIGHTS.fullmatch(name)
+    }
+    has_config = not ours.isdisjoint(("config.json", "adapter_config.json"))
+    if not has_config or not any(map(_WEIGHTS.fullmatch, ours)):
         raise ArtifactError(
             f"`{folder}` holds neither a model nor an adapter, so `force` does not replace it. "
             "Give another `output`, or empty the folder yourself."
         )
-    return folder
+    foreign = foreign_entries(folder, ours)
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise ArtifactError(
+            f"`{folder}` holds what is not of a model or an adapter written here, and replacing "
+            f"the folder would delete it: {', '.join(foreign[:5])}{more}. Give another `output`, "
+            "or move that elsewhere."
+        )
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files that were written here; none if there is no list of them."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {MANIFEST, *map(str, listed)} if isinstance(listed, list) else set()
+
+
+def _list_files(folder: Path) -> None:
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    text = json.dumps({"format_version": 1, "files": sorted(files)}, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def save_model(
@@ -83,13 +127,16 @@ def save_model(
 
     Args:
         model: The model.
-        folder: Replaced if it is there.
+        folder: Replaced if it holds a model or an adapter that was written here.
         source: Folder or hub id that the tokenizer is copied from.
         revision: Of a hub id.
-        card: Text of ``README.md``; none is written when empty.
+        card: Text of ``README.md``, as [`model_card`][] makes it; none is written when empty.
 
     Returns:
         Whether there was a tokenizer to copy.
+
+    Raises:
+        ArtifactError: If the folder holds anything else.
     """
     import transformers
 
@@ -99,12 +146,13 @@ def save_model(
         )
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None
-    with atomic_folder(folder) as staging, _no_progress_bar():
+    with atomic_folder(folder, _check_ours) as staging, _no_progress_bar():
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if card:
-            (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+            (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+        _list_files(staging)
     return tokenizer is not None
 
 
@@ -173,12 +221,12 @@ def save_adapter(
 
     Args:
         factors: Module name to factors, as ``core.lora.to_lora`` makes them.
-        folder: Replaced if it is there.
+        folder: Replaced if it holds a model or an adapter that was written here.
         provenance: Of the edit.
         is_encoder_decoder: Which kind of model it is for.
 
     Raises:
-        ArtifactError: If there are no factors.
+        ArtifactError: If there are no factors, or the folder holds anything else.
     """
     from safetensors.torch import save_file
 
@@ -211,12 +259,13 @@ def save_adapter(
     for name, pair in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.detach().cpu().contiguous()
-    with atomic_folder(folder) as staging:
+    with atomic_folder(folder, _check_ours) as staging:
         save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(config, indent=2) + "\n"
         (staging / "adapter_config.json").write_text(text, encoding="utf-8")
         card = _adapter_card(factors, provenance, is_encoder_decoder)
-        (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+        _list_files(staging)
 
 
 def model_card(provenance: Provenance, norm: float) -> str:
@@ -282,7 +331,7 @@ def _adapter_card(
 
 
 def _front_matter(provenance: Provenance, library: str) -> list[str]:
-    lines = ["---", f"library_name: {library}", "tags:", "- knowledge-editing"]
+    lines = ["---", f"library_name: {library}", "tags:", f"- {CARD_TAG}"]
     if library == "peft":
         lines.append("- lora")
     if provenance.method:

@@ -280,13 +280,14 @@ def report(
         ArtifactError: If the folder holds no report, or a damaged one.
     """
     from lightning_edit.report import metrics_table, read_report, write_results
-    from lightning_edit.report.files import EDITS, FILES, RESULTS
+    from lightning_edit.report.files import EDITS, FILES, RESULTS, is_foreign_card
 
     found = read_report(folder)
     if format in ("latex", "csv"):
         return Rendered(found, text=metrics_table(found, format))
     files = {"html": ("report.html",), "md": ("report.md",), "json": (EDITS, RESULTS)}
-    wanted = files.get(format, FILES)
+    everything = [name for name in FILES if not is_foreign_card(Path(folder) / name)]
+    wanted = files.get(format, everything)
     write_results(found, folder, wanted)
     return Rendered(found, tuple(Path(folder) / name for name in wanted))
 

@@ -89,10 +89,14 @@ class EditCheckpoint(ModelCheckpoint):
         # Lightning writes to a temporary folder and moves the file here, which between two file
         # systems is a copy: a run killed meanwhile would lose the earlier checkpoint, too.
         part = Path(f"{filepath}.part")
+        own = {self._last_checkpoint_saved, str(trainer.ckpt_path)}
         super()._save_checkpoint(trainer, str(part))
         if trainer.is_global_zero:
             if Path(filepath).is_dir():  # of a sharded strategy
-                shutil.rmtree(filepath)
+                if str(filepath) in own:
+                    shutil.rmtree(filepath)
+                else:  # not this run's to delete
+                    _move_aside(Path(filepath).parent)
             os.replace(part, filepath)
         self._last_checkpoint_saved = filepath
         trainer.strategy.barrier("EditCheckpoint")

@@ -24,12 +24,14 @@ from lightning_edit.callbacks.edit_evaluator import EditEvaluator
 from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
+from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
 from lightning_edit.modules.base import EditModule
 from lightning_edit.report import metrics_table, write_results
 from lightning_edit.report.files import FILES as REPORT_FILES
+from lightning_edit.report.files import is_foreign_card
 from lightning_edit.report.results import EditRow, ProbeRow, RunReport
 
 __all__ = ["EditReport"]
@@ -103,7 +105,7 @@ class EditReport(Callback):
         if delta is not None and saved:
             delta.save(folder / "delta", originals=self.originals)
         self.report = self._build(pl_module, delta, evaluators, curves, saved=saved)
-        files = [name for name in REPORT_FILES if not _is_foreign(folder / name)]
+        files = [name for name in REPORT_FILES if not is_foreign_card(folder / name)]
         write_results(self.report, folder, files)
         self._show(folder, saved)
 
@@ -199,16 +201,17 @@ def _banner(pl_module: EditModule, trainer: Trainer) -> str:
     )
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether a file is the README of something else, such as a project that a run lies in."""
-    if path.name != "README.md" or not path.is_file():
-        return False
-    return "library_name: lightning_edit" not in path.read_text("utf-8")
-
-
 def _move_aside(folder: Path) -> None:
-    old = [path for name in FILES if (path := folder / name).exists() and not _is_foreign(path)]
+    """Keeps the files of an earlier run in ``earlier/``; refuses those that are of no run."""
+    old = [path for name in FILES if (path := folder / name).exists() and not is_foreign_card(path)]
     if not any(path.name in ("results.json", "delta") for path in old):
+        others = [path.name for path in old if path.name != "README.md"]
+        if others:
+            raise ArtifactError(
+                f"`{folder}` holds {', '.join(others)}, which the report of this run would "
+                "replace, but no results.json, so that they are of no earlier run. Give "
+                "EditReport another `dirpath`, or move them elsewhere."
+            )
         return
     stamp = datetime.fromtimestamp(max(p.stat().st_mtime for p in old), UTC)
     name = f"{stamp:%Y%m%d-%H%M%S}"

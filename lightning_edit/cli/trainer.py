@@ -20,6 +20,7 @@ from typing_extensions import override
 
 import lightning_edit
 from lightning_edit.__about__ import __version__
+from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint
 from lightning_edit.cli.parsing import EditParser, find_config
 from lightning_edit.core.errors import EditError
 from lightning_edit.modules.base import EditModule
@@ -51,8 +52,34 @@ class EditCLI(LightningCLI):
     """Lightning's command line over editors, data and callbacks of this package."""
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """Has the arguments in a checkpoint overrule the configuration, once they are checked.
+
+        Lightning would import whatever class they name.
+        """
+        verb = self.config.get("subcommand")
+        checkpoint = self.config[verb].get("ckpt_path") if verb else None
+        if not checkpoint or not Path(checkpoint).is_file():
+            return
+        found = read_checkpoint(checkpoint).get("hyper_parameters", {})
+        class_path = check_hyper_parameters(found, EditModule, checkpoint)
+        arguments = {name: value for name, value in found.items() if not name.startswith("_")}
+        if not found:
+            return
+        model: dict[str, Any] = arguments
+        if class_path is not None:
+            model = {"class_path": class_path, "dict_kwargs": arguments}
+        self.config = self.parser.parse_object({verb: {"model": model}}, self.config)
+
+    @override
     def before_instantiate_classes(self) -> None:
-        checkpoint = self.config.get(self.subcommand or "", self.config).get("ckpt_path")
+        settings = self.config.get(self.subcommand or "", self.config)
+        if settings.get("weights_only") is False:
+            self.parser.error(
+                "`weights_only` is false, but checkpoints are always read without pickles, so that "
+                "no code in them runs. Leave it out."
+            )
+        checkpoint = settings.get("ckpt_path")
         if not checkpoint or checkpoint in ("last", "best", "hpc") or "://" in checkpoint:
             return
         if not Path(checkpoint).exists():

@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "FORMAT_VERSION",
     "TENSORS",
     "atomic_folder",
+    "foreign_entries",
     "load_artifact",
     "provenance_of",
     "read_config",
@@ -39,6 +40,8 @@ FORMAT_VERSION = 1
 CONFIG = "delta_config.json"
 TENSORS = "delta.safetensors"
 CARD = "README.md"
+#: A tag of every card that is written here.
+CARD_TAG = "knowledge-editing"
 
 # By what was wanted, what a folder of the other kind is and how to go about it.
 _OTHER_KIND = {
@@ -51,11 +54,16 @@ _OTHER_KIND = {
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     """Gives a folder to fill, which takes the place of ``folder`` only when all went well.
 
     What stood there before is deleted then, and is as it was when anything fails.
+
+    Args:
+        folder: Made if it is missing.
+        check: Raises if what stands there must not be deleted; called before and after the work.
     """
+    check(folder)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -63,6 +71,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield staging
         staging.chmod(0o755)  # mkdtemp makes it private
         if folder.exists():
+            check(folder)  # something may have been put there meanwhile
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             os.replace(folder, retired / folder.name)
             try:
@@ -98,7 +107,6 @@ def save_artifact(
     """
     from safetensors.torch import save_file
 
-    _check_place(folder)
     # Factors of several sites may share storage, which safetensors refuses.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     config: dict[str, Any] = {
@@ -108,7 +116,7 @@ def save_artifact(
         **about,
         "norm": edit.norm(),
     }
-    with atomic_folder(folder) as staging:
+    with atomic_folder(folder, _check_place) as staging:
         save_file(tensors, staging / TENSORS, metadata={"format": "pt"})
         config["tensors_sha256"] = _file_hash(staging / TENSORS)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -201,12 +209,34 @@ def _check_place(folder: Path) -> None:
     """Refuses to replace a folder with other things in it, which would be deleted."""
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"`{folder}` is a file. Give a folder to save the edit in.")
-    others = {path.name for path in folder.glob("*")} - {CONFIG, TENSORS, CARD}
+    others = foreign_entries(folder, {CONFIG, TENSORS, CARD})
     if others:
         raise ArtifactError(
-            f"`{folder}` holds other files ({', '.join(sorted(others)[:3])}), which saving would "
+            f"`{folder}` holds other files ({', '.join(others[:3])}), which saving would "
             f"delete. Give the edit a folder of its own, such as `{folder / 'delta'}`."
         )
+
+
+def foreign_entries(folder: Path, ours: Collection[str]) -> list[str]:
+    """What lies in a folder beside files of ours: names, those of folders with a slash.
+
+    A link is foreign, whatever its name, and so is a card that says nothing of an edit.
+
+    Args:
+        folder: The folder; it may be missing.
+        ours: Paths of our files in it.
+    """
+    parents = {str(parent) for name in ours for parent in PurePosixPath(name).parents}
+    foreign = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        is_ours = name in parents if path.is_dir() else name in ours and path.is_file()
+        if name == CARD and is_ours:
+            is_ours = CARD_TAG in path.read_text("utf-8", errors="replace")
+        if path.is_symlink() or not is_ours:
+            first = name.partition("/")[0]
+            foreign.add(f"{first}/" if (folder / first).is_dir() else first)
+    return sorted(foreign)
 
 
 def _file_hash(path: Path) -> str:
@@ -226,7 +256,7 @@ def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
 def _card(edit: Edit, config: dict[str, Any]) -> str:
     provenance = edit.provenance
     base = provenance.base
-    front = ["---", "library_name: lightning_edit", "tags:", "- knowledge-editing"]
+    front = ["---", "library_name: lightning_edit", "tags:", f"- {CARD_TAG}"]
     if provenance.method:
         front.append(f"- {provenance.method.lower()}")
     if base.id:

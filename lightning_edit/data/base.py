@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_edit.checkpoints import PlainCheckpoints
 from lightning_edit.core.errors import MissingDependencyError, RequestError
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.data.json import read_records, request_from_record
@@ -21,7 +22,7 @@ from lightning_edit.data.records import Record, without_nones
 __all__ = ["EditDataModule"]
 
 
-class EditDataModule(LightningDataModule):
+class EditDataModule(PlainCheckpoints, LightningDataModule):
     """Edit requests for the Trainer, written inline, or read from a file or a hub data set.
 
     A batch is a ``list[EditRequest]``. In ``fit`` every rank gets every request in the same order;

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
+from lightning_edit.checkpoints import PlainCheckpoints
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data.base import EditDataModule
 from lightning_edit.data.loader import RequestLoader, ResumableRequestLoader
@@ -16,7 +17,7 @@ from lightning_edit.data.loader import RequestLoader, ResumableRequestLoader
 __all__ = ["HeldOut"]
 
 
-class HeldOut(LightningDataModule):
+class HeldOut(PlainCheckpoints, LightningDataModule):
     """Trains on the requests of one data module and measures on those of another.
 
     Args:

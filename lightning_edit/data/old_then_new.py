@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from lightning_edit.checkpoints import PlainCheckpoints
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.request import EditRequest
 
@@ -27,7 +28,7 @@ _OPTIONAL = (
 )
 
 
-class OldThenNew(LightningDataModule):
+class OldThenNew(PlainCheckpoints, LightningDataModule):
     """Serves the old knowledge in the first epochs of a fit and the new in the others.
 
     The callback `TaskVectorForgetting` with the same ``forget_epochs`` takes the old knowledge out

@@ -11,12 +11,13 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_edit.checkpoints import PlainCheckpoints
 from lightning_edit.core.errors import MissingDependencyError, RequestError
 
 __all__ = ["TextDataModule"]
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(PlainCheckpoints, LightningDataModule):
     r"""Texts of a file or a hub data set, read only as far as they are asked for.
 
     A batch is a ``list[str]``.

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_edit.checkpoints import PlainCheckpoints, load_plainly
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
@@ -40,7 +41,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Protocol = Literal["independent", "batch", "sequential"]
 
 
-class EditModule(LightningModule, ABC, Generic[E]):
+class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     """Base of all editors: a language model, and how to change what it knows.
 
     A subclass writes one method, ``compute_edit``, and where it edits, ``edited_names``.
@@ -69,8 +70,6 @@ class EditModule(LightningModule, ABC, Generic[E]):
     paper: ClassVar[str] = ""
     #: Whether the method needs a model without an encoder.
     decoder_only: ClassVar[bool] = False
-    #: Arguments that are no primitives, which a checkpoint must not hold.
-    unsaved_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -180,6 +179,7 @@ class EditModule(LightningModule, ABC, Generic[E]):
 
     @override
     def setup(self, stage: str) -> None:
+        load_plainly(self.trainer.strategy)
         if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise EditError(
                 f"`trainer.precision` is {self.trainer.precision!r}, by which Lightning would "

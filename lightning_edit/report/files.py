@@ -16,7 +16,15 @@ from lightning_edit.report.markdown import render_markdown
 from lightning_edit.report.page import render_html
 from lightning_edit.report.results import RunReport
 
-__all__ = ["EDITS", "FILES", "FORMAT_VERSION", "RESULTS", "read_report", "write_results"]
+__all__ = [
+    "EDITS",
+    "FILES",
+    "FORMAT_VERSION",
+    "RESULTS",
+    "is_foreign_card",
+    "read_report",
+    "write_results",
+]
 
 FORMAT_VERSION = 1
 RESULTS = "results.json"
@@ -94,6 +102,17 @@ def read_report(folder: str | Path) -> RunReport:
             _parse(line, f"{edits}, line {i}") for i, line in enumerate(lines, 1) if line.strip()
         ]
     return RunReport.from_dict(record, where=str(path))
+
+
+def is_foreign_card(path: Path) -> bool:
+    """Whether a file is the README of something else, such as a project that a run lies in.
+
+    Args:
+        path: A file of a run's folder; it may be missing.
+    """
+    if path.name != "README.md" or not path.is_file():
+        return False
+    return "library_name: lightning_edit" not in path.read_text("utf-8", errors="replace")
 
 
 def _edits(report: RunReport) -> str:

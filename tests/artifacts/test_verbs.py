@@ -361,7 +361,7 @@ def test_report(fmt: Any, files: set[str]) -> None:
     _run()
     before = {path.name: path.read_text() for path in Path("run").iterdir() if path.is_file()}
     for name in ("report.html", "report.md", "README.md"):
-        Path("run", name).write_text("worn out")
+        Path("run", name).write_text("library_name: lightning_edit, worn out")
     done = verbs.report("run", fmt)
     assert {path.name for path in done.files} == files
     assert bool(done.text) == (not files)
@@ -370,6 +370,13 @@ def test_report(fmt: Any, files: set[str]) -> None:
             kept = path.name in ("results.json", "edits.jsonl")
             assert (path.read_text() == before[path.name]) == (path.name in files or kept)
     assert done.report == read_report("run")
+
+
+def test_a_report_keeps_a_readme_of_ones_own() -> None:
+    _run()
+    Path("run/README.md").write_text("# My project\n")
+    assert Path("run/README.md") not in verbs.report("run").files
+    assert Path("run/README.md").read_text() == "# My project\n"
 
 
 def test_report_as_text() -> None:

@@ -120,6 +120,17 @@ def test_a_run_that_begins_anew_keeps_the_earlier_checkpoint(tmp_path: Path) -> 
     assert [steps_in(file) for file in (tmp_path / "earlier").iterdir()] == [3]
 
 
+def test_a_folder_that_this_run_has_not_written_is_kept(tmp_path: Path) -> None:
+    stop_at(tmp_path, 3)
+    (tmp_path / "last.ckpt").rename(tmp_path / "start.ckpt")
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "thesis.tex").write_text("mine")
+    trainer_of(tmp_path).fit(editor_of(), data_of(), ckpt_path=tmp_path / "start.ckpt")
+    assert steps_in(tmp_path / "last.ckpt") == 5
+    [kept] = (tmp_path / "earlier").iterdir()
+    assert (kept / "thesis.tex").read_text() == "mine"
+
+
 def test_a_run_killed_while_it_saves_keeps_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

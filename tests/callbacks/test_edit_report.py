@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_edit import EditEvaluator, EditReport, FineTune, WeightDelta
+from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -107,6 +108,15 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path: Path, turn: tuple[
     row = results["metrics"]["reliability/teacher_forced"]
     assert row["before"] is not None
     assert row["after"] is not None
+
+
+@pytest.mark.parametrize("name", ["edits.jsonl", "report.html"])
+def test_files_of_no_run_are_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ArtifactError, match=rf"holds {name}, which the report .* would replace"):
+        edited(tmp_path, n=1, steps=2)
+    assert names(tmp_path) == {name}
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_earlier_results_are_kept_and_other_files_left_alone(tmp_path: Path) -> None:

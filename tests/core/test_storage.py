@@ -17,7 +17,7 @@ from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError
-from lightning_edit.core.storage import atomic_folder, read_config
+from lightning_edit.core.storage import atomic_folder, foreign_entries, read_config
 
 
 def _delta() -> WeightDelta:
@@ -205,17 +205,21 @@ def test_files_of_two_edits(tmp_path: Path) -> None:
 # -- a folder is whole or not there ----------------------------------------------------------
 
 
+def _anything(folder: Path) -> None:
+    """Allows whatever is there to be replaced."""
+
+
 def _contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_a_crash_while_writing_leaves_the_earlier_folder(tmp_path: Path) -> None:
     target = tmp_path / "delta"
-    with atomic_folder(target) as staging:
+    with atomic_folder(target, _anything) as staging:
         (staging / "file").write_text("earlier")
 
     def interrupted() -> None:
-        with atomic_folder(target) as staging:
+        with atomic_folder(target, _anything) as staging:
             (staging / "file").write_text("half")
             assert _contents(target) == {"file": "earlier"}
             raise KeyboardInterrupt
@@ -230,7 +234,7 @@ def test_a_crash_while_replacing_leaves_the_earlier_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "delta"
-    with atomic_folder(target) as staging:
+    with atomic_folder(target, _anything) as staging:
         (staging / "file").write_text("earlier")
     replace = os.replace
     calls = []
@@ -242,7 +246,7 @@ def test_a_crash_while_replacing_leaves_the_earlier_folder(
         replace(source, destination)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="disk full"), atomic_folder(target) as staging:
+    with pytest.raises(OSError, match="disk full"), atomic_folder(target, _anything) as staging:
         (staging / "file").write_text("later")
     assert len(calls) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["delta"]
@@ -251,7 +255,7 @@ def test_a_crash_while_replacing_leaves_the_earlier_folder(
 
 def test_success_leaves_nothing_else(tmp_path: Path) -> None:
     for text in ("earlier", "later"):
-        with atomic_folder(tmp_path / "deep" / "delta") as staging:
+        with atomic_folder(tmp_path / "deep" / "delta", _anything) as staging:
             (staging / "file").write_text(text)
     assert _contents(tmp_path) == {"deep/delta/file": "later"}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["delta"]
@@ -299,3 +303,25 @@ def test_saving_replaces_an_edit_and_nothing_else(tmp_path: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(ArtifactError, match=r"`.*notes.txt` is a file"):
         _delta().save(folder / "notes.txt")
+    mine = tmp_path / "mine"
+    (mine / "delta.safetensors").mkdir(parents=True)
+    (mine / "delta_config.json").symlink_to(folder / "notes.txt")
+    (mine / "README.md").write_text("# My project\n")
+    others = r"\(README.md, delta.safetensors/, delta_config.json\)"
+    with pytest.raises(ArtifactError, match=f"holds other files {others}"):
+        _delta().save(mine)
+    assert (mine / "README.md").read_text() == "# My project\n"
+
+
+def test_what_is_put_into_a_folder_while_it_is_written_is_kept(tmp_path: Path) -> None:
+    folder = _saved(tmp_path)
+
+    def check(place: Path) -> None:
+        if foreign_entries(place, {path.name for path in folder.glob("delta*")} | {"README.md"}):
+            raise ArtifactError("foreign")
+
+    with pytest.raises(ArtifactError, match="foreign"), atomic_folder(folder, check):
+        (folder / ".git").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+    assert (folder / ".git").is_dir()
+    WeightDelta.load(folder)

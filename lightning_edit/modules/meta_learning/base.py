@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_edit.checkpoints import read_checkpoint
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
@@ -295,7 +296,7 @@ def read_editor(checkpoint: str | Path) -> dict[str, Any]:
             f"There is no checkpoint `{checkpoint}`. Give a file that training an editor, "
             "such as MEND, has written."
         )
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(path)
     if "editor" not in saved.get("lightning_edit", {}):
         raise ArtifactError(
             f"`{checkpoint}` holds no trained editor. Give a file that training an editor (KE, "
