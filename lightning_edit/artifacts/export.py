@@ -130,7 +130,7 @@ def save_model(
         folder: Replaced if it holds a model or an adapter that was written here.
         source: Folder or hub id that the tokenizer is copied from.
         revision: Of a hub id.
-        card: Text of ``README.md``, as [`model_card`][] makes it; none is written when empty.
+        card: Text of ``README.md``, as `model_card` makes it; none is written when empty.
 
     Returns:
         Whether there was a tokenizer to copy.
