@@ -125,7 +125,7 @@ def read_checkpoint(source: str | Path | IO[bytes], where: str = "") -> dict[str
     Raises:
         ArtifactError: If it is missing, damaged, or holds more than tensors and plain values.
 
-    Example:
+    Examples:
         >>> file = getfixture("tmp_path") / "a.ckpt"
         >>> torch.save({"state_dict": {"weight": torch.ones(2)}}, file)
         >>> read_checkpoint(file)["state_dict"]["weight"]
