@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 # A worker for each core, four at most, each of which loads the default model once.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 $(VENV)/.base: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ $(VENV)/.base: constraints.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) -e '.[cli,data,dev,peft,plot]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e '.[docs]'
 	touch $@
 
 # Ten false facts written into a real model, measured and reported in runs/edit.
@@ -37,5 +41,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages and the reference, in site/; warnings are errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache

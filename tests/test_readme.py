@@ -32,7 +32,7 @@ from lightning_edit.artifacts.catalog import offers
 from lightning_edit.demos import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCE = re.compile(
     r"^(?P<left_out><!-- not run: [^\n]+ -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
@@ -206,7 +206,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         file = (page.parent / name).resolve() if name else page
         assert file.exists(), f"{page.name}: `{target}` does not exist"
-        if page.parent == ROOT / "docs":
+        if page.is_relative_to(ROOT / "docs"):
             assert file.is_relative_to(ROOT / "docs"), f"{page.name}: `{target}` is not in the site"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: `{target}` has no such heading"
@@ -220,8 +220,9 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    named = set(re.findall(r"\w+\.md", str(navigation)))
-    assert named == {page.name for page in PAGES if page.parent == ROOT / "docs"}
+    named = set(re.findall(r"[\w/]+\.md", str(navigation)))
+    docs = ROOT / "docs"
+    assert named == {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
 
 
 def pages_text() -> str:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lightning_edit"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EVERYTHING = sorted(
     path
-    for folder in ("lightning_edit", "tests", "examples", "benchmarks")
+    for folder in ("lightning_edit", "tests", "examples", "benchmarks", "docs")
     for path in (ROOT / folder).rglob("*.py")
 )
 # Sections of docstrings that mkdocstrings knows, and two that it sets in a box.

@@ -32,9 +32,6 @@ class CountingMetric(Metric):
 
     Subclasses call ``add_counter`` in their constructor, ``count_scores`` in ``update`` and
     ``rate`` in ``compute``. They never add states of another kind.
-
-    Args:
-        kwargs: Arguments of every torchmetrics metric.
     """
 
     is_differentiable = False

@@ -68,11 +68,10 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         lr: Learning rate, constant, of Adafactor with neither scaled parameters nor relative steps.
         steps: Steps of ``edit``, at most; ``fit`` goes by the Trainer's ``max_epochs``.
         stop_loss: Loss in nats below which ``edit`` learns nothing more.
-        optimizer: Makes the optimizer, such as Adam, with its own learning rate. Adafactor if None.
         seed: Seed of K, of which the n-th block draws from seed + n.
         max_entries: Blocks that the memory may hold; any number if None.
-        kwargs: Further arguments of ``LoopModule``, and of every editor; see
-            [`EditModule`][lightning_edit.EditModule].
+        kwargs: Further arguments of ``LoopModule``, of which ``optimizer`` is Adafactor if None,
+            and of every editor; see [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         EditError: If ``gated`` is asked for, but the model's MLPs are not, or there is no such
