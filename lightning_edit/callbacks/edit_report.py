@@ -25,6 +25,7 @@ from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
@@ -223,7 +224,7 @@ def _move_aside(folder: Path) -> None:
 
 
 def _edit_rows(
-    evaluator: EditEvaluator, history: list[dict[str, Any]], delta: Edit | None
+    evaluator: EditEvaluator, history: list[RequestFigures], delta: Edit | None
 ) -> list[EditRow]:
     before, after = evaluator.before, evaluator.after
     if before is None or after is None:
@@ -236,7 +237,7 @@ def _edit_rows(
     rows = []
     for request in evaluator.requests:
         old, new = list(before.of(request.id)), list(after.of(request.id))
-        own = dict(figures.get(request.id, {}))
+        own: dict[str, Any] = {**figures.get(request.id, {})}
         own.pop("id", None)
         norm = own.pop("norm", None)
         rows.append(

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lightning_edit.core.errors import ModelError, RequestError
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 
 __all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows", "space_between"]
@@ -216,6 +217,9 @@ class EditBatch:
             of an encoder-decoder.
         prompt_lengths: Number of prompt tokens, [B].
         tokens: The tokenizer that made the batch.
+        processes: Those that hold this very batch, whose work they may share out.
+        pass_dtype: Precision of passes that a method may round, from the Trainer's ``bf16-mixed``
+            or the caller's autocast; None for that of the weights.
     """
 
     requests: tuple[EditRequest, ...]
@@ -224,6 +228,8 @@ class EditBatch:
     labels: Tensor
     prompt_lengths: Tensor
     tokens: PromptTokenizer
+    processes: Processes = field(default_factory=Processes)
+    pass_dtype: torch.dtype | None = None
 
     @classmethod
     def from_requests(cls, requests: Sequence[EditRequest], tokens: PromptTokenizer) -> Self:

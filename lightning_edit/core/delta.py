@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_edit.core.change import Change, LowRank, add_changes, dense_change, tensors_of
 from lightning_edit.core.edit import Edit, Provenance
 from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
 from lightning_edit.core.sharding import local_shard, shard_like
@@ -70,7 +71,7 @@ class WeightDelta(Edit):
         self.provenance = provenance or Provenance()
         self.originals: dict[str, Tensor] = dict(originals or {})
         self.hashes: dict[str, tuple[str, str]] = dict(hashes or {})
-        self.details: dict[str, Any] = {}
+        self.details: EditDetails = {}
         self.carried: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
 
 __all__ = ["BaseModelInfo", "Edit", "Provenance"]
@@ -70,7 +71,7 @@ class Edit(ABC):
 
     provenance: Provenance
     #: Figures of the computation, such as target values and losses; not saved.
-    details: dict[str, Any]
+    details: EditDetails
     #: What the method goes on from once this edit is committed, such as running statistics; of a
     #: sum, what its last part left. Kept in checkpoints, not in an edit's files.
     carried: dict[str, Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.edit import Edit, Provenance
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 
 __all__ = ["MemoryWrite"]
@@ -70,7 +71,7 @@ class MemoryWrite(Edit):
         self.entries: dict[str, MemoryEntry | None] = dict(entries)
         self.provenance = provenance or Provenance()
         self.replaced: dict[str, MemoryEntry | None] = dict(replaced or {})
-        self.details: dict[str, Any] = {}
+        self.details: EditDetails = {}
         self.carried: dict[str, Tensor] = {}
         self.order = tuple(order)
         self.shared: dict[str, Tensor] = dict(shared or {})

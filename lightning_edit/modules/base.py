@@ -4,51 +4,54 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_edit.checkpoints import PlainCheckpoints, load_plainly
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
-from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import BaseModelInfo, Provenance
-from lightning_edit.core.errors import (
-    ArtifactError,
-    EditError,
-    FailedRequestsError,
-    ModelError,
-)
-from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.errors import ArtifactError, EditError, ModelError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
-from lightning_edit.core.request import EditRequest, check_requests
-from lightning_edit.core.sharding import local_shard, shard_like
-from lightning_edit.evaluation.evaluator import Baseline, Evaluator
+from lightning_edit.core.processes import Processes
+from lightning_edit.core.request import EditRequest
+from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.metrics import edit_metrics
+from lightning_edit.modules.arguments import check_arguments
+from lightning_edit.modules.fitting import (
+    CommitEdits,
+    Fitting,
+    Stateful,
+    edit_or_go_on,
+    log_metrics,
+)
+from lightning_edit.modules.protocols import EditProtocol, ProtocolName, make_protocol
+from lightning_edit.modules.session import EditSession
+from lightning_edit.modules.targets import Target, WeightTarget, relative_norm
 from lightning_edit.optim import E, EditOptimizer
 
-__all__ = ["DType", "EditModule", "Protocol"]
+__all__ = ["DType", "EditModule"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Protocol = Literal["independent", "batch", "sequential"]
 
 
 class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     """Base of all editors: a language model, and how to change what it knows.
 
-    A subclass writes one method, ``compute_edit``, and where it edits, ``edited_names``.
-    Its edits are of weights, unless it derives from a base for another kind. It must not override
-    ``edit``, ``training_step``, ``configure_model`` or the checkpoint hooks; what a method
-    carries from edit to edit goes into the edit, and comes back as ``carried`` once that is
-    committed.
+    A subclass writes one method, ``compute_edit``. It may say where it edits, by
+    ``default_layers`` or ``edited_names``, and what, by ``make_target``; it overrides
+    nothing else. How ``fit`` works is an object, too: what commits edits, or what
+    ``fit_by`` gives in its place. What a method carries from edit to edit goes into the edit,
+    and comes back as ``carried`` once that is committed.
 
     The verbs of the Trainer have editing meanings. ``fit`` commits edits, one optimizer step a
     batch of requests; ``validate`` measures the model as it stands; ``test`` makes edits, measures
@@ -70,6 +73,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     paper: ClassVar[str] = ""
     #: Whether the method needs a model without an encoder.
     decoder_only: ClassVar[bool] = False
+    #: Arguments of every editor that this one has no use for, and what to do instead.
+    unused_arguments: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -79,9 +84,12 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         revision: str | None = None,
         chat_template: bool = False,
         cache_dir: str | None = None,
-        test_protocol: Protocol = "independent",
+        test_protocol: ProtocolName = "independent",
         max_new_tokens: int = 24,
+        **unknown: Any,
     ) -> None:
+        # Subclasses hand on what they do not know, so that the error can name the editor.
+        check_arguments(type(self), {"layers": layers, **unknown}, self.unused_arguments)
         super().__init__()
         self.save_hyperparameters(ignore=self.unsaved_arguments)
         self.model_id = model
@@ -92,24 +100,18 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.cache_dir = cache_dir
         self.test_protocol = test_protocol
         self.max_new_tokens = max_new_tokens
-        self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold only what changed
         self.model: Any = None
         self.val_metrics = edit_metrics("val/")
         self.test_metrics = edit_metrics("test/")
         #: Figures of each committed edit, in order: ``id``, ``seconds`` and the method's own.
-        self.history: list[dict[str, Any]] = []
-        #: Precision of passes that a method may round, from the Trainer's ``bf16-mixed`` or the
-        #: caller's autocast; None for that of the weights.
-        self.pass_dtype: torch.dtype | None = None
-        #: Whether all processes hold the same batch, whose work they may share out.
-        self.shares_batches = False
-        self._tested: list[tuple[list[EditRequest], Baseline]] = []
-        self._delta_before_test: E | None = None
+        self.history: list[RequestFigures] = []
+        #: Parts of the editor with something that a resumed run must have.
+        self.parts: list[Stateful] = []
+        self.fit_by(CommitEdits())
         self._tokens: PromptTokenizer | None = None
-        self._optimizer: EditOptimizer[E] | None = None
-        self._tuned: dict[str, nn.Parameter] = {}
-        self._base: BaseModelInfo | None = None
+        self._session: EditSession[E] | None = None
+        self._protocol: EditProtocol | None = None
 
     # -- the method --------------------------------------------------------------------------
 
@@ -117,40 +119,32 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     def compute_edit(self, batch: EditBatch) -> E:
         """Computes the edit that answers a batch of requests.
 
-        Called with gradients enabled. Weights may be changed on the way: the base class puts
-        them back.
+        Called with gradients enabled. Weights may be changed on the way: they are put back.
         """
-
-    def edited_names(self, tree: ModelTree) -> list[str]:
-        """Names of the parameters that edits may change; the MLP outputs of the layers."""
-        layers = self.layers if self.layers is not None else self.default_layers(tree)
-        return [site.name for site in Locator(layers=layers).sites(tree.model)]
-
-    def _make_optimizer(self, tree: ModelTree, originals: dict[str, Tensor]) -> EditOptimizer[E]:
-        return EditOptimizer(tree.model, originals)
 
     def default_layers(self, tree: ModelTree) -> list[int]:
         """Layers to edit where the user names none."""
         return list(range(len(tree.blocks)))
 
-    def edit_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the edits, as tensors and primitives."""
-        return {"history": self.history}
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        """Names of the parameters that edits may change; the MLP outputs of the layers."""
+        return [site.name for site in Locator(layers=self.layers_of(tree)).sites(tree.model)]
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``edit_state`` returned in an earlier run."""
-        self.history = [dict(row) for row in state["history"]]
+    def make_target(self, tree: ModelTree) -> Target[E]:
+        """What is edited in a model: the weights of ``edited_names``.
 
-    @property
-    def carried(self) -> dict[str, Tensor]:
-        """What the last committed edit left for the next one, by name; empty before the first.
-
-        A method reads it in ``compute_edit`` and leaves new tensors in ``edit.carried``, which
-        the optimizer takes over with the edit: an edit that is never committed changes no later
-        one, one that is taken back takes this back, and a resumed run has it.
+        Raises before the model is touched where it has no place for the edits.
         """
-        device = next(self.model.parameters()).device
-        return {name: tensor.to(device) for name, tensor in self.delta.carried.items()}
+        return cast(Target[E], WeightTarget(tree.model, self.edited_names(tree)))
+
+    def fit_by(self, fitting: Fitting[E]) -> None:
+        """Says how ``fit`` works; by committing edits unless a subclass says otherwise."""
+        self.fitting = fitting
+        self.automatic_optimization = fitting.automatic
+
+    def layers_of(self, tree: ModelTree) -> list[int]:
+        """Layers to edit: those that the user names, or the method's own."""
+        return self.layers if self.layers is not None else self.default_layers(tree)
 
     # -- a model -----------------------------------------------------------------------------
 
@@ -174,8 +168,34 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         """
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         module = cls(model=name or type(model).__name__, **settings)
-        module._adopt(model, tokenizer)
+        module.adopt(model, tokenizer)
         return module
+
+    def adopt(self, model: Any, tokenizer: Any) -> None:
+        """Makes a model in memory the one that is edited, in place.
+
+        Args:
+            model: A Hugging Face language model.
+            tokenizer: Its fast tokenizer.
+
+        Raises:
+            ModelError: If the method does not work on such models.
+        """
+        tree = ModelTree.of(model)
+        if tree.is_encoder_decoder and self.decoder_only:
+            raise ModelError(
+                f"{type(self).__name__} needs a decoder-only model, but {self.model_id} "
+                f"({type(model).__name__}) has an encoder. Choose another method or model."
+            )
+        self._tokens = PromptTokenizer(
+            tokenizer,
+            chat_template=self.chat_template,
+            is_encoder_decoder=tree.is_encoder_decoder,
+            max_length=getattr(getattr(model, "config", None), "max_position_embeddings", None),
+        )
+        target = self.make_target(tree)
+        self.model = model
+        self._session = EditSession(model, self._tokens, target, self.model_id, self.revision)
 
     @override
     def setup(self, stage: str) -> None:
@@ -186,6 +206,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 "convert the weights after their originals were kept. Give the editor its `dtype` "
                 "instead, such as `dtype='bfloat16'`."
             )
+        self.fitting.setup(self.trainer, self, stage)
 
     @override
     def configure_model(self) -> None:
@@ -201,33 +222,24 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                     dtype=self.dtype_name,
                     cache_dir=self.cache_dir,
                 )
-                self._adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
-        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if shared and not any(p.requires_grad for p in self.parameters()):
+                self.adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
+        if self._trainer is not None:
+            self.target.prepare(str(self.trainer.state.fn or ""))
+        if Processes.running().count > 1 and not any(p.requires_grad for p in self.parameters()):
             # `ddp` refuses modules that have nothing to train.
             self.anchor = nn.Parameter(torch.zeros((), device=self.model.device))
 
-    def _adopt(self, model: Any, tokenizer: Any) -> None:
-        tree = ModelTree.of(model)
-        if tree.is_encoder_decoder and self.decoder_only:
-            raise ModelError(
-                f"{type(self).__name__} needs a decoder-only model, but {self.model_id} "
-                f"({type(model).__name__}) has an encoder. Choose another method or model."
-            )
-        names = self.edited_names(tree)  # fails before the model is touched
-        self._tokens = PromptTokenizer(
-            tokenizer,
-            chat_template=self.chat_template,
-            is_encoder_decoder=tree.is_encoder_decoder,
-            max_length=getattr(getattr(model, "config", None), "max_position_embeddings", None),
-        )
-        self.model = model
-        named = dict(model.named_parameters())
-        model.requires_grad_(False)
-        for name in names:
-            named[name].requires_grad_(True)
-        originals = {name: named[name].detach().clone() for name in names}
-        self._optimizer = self._make_optimizer(tree, originals)
+    @override
+    def teardown(self, stage: str) -> None:
+        if self._session is not None:
+            self.target.prepare("")
+
+    @property
+    def session(self) -> EditSession[E]:
+        """The model as it is being edited."""
+        if self._session is None:
+            raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
+        return self._session
 
     @property
     def tokens(self) -> PromptTokenizer:
@@ -242,30 +254,40 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         return ModelTree.of(self.model)
 
     @property
+    def target(self) -> Target[E]:
+        """What is edited in the model."""
+        return self.session.target
+
+    @property
     def edit_optimizer(self) -> EditOptimizer[E]:
         """The optimizer that commits edits and knows all that were committed."""
-        if self._optimizer is None:
-            raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
-        return self._optimizer
+        return self.target.optimizer
 
     @property
     def delta(self) -> E:
         """All that was committed so far."""
-        return self.edit_optimizer.delta
+        return self.target.delta
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """What the last committed edit left for the next one, by name; empty before the first.
+
+        A method reads it in ``compute_edit`` and leaves new tensors in ``edit.carried``, which
+        the optimizer takes over with the edit: an edit that is never committed changes no later
+        one, one that is taken back takes this back, and a resumed run has it.
+        """
+        device = self.session.device
+        return {name: tensor.to(device) for name, tensor in self.delta.carried.items()}
+
+    @property
+    def memory(self) -> EditMemory:
+        """The memory of the model, where the editor remembers edits beside the weights."""
+        return self.target.memory
 
     @property
     def base(self) -> BaseModelInfo:
         """The unedited model, with the hash of its weights."""
-        if self._base is None:
-            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-            self._base = BaseModelInfo(
-                id=self.model_id,
-                revision=self.revision,
-                dtype=dtype,
-                sha256=weight_hash(self.model, self.edit_optimizer.originals),
-                parameters=sum(p.numel() for p in self.model.parameters()),
-            )
-        return self._base
+        return self.session.base
 
     @property
     def provenance(self) -> Provenance:
@@ -273,42 +295,19 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         settings = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
         return Provenance(type(self).__name__, self.paper, settings, self.base)
 
-    @contextmanager
-    def base_weights(self) -> Iterator[None]:
-        """Has the unedited model inside a ``with`` block."""
-        with self._kept_weights():
-            with torch.no_grad():
-                for name, parameter in self._edited_parameters().items():
-                    original = self.edit_optimizer.originals[name]
-                    local_shard(parameter).copy_(shard_like(parameter, original))
-            yield
+    def base_weights(self) -> AbstractContextManager[None]:
+        """Context manager: the unedited model."""
+        return self.target.base_weights()
 
-    @contextmanager
-    def _kept_weights(self) -> Iterator[None]:
-        """Puts the weights back after a ``with`` block, bit for bit, whatever happens in it."""
-        parameters = self._edited_parameters()
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        flags = {name: p.requires_grad for name, p in parameters.items()}
-        gradients = {name: p.grad for name, p in parameters.items()}  # accumulated so far
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(kept[name])
-                    parameter.requires_grad_(flags[name])
-                    parameter.grad = gradients[name]
+    def relative_norm(self) -> float:
+        """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
+        delta: Any = self.delta
+        return relative_norm(delta, self.target.originals) if self.target.originals else 0.0
 
-    @torch.no_grad()
-    def write_for_now(self, edit: WeightDelta) -> None:
-        """Adds an edit to the weights inside ``compute_edit``, after which it is taken out."""
-        for name in edit.changes:
-            parameter = self.model.get_parameter(name)
-            weight = local_shard(parameter)
-            weight.copy_(weight.float() + shard_like(parameter, edit.dense(name)))
-
-    def _edited_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: self.model.get_parameter(name) for name in self.edit_optimizer.originals}
+    @property
+    def evaluator(self) -> Evaluator:
+        """Measures this model."""
+        return Evaluator(self.model, self.tokens, max_new_tokens=self.max_new_tokens)
 
     # -- edits -------------------------------------------------------------------------------
 
@@ -327,151 +326,86 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 the edit is that of the others, with a warning and the reasons in
                 ``edit.details["failed"]``.
         """
-        if isinstance(requests, EditRequest):
-            requests = [requests]
-        device = next(self.model.parameters()).device
-        mixed = torch.is_autocast_enabled(device.type)
-        found = torch.get_autocast_dtype(device.type) if mixed else None
-        # Gradients would leave the range of float16, for which a Trainer scales its losses.
-        self.pass_dtype = found if found == torch.bfloat16 else None
-        # Tokens made under inference mode could not be saved for backward, and what a method does
-        # not compute in `pass_dtype` must not be rounded.
-        exact = torch.autocast(device.type, enabled=False)
-        with torch.inference_mode(False), torch.enable_grad(), exact, self._kept_weights():
-            if not isinstance(requests, EditBatch):
-                check_requests(requests)
-                requests = EditBatch.from_requests(requests, self.tokens)
-            batch = requests.to(device)
-            edit = self.compute_edit(batch)
-        failed = edit.details.get("failed", {})
-        ids = tuple(request.id for request in batch.requests if request.id not in failed)
-        edit.provenance = replace(self.provenance, request_ids=ids)
-        if len(self.delta) and edit.changes_weights:
-            # It continues from an edited model, which is not the recorded base.
-            edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
+        return self.session.edit(requests, self.compute_edit, self.provenance)
+
+    def remove(self, request_ids: Sequence[str]) -> E:
+        """Forgets requests: commits an edit that takes them out of the memory.
+
+        Args:
+            request_ids: Ids of the requests.
+
+        Returns:
+            The edit.
+
+        Raises:
+            EditError: If the memory holds nothing of one of them, or the editor changes weights;
+                then nothing is forgotten.
+        """
+        edit = self.target.without(request_ids)
+        self.session.commit(edit)
         return edit
-
-    def _edit_or_go_on(self, requests: Sequence[EditRequest]) -> E:
-        """An edit; an empty one where the method fails on every request, so that a run goes on."""
-        try:
-            return self.edit(requests)
-        except FailedRequestsError as error:
-            rank_zero_warn(f"Nothing is written. {error}")
-            nothing = self.edit_optimizer.nothing
-            nothing.details["failed"] = error.reasons
-            return nothing
-
-    @override
-    def configure_optimizers(self) -> Any:
-        return self.edit_optimizer
-
-    @override
-    def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        began = time.perf_counter()
-        self.shares_batches = True
-        try:
-            edit = self._edit_or_go_on(batch)
-        finally:
-            self.shares_batches = False
-        optimizer = cast(Any, self.optimizers())
-        # The wrapper would keep the attribute to itself.
-        optimizer.optimizer.stage(edit)
-        optimizer.step()
-        seconds = (time.perf_counter() - began) / len(batch)
-        failed = [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
-        details = edit.details.get("requests", [])
-        details = details + failed or [{"id": request.id} for request in batch]
-        self.history += [{**row, "seconds": seconds} for row in details]
-        figures = [row["p_target"] for row in details if "p_target" in row]
-        if figures:
-            self._show("p(target)", sum(figures) / len(figures), len(batch))
-        self._show(*self._size(), len(batch))
-
-    def _size(self) -> tuple[str, float]:
-        """Name and value of the figure by which a run shows how much has been changed."""
-        return "‖Δ‖/‖W‖", self.relative_norm()
-
-    def _show(self, name: str, value: float, batch_size: int) -> None:
-        self.log(name, value, prog_bar=True, batch_size=batch_size)
-
-    def relative_norm(self) -> float:
-        """‖Δ‖ / ‖W‖ over the parameters that edits may change."""
-        size = sum(float(t.float().square().sum()) for t in self.edit_optimizer.originals.values())
-        return self.delta.norm() / size**0.5 if size else 0.0
 
     def committed(self) -> E:
         """All committed edits as one artefact, with originals and hashes for an exact undo."""
-        ids = self.delta.provenance.request_ids
-        total = self.delta.seal(self.model, self.edit_optimizer.originals)
-        total.provenance = replace(self.provenance, request_ids=ids)
-        return total
+        return self.session.committed(self.provenance)
+
+    # -- fit ---------------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return self.fitting.configure_optimizers(self)
+
+    @override
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Tensor | None:
+        return self.fitting.training_step(self, batch)
+
+    @override
+    def on_train_start(self) -> None:
+        self.fitting.on_train_start(self.trainer, self)
+
+    @override
+    def on_train_batch_start(self, batch: list[EditRequest], batch_idx: int) -> None:
+        self.fitting.on_train_batch_start(self.trainer, self, batch, batch_idx)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.fitting.on_before_optimizer_step(self.trainer, self, optimizer)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
+        self.fitting.on_train_batch_end(self.trainer, self, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.fitting.on_train_epoch_end(self.trainer, self)
+
+    @override
+    def on_train_end(self) -> None:
+        self.fitting.on_train_end(self.trainer, self)
 
     # -- measuring ---------------------------------------------------------------------------
 
-    @property
-    def evaluator(self) -> Evaluator:
-        """Measures this model."""
-        return Evaluator(self.model, self.tokens, max_new_tokens=self.max_new_tokens)
-
     @override
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        if not batch:  # a process whose share ran out
-            return
-        with self.base_weights():
-            baseline = self.evaluator.baseline(batch)
-        self.evaluator.evaluate(batch, baseline).update(self.val_metrics)
+        if batch:  # else a process whose share ran out
+            self.fitting.validation_step(self, batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(_finite(self.val_metrics.compute()), sync_dist=True)  # equal already
-        self.val_metrics.reset()
+        self.fitting.log_validation(self)
 
     @override
     def on_test_start(self) -> None:
-        if self.test_protocol != "independent" and self.trainer.world_size > 1:
-            raise EditError(
-                f"`test_protocol={self.test_protocol!r}` edits one model with all requests, but "
-                f"{self.trainer.world_size} processes would each edit their own. Set "
-                "`trainer.devices=1`, or `test_protocol='independent'`."
-            )
-        self._delta_before_test = self.edit_optimizer.delta
+        self._protocol = make_protocol(self)
 
     @override
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        evaluator = self.evaluator
-        if self.test_protocol == "sequential":
-            with self.base_weights():
-                baseline = evaluator.baseline(batch)
-            self._tested.append((batch, baseline))
-            with torch.inference_mode(False):
-                for request in batch:
-                    self.edit_optimizer.stage(self._edit_or_go_on([request]))
-                    self.edit_optimizer.step()
-            return
-        groups = [batch] if self.test_protocol == "batch" else [[request] for request in batch]
-        for group in filter(None, groups):
-            baseline = evaluator.baseline(group)
-            with self._written(self._edit_or_go_on(group)):
-                evaluator.evaluate(group, baseline).update(self.test_metrics)
-
-    @contextmanager
-    def _written(self, edit: E) -> Iterator[None]:
-        """Has an edit of this very model in it; hashing all weights again would only take time."""
-        edit.apply_(self.model, check=False)
-        try:
-            yield
-        finally:
-            edit.revert_(self.model)
+        cast(EditProtocol, self._protocol).measure(self, batch)
 
     @override
     def on_test_epoch_end(self) -> None:
-        for batch, baseline in self._tested:
-            self.evaluator.evaluate(batch, baseline).update(self.test_metrics)
-        if self._tested:
-            self._tested.clear()
-            self.edit_optimizer.rewind(self._delta_before_test)
-        self.log_dict(_finite(self.test_metrics.compute()), sync_dist=True)  # equal already
-        self.test_metrics.reset()
+        cast(EditProtocol, self._protocol).finish(self)
+        log_metrics(self, self.test_metrics)
 
     @override
     def predict_step(self, batch: list[EditRequest], batch_idx: int) -> list[dict[str, str]]:
@@ -483,7 +417,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         if len(self.delta):
             after = self.evaluator.continuations(prompts)
         else:
-            with self._written(self._edit_or_go_on(batch)):
+            with self.session.written(edit_or_go_on(self, batch)):
                 after = self.evaluator.continuations(prompts)
         return [
             {"id": request.id, "prompt": request.prompt, "before": b, "after": a}
@@ -492,24 +426,27 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     # -- checkpoints -------------------------------------------------------------------------
 
+    def edit_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the edits, as tensors and primitives."""
+        state: dict[str, Any] = {"history": self.history}
+        for part in self.parts:
+            state |= part.edit_state()
+        return state
+
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``edit_state`` returned in an earlier run."""
+        self.history = [cast(RequestFigures, dict(row)) for row in state["history"]]
+        for part in self.parts:
+            part.load_edit_state(state)
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {
-            name: tensor
-            for name, tensor in checkpoint["state_dict"].items()
-            if self._is_kept(name.removeprefix("model."))
-        }
+        checkpoint["state_dict"] = self.fitting.kept(self, checkpoint["state_dict"])
         checkpoint["lightning_edit"] = {
             "base_sha256": self.base.sha256,
             "edit_state": self.edit_state(),
         }
-
-    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what Lightning does not load, or only after the edits have to be known."""
-
-    def _is_kept(self, name: str) -> bool:
-        """Whether checkpoints hold a parameter or buffer of the model."""
-        return name in self.edit_optimizer.originals
+        self.fitting.on_save_checkpoint(self.trainer, self, checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -526,14 +463,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 f"{self.model_id} has {self.base.sha256[:12]}…. Resume with the model it was made "
                 "with."
             )
-        self._load_kept(checkpoint["state_dict"])
+        self.target.load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
         # The other verbs, for which Lightning restores no optimizer, have to know the edits, too.
         for state in checkpoint.get("optimizer_states", ()):
             if "delta" in state:
                 self.edit_optimizer.load_state_dict(state)
-
-
-def _finite(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out metrics that no probe was asked for."""
-    return {name: value for name, value in values.items() if not bool(torch.isnan(value))}

@@ -18,6 +18,7 @@ from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.processes import Processes
 from lightning_edit.demos import tiny_tokenizer
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments
 from tests import zoo
@@ -46,7 +47,7 @@ def estimate(rank: int, source: str, text: str, folder: str) -> None:
                 text=text if source == "text" else None,
                 tokens_per_dimension=100,
                 cache_dir=cache,
-                shared=True,
+                processes=Processes.running(),
             )
         )
 

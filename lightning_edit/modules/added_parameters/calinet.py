@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import EditError, RequestError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.request import EditRequest, check_requests
@@ -398,7 +399,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
     @override
     def compute_edit(self, batch: EditBatch) -> MemoryWrite:
         entries = self.entries_without([request.id for request in batch.requests])
-        rows: dict[str, dict[str, Any]] = {r.id: {"id": r.id, "steps": 0} for r in batch.requests}
+        rows: dict[str, RequestFigures] = {r.id: {"id": r.id, "steps": 0} for r in batch.requests}
         if self.false_only:
             with self._only(entries):
                 for name, score in self.assess(batch.requests).items():
@@ -427,7 +428,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         ]
         return edit
 
-    def _is_false(self, row: Mapping[str, Any]) -> bool:
+    def _is_false(self, row: RequestFigures) -> bool:
         return not self.false_only or row["cka"] < self.threshold
 
     # -- fit ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
@@ -230,7 +231,7 @@ class TPatcher(MemoryModule):
     def _layer(self) -> int:
         return int(self.memory.settings["layer"])
 
-    def _patch(self, entries: dict[str, MemoryEntry], batch: EditBatch) -> dict[str, Any]:
+    def _patch(self, entries: dict[str, MemoryEntry], batch: EditBatch) -> RequestFigures:
         """Adds the patches of one request to the entries; returns what became of it."""
         tree, [request] = self.tree, batch.requests
         steps, norm, names = 0, 0.0, list[str]()

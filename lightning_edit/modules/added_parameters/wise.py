@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.errors import EditError, ModelError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree, StackKind, WeightSite
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
@@ -196,7 +197,7 @@ class WISE(MemoryModule):
     @override
     def compute_edit(self, batch: EditBatch) -> MemoryWrite:
         entries = self.entries_without([request.id for request in batch.requests])
-        rows: list[dict[str, Any]] = []
+        rows: list[RequestFigures] = []
         with self.memory.off():
             for b in range(len(batch)):
                 number = self.next_number(entries)
@@ -206,7 +207,7 @@ class WISE(MemoryModule):
                 tensors, figures = self._learn(batch.select([b]), number, entries)
                 kept = {"prompt": request.prompt, "target": request.target_new}
                 entries[name] = MemoryEntry(tensors, {request.id: kept}, {"number": number})
-                rows.append({"id": request.id, **figures})
+                rows.append({**figures, "id": request.id})
         edit = self.memory_write(entries)
         edit.details["requests"] = rows
         return edit
@@ -222,7 +223,7 @@ class WISE(MemoryModule):
 
     def _learn(
         self, batch: EditBatch, number: int, entries: Mapping[str, MemoryEntry]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> tuple[dict[str, Tensor], RequestFigures]:
         """Learns one request; returns the tensors of its entry, and figures."""
         side, tree = self.side, ModelTree.of(self.model, self.stack)
         copy = side.copy_of(number)
@@ -258,7 +259,7 @@ class WISE(MemoryModule):
         matrix = matrix.detach()
         with self._changed(site, matrix, self._prompt_mask(tree, batch)):
             [p] = target_probabilities(tree, batch)
-        figures = {
+        figures: RequestFigures = {
             "loss": value,
             "steps": steps,
             "p_target": p,

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.functional.token_weights import token_weights
 from lightning_edit.modules.base import EditModule
@@ -78,7 +79,7 @@ class LoopModule(EditModule[E]):
         self.lr_scheduler = lr_scheduler
         self.end_token = end_token
         self.train_mode = train_mode
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, RequestFigures] = {}
         self._began = 0.0
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -109,7 +110,7 @@ class LoopModule(EditModule[E]):
         self._began = time.perf_counter()
 
     @override
-    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Tensor:
         check_requests(batch)
         for request in batch:
             row = self._rows.setdefault(request.id, {"id": request.id, "steps": 0, "seconds": 0.0})
@@ -129,7 +130,7 @@ class LoopModule(EditModule[E]):
 
     @override
     def on_train_epoch_end(self) -> None:
-        self.log(*self._size(), prog_bar=True, batch_size=1, sync_dist=True)  # equal already
+        self.log(*self.target.size(), prog_bar=True, batch_size=1, sync_dist=True)  # equal already
 
     @override
     def on_train_end(self) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.modules.fine_tuning.descent import Descent
 from lightning_edit.modules.fine_tuning.loop import LoopModule
@@ -45,7 +46,7 @@ class TuningModule(LoopModule[WeightDelta]):
 
     @override
     def tuned_parameters(self) -> list[nn.Parameter]:
-        return list(self._edited_parameters().values())
+        return list(self.target.parameters.values())
 
     @override
     def on_train_end(self) -> None:
@@ -67,9 +68,9 @@ class TuningModule(LoopModule[WeightDelta]):
     def _described(self, edit: WeightDelta, batch: EditBatch, loss: float) -> WeightDelta:
         """The edit with its figures; it stands in the model."""
         norm = edit.norm()
-        figures = {"loss": loss, "steps": self.steps, "norm": norm}
+        figures: RequestFigures = {"loss": loss, "steps": self.steps, "norm": norm}
         edit.details["requests"] = [
-            {"id": request.id, "p_target": p, **figures}
+            {**figures, "id": request.id, "p_target": p}
             for request, p in zip(
                 batch.requests, target_probabilities(self.tree, batch), strict=True
             )
@@ -83,7 +84,7 @@ class TuningModule(LoopModule[WeightDelta]):
         originals = {n: whole_tensor(t) for n, t in self.edit_optimizer.originals.items()}
         tuned = {
             name: whole_tensor(parameter.detach()).to(originals[name].device)
-            for name, parameter in self._edited_parameters().items()
+            for name, parameter in self.target.parameters.items()
         }
         delta = WeightDelta.between(originals, tuned)
         delta.provenance = replace(delta.provenance, request_ids=tuple(self._rows))

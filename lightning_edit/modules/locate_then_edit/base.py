@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.distributed
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -20,6 +19,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, FailedRequestsError, LocatorError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
+from lightning_edit.core.processes import Processes
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments, seeded
 from lightning_edit.modules.locate_then_edit.target_values import (
@@ -174,8 +174,13 @@ class LocateModule(EditModule):
             )
         self._moments[layer] = moment.float()
 
-    def second_moment(self, layer: int) -> Tensor:
-        """C = E[k kᵀ] of a layer of the unedited model, [M, M] float32."""
+    def second_moment(self, layer: int, processes: Processes | None = None) -> Tensor:
+        """C = E[k kᵀ] of a layer of the unedited model, [M, M] float32.
+
+        Args:
+            layer: Index of the layer.
+            processes: Those that all ask, and share out the work; this one alone if None.
+        """
         if layer not in self._moments:
             sites = self.sites(self.tree)
             if self.second_moment_file is not None:
@@ -193,7 +198,7 @@ class LocateModule(EditModule):
                         ridge=self.ridge,
                         seed=self.seed,
                         cache_dir=cache,
-                        shared=self.shares_batches and torch.distributed.is_initialized(),
+                        processes=processes or Processes(),
                     )
         return self._moments[layer].to(next(self.model.parameters()).device)
 
@@ -273,6 +278,9 @@ class LocateModule(EditModule):
                     f"in {request.prompt!r}; the first one is edited. Reword the prompt if another "
                     "is meant."
                 )
+        if batch.processes.count > 1:
+            for site in self.sites(self.tree):
+                self.second_moment(site.layer, batch.processes)
         found = self.target_values(batch, layer)
         reasons = {
             batch.requests[e].id: "the loss of its target value is not finite at pass "
@@ -290,33 +298,25 @@ class LocateModule(EditModule):
 
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
         """Target values of a batch; under several processes each finds those of its share."""
-        count = len(batch.requests)
-        shared = self.shares_batches and torch.distributed.is_initialized()
-        world = torch.distributed.get_world_size() if shared else 1
-        rank = torch.distributed.get_rank() if shared else 0
-        mine = list(range(rank, count, world))
+        count, processes = len(batch.requests), batch.processes
+        mine = list(processes.share(count))
         tree, tokens = self.tree, self.tokens
         templates = self.templates
         requests = [batch.requests[i] for i in mine]
 
         def optimize() -> TargetValues:
             return optimize_target_values(
-                tree, tokens, layer, requests, templates, self.settings, dtype=self.pass_dtype
+                tree, tokens, layer, requests, templates, self.settings, dtype=batch.pass_dtype
             )
 
-        if world == 1:
+        if processes.count == 1:
             return optimize()
         site = tree.mlp_out(layer)
-        device = next(self.model.parameters()).device
+        device = self.session.device
         found = optimize() if mine else None
 
         def gathered(part: Tensor | None, *shape: int) -> Tensor:
-            whole = torch.zeros(count, *shape, device=device)
-            if part is not None:
-                whole[mine] = part.to(device)
-            # All other entries are zero, so the sum is exact.
-            torch.distributed.all_reduce(whole)
-            return whole
+            return processes.merged(part, (count, *shape), losses)
 
         width, steps = len(templates), self.settings.steps
         passes = torch.zeros(len(mine), device=device)

@@ -31,6 +31,7 @@ from lightning_edit.functional.knowledge_neurons import (
     replacement,
 )
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.session import write_for_now
 from lightning_edit.passes.activation_paths import ActivationPaths
 from lightning_edit.passes.target_loss import row_means, target_nll
 
@@ -374,5 +375,5 @@ class KN(EditModule):
     @torch.no_grad()
     def _losses_with(self, edit: WeightDelta, batch: EditBatch) -> list[float]:
         """Mean NLL of each target with the edit, which the caller takes out again."""
-        self.write_for_now(edit)
+        write_for_now(self.model, edit)
         return [float(x) for x in row_means(target_nll(self.tree, batch), batch.labels)]

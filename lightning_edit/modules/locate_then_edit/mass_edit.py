@@ -20,10 +20,12 @@ from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.locate_then_edit.base import LocateModule
 from lightning_edit.modules.locate_then_edit.target_values import TargetValues
+from lightning_edit.modules.session import write_for_now
 from lightning_edit.passes.key_pass import KeyPass
 from lightning_edit.passes.tail import Place
 
@@ -131,7 +133,7 @@ class MassEditModule(LocateModule):
             change = LowRank(pairs.v, pairs.u) if site.transposed else pairs
             changes[site.name] = change
             # Layers above see what this one has got.
-            self.write_for_now(WeightDelta({site.name: change}))
+            write_for_now(self.model, WeightDelta({site.name: change}))
         edit = WeightDelta(changes)
         edit.carried = self.carry(batch, keys)
         edit.details = {
@@ -225,20 +227,22 @@ class MassEditModule(LocateModule):
         e: int,
         changes: dict[str, LowRank],
         figures: dict[int, dict[str, Tensor]],
-    ) -> dict[str, Any]:
+    ) -> RequestFigures:
         per_layer: Sequence[dict[str, Tensor]] = list(figures.values())
         names = per_layer[0] if per_layer else {}
-        return {
+        shares: Any = {
+            name: sum(float(layer[name][e]) for layer in per_layer) / len(per_layer)
+            for name in names
+        }
+        row: RequestFigures = {
             "id": batch.requests[e].id,
             "norm": sum(_column_norm(change, e) ** 2 for change in changes.values()) ** 0.5,
             "loss": found.losses[e][-1]["total"],
             "steps": len(found.losses[e]),
             "p_target": found.probabilities[e],
-            **{
-                name: sum(float(layer[name][e]) for layer in per_layer) / len(per_layer)
-                for name in names
-            },
         }
+        row.update(shares)
+        return row
 
     def factor(self, layer: int) -> Tensor:
         """Cholesky factor of the layer's second moment, [M, M] float64, made once."""

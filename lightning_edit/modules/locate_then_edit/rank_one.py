@@ -17,6 +17,7 @@ from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, LocatorError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.functional.rank_one import rank_one_update, whiten
 from lightning_edit.modules.locate_then_edit.base import LocateModule
@@ -69,7 +70,8 @@ class RankOneModule(LocateModule):
         moment = self.second_moment(site.layer)
         weight = site.read(self.model)
         change = torch.zeros(site.out_features, site.in_features, device=weight.device)
-        left, right, rows = [], [], []
+        left, right = [], []
+        rows: list[RequestFigures] = []
         for e, request in enumerate(batch.requests):
             source, key, residual = self.pair(found, e)
             direction = whiten(source, moment)

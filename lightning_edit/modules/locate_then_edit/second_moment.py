@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
@@ -57,7 +57,7 @@ def second_moments(
     ridge: float = 1e-3,
     seed: int = 0,
     cache_dir: str | Path | None = None,
-    shared: bool = False,
+    processes: Processes | None = None,
 ) -> dict[int, Tensor]:
     """Second moments of the inputs of MLP output projections, all layers in one pass.
 
@@ -73,7 +73,7 @@ def second_moments(
         ridge: Share of the mean eigenvalue that is added to the diagonal.
         seed: Seed of the samples.
         cache_dir: Folder to keep results in; nothing is kept when None.
-        shared: All processes call, and share out the rows; each gets the moments of all rows.
+        processes: Those that all call, and share out the rows; each gets the moments of all rows.
 
     Returns:
         Layer to C = E[k kᵀ], [M, M] float32.
@@ -101,21 +101,17 @@ def second_moments(
     }
     kept = {layer: _read(file) for layer, file in files.items() if file.is_file()}
     sums = {layer: found for layer, found in kept.items() if found is not None}
-    device = next(tree.blocks[0].parameters()).device
-    is_missing = torch.tensor([layer not in sums for layer in layers], device=device).int()
-    if shared:  # a process may lack a file that others have
-        torch.distributed.all_reduce(is_missing, torch.distributed.ReduceOp.MAX)
-    missing = [layer for layer, flag in zip(layers, is_missing.tolist(), strict=True) if flag]
+    one = processes or Processes()
+    # A process may lack a file that others have.
+    missing = [layer for layer in layers if not one.agree(layer in sums)]
     if missing:
         if rows is None:
             rank_zero_info(f"Sampling {wanted} tokens from the model for its second moments …")
-        world = torch.distributed.get_world_size() if shared else 1
-        first = torch.distributed.get_rank() if shared else 0
         if rows is None:
-            batches = list(_sampled(tree.model, tokens, wanted, seed, first, world))
+            batches = list(_sampled(tree.model, tokens, wanted, seed, one.rank, one.count))
         else:
-            batches = list(torch.split(rows, BATCH_ROWS))[first::world]
-        sums |= _accumulate(tree, missing, batches, shared=shared)
+            batches = list(torch.split(rows, BATCH_ROWS))[one.rank :: one.count]
+        sums |= _accumulate(tree, missing, batches, one)
         for layer in missing:
             if layer in files:
                 _write(files[layer], *sums[layer])
@@ -264,9 +260,9 @@ def _rows_of(
 
 
 def _accumulate(
-    tree: ModelTree, layers: Sequence[int], batches: Sequence[Tensor], *, shared: bool
+    tree: ModelTree, layers: Sequence[int], batches: Sequence[Tensor], processes: Processes
 ) -> dict[int, tuple[Tensor, int]]:
-    """Sums of outer products and the number of tokens, over all processes where they share."""
+    """Sums of outer products and the number of tokens, over all processes."""
     device = next(tree.blocks[0].parameters()).device
     totals = {}
     hooks = []
@@ -291,10 +287,8 @@ def _accumulate(
         for hook in hooks:
             hook.remove()
     count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
-    if shared:
-        for tensor in (count, *totals.values()):
-            torch.distributed.all_reduce(tensor)
-    return {layer: (totals[layer].cpu(), int(count)) for layer in layers}
+    count = processes.total(count)
+    return {layer: (processes.total(totals[layer]).cpu(), int(count)) for layer in layers}
 
 
 def _read(file: Path) -> tuple[Tensor, int] | None:

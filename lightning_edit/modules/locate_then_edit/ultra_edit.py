@@ -17,6 +17,7 @@ from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.core.projections import projection_sites
 from lightning_edit.functional.ultra_edit import (
@@ -26,6 +27,7 @@ from lightning_edit.functional.ultra_edit import (
     update_normalizer,
 )
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.session import write_for_now
 from lightning_edit.passes.gradient_passes import gradient_passes, probabilities_now
 
 __all__ = ["UltraEdit"]
@@ -150,9 +152,12 @@ class UltraEdit(EditModule):
                 "nothing can be normalized. Give more requests at once, or edit more projections."
             )
         changes: dict[str, Change] = {}
-        details: dict[str, dict[str, Tensor]] = {
-            name: {}
-            for name in ("keys", "gradients", "normalized_keys", "normalized_gradients", "values")
+        details: EditDetails = {
+            "keys": {},
+            "gradients": {},
+            "normalized_keys": {},
+            "normalized_gradients": {},
+            "values": {},
         }
         for site in sites:
             keys, gradients = (
@@ -168,9 +173,11 @@ class UltraEdit(EditModule):
                 changes[site.name] = site.orient(change).contiguous()
             else:
                 changes[site.name] = LowRank(*(change[::-1] if site.transposed else change))
-            figures = (keys, gradients, inputs, outputs, values)
-            for name, figure in zip(details, figures, strict=True):
-                details[name][site.name] = figure
+            details["keys"][site.name] = keys
+            details["gradients"][site.name] = gradients
+            details["normalized_keys"][site.name] = inputs
+            details["normalized_gradients"][site.name] = outputs
+            details["values"][site.name] = values
         edit = WeightDelta(changes)
         norm = edit.norm()
         if not norm < float("inf"):
@@ -181,7 +188,7 @@ class UltraEdit(EditModule):
             for name, tensor in normalizer._asdict().items()
         }
         losses = {e: x for one in passes for e, x in zip(one.chosen, one.losses, strict=True)}
-        self.write_for_now(edit)
+        write_for_now(self.model, edit)
         probabilities = probabilities_now(tree, passes)
         edit.details = {
             **details,

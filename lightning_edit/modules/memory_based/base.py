@@ -5,20 +5,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_edit.core.edit import Provenance
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.modules.base import EditModule
-from lightning_edit.optim import EditOptimizer
+from lightning_edit.modules.targets import MemoryTarget, Target
 
 __all__ = ["MemoryModule"]
 
@@ -63,14 +60,6 @@ class MemoryModule(EditModule[MemoryWrite]):
             EditError: If the model has no place for it.
         """
 
-    @property
-    def memory(self) -> EditMemory:
-        """The memory of the model."""
-        found = EditMemory.find(self.model) if self.model is not None else None
-        if found is None:
-            raise EditError("There is no memory yet. Call `configure_model()` first.")
-        return found
-
     def entries_without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
         """What the memory holds beside what it holds of some requests, which it need not know."""
         known = self.memory.requests
@@ -107,92 +96,11 @@ class MemoryModule(EditModule[MemoryWrite]):
         self.check_budget(entries)
         return MemoryWrite.between(self.memory, entries)
 
-    def remove(self, request_ids: Sequence[str]) -> MemoryWrite:
-        """Forgets requests: commits an edit that takes them out of the memory.
-
-        Args:
-            request_ids: Ids of the requests.
-
-        Returns:
-            The edit.
-
-        Raises:
-            EditError: If the memory holds nothing of one of them; then nothing is forgotten.
-        """
-        self.memory.check_ids(request_ids)
-        edit = MemoryWrite.between(self.memory, self.entries_without(request_ids))
-        edit.provenance = Provenance(request_ids=tuple(request_ids))
-        self.edit_optimizer.stage(edit)
-        self.edit_optimizer.step()
-        return edit
-
-    # -- what the base class asks ------------------------------------------------------------
-
     @override
     def edited_names(self, tree: ModelTree) -> list[str]:
         """None: the weights stay as they are."""
-        self._memory_for(tree)  # fails before the model is touched
         return []
 
-    def _memory_for(self, tree: ModelTree) -> EditMemory:
-        """The memory that the model has, or else a new one."""
-        memory = self.build_memory(tree)
-        found = EditMemory.find(tree.model)
-        if found is None:
-            return memory
-        found.check_kind(type(memory).__name__, memory.settings)
-        return found
-
     @override
-    def _make_optimizer(
-        self, tree: ModelTree, originals: dict[str, Tensor]
-    ) -> EditOptimizer[MemoryWrite]:
-        # A model may come with a memory that is gone on with.
-        memory = self._memory_for(tree).attach_(tree.model)
-        memory.is_temporary = False
-        return _MemoryOptimizer(tree.model, memory)
-
-    @override
-    @contextmanager
-    def base_weights(self) -> Iterator[None]:
-        with self.memory.off():
-            yield
-
-    @override
-    def _size(self) -> tuple[str, float]:
-        return "entries", float(len(self.memory))
-
-    @override
-    def _is_kept(self, name: str) -> bool:
-        return name.startswith("edit_memory.")
-
-    @override
-    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
-        prefix = "model.edit_memory."
-        state = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
-        self.memory.load_state_dict(state)
-
-
-class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
-    """Writes edits of a memory, and asks the memory itself what was committed."""
-
-    def __init__(self, model: nn.Module, memory: EditMemory) -> None:
-        self._order: tuple[str, ...] = ()
-        self._carried: dict[str, Tensor] = {}
-        nothing = MemoryWrite(type(memory).__name__, memory.settings, {})
-        super().__init__(model, {}, nothing)
-
-    @property
-    def delta(self) -> MemoryWrite:
-        """All that the memory holds."""
-        edit = MemoryWrite.from_state({}, self.model)
-        entries = [entry for entry in edit.entries.values() if entry is not None]
-        known = dict.fromkeys(request for entry in entries for request in entry.requests)
-        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
-        edit.provenance = Provenance(request_ids=tuple(ids))
-        edit.carried = self._carried
-        return edit
-
-    @delta.setter
-    def delta(self, edit: MemoryWrite) -> None:
-        self._order, self._carried = edit.provenance.request_ids, edit.carried
+    def make_target(self, tree: ModelTree) -> Target[MemoryWrite]:
+        return MemoryTarget(tree.model, self.build_memory(tree), self.entries_without)

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
@@ -222,11 +223,11 @@ class GRACE(MemoryModule):
         b: int,
         query: Tensor,
         value: Tensor,
-    ) -> dict[str, Any]:
+    ) -> RequestFigures:
         """Finds or makes the entry that answers a request; returns what became of it."""
         request = batch.requests[b]
         label = batch.tokens.target(request.prompt, request.target_new)
-        row: dict[str, Any] = {"id": request.id, "placed": "added"}
+        row: RequestFigures = {"id": request.id, "placed": "added"}
         kept = {"prompt": request.prompt, "target": request.target_new, "distance": 0.0}
         radius = torch.tensor(self.radius, device=query.device)
         if entries:
@@ -244,7 +245,9 @@ class GRACE(MemoryModule):
             radius = own
             if nearest is not old:
                 away = [r for r, k in entry.requests.items() if k["distance"] > float(nearest)]
-                row |= {"placed": "split"} | ({"dropped": away} if away else {})
+                row["placed"] = "split"
+                if away:
+                    row["dropped"] = away
                 if nearest < 0:  # the very same key: it could not answer any more
                     del entries[name]
                     row["placed"] = "replaced"
@@ -284,7 +287,7 @@ class GRACE(MemoryModule):
         tree: ModelTree,
         layer: nn.Module,
         batch: EditBatch,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[RequestFigures],
         entries: dict[str, MemoryEntry],
     ) -> None:
         """Learns the values of entries, each from one request, and adds figures to the rows."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -69,6 +69,9 @@ class IKE(PromptModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.12740"
+    unused_arguments: ClassVar[Mapping[str, str]] = {
+        "layers": "it tells facts in the prompt and changes no layer. Leave it out."
+    }
 
     def __init__(
         self,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from typing_extensions import override
@@ -48,6 +48,9 @@ class SCR(PromptModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.05212"
+    unused_arguments: ClassVar[Mapping[str, str]] = {
+        "layers": "it tells facts in the prompt and changes no layer. Leave it out."
+    }
 
     def __init__(
         self,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast, get_args
 
@@ -16,6 +17,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch, PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
@@ -31,6 +33,7 @@ from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.meta_learning.base import LearningModule
 from lightning_edit.modules.meta_learning.lessons import Lesson, TrainOn
 from lightning_edit.modules.meta_learning.replicas import Replicas
+from lightning_edit.modules.targets import MemoryTarget, Target
 from lightning_edit.passes.target_loss import target_logits
 
 __all__ = ["SERAC"]
@@ -187,10 +190,10 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
     # -- a model -------------------------------------------------------------------------------
 
     @override
-    def _adopt(self, model: Any, tokenizer: Any) -> None:
+    def adopt(self, model: Any, tokenizer: Any) -> None:
         self._check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
-        super()._adopt(model, tokenizer)
+        super().adopt(model, tokenizer)
         self.network = self.scopes.network
         if self.pretrained:
             self.network.requires_grad_(False)
@@ -231,6 +234,9 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         )
 
     @override
+    def make_target(self, tree: ModelTree) -> Target[MemoryWrite]:
+        return MemoryTarget(tree.model, self._memory_for(tree))
+
     def _memory_for(self, tree: ModelTree) -> ScopeMemory:
         found = EditMemory.find(tree.model)
         if found is None and self._made:
@@ -268,7 +274,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
             )
         super().take_editor(saved, where, any_base=any_base)
         self.scopes.note_weights()
-        self._optimizer = self._make_optimizer(self.tree, {})  # for a memory of these networks
+        self.session.target = MemoryTarget(self.model, self.scopes)  # with these networks
 
     # -- edits ---------------------------------------------------------------------------------
 
@@ -288,7 +294,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         entries = self.entries_without([request.id for request in requests])
         with memory.off():
             embeddings, queries = memory.encode([*texts, *prompts]).chunk(2)
-        rows = []
+        rows: list[RequestFigures] = []
         for b, request in enumerate(requests):
             overridden = self._overridden(entries, queries[b], targets[b])
             name = self.entry_id(request.id, entries)
@@ -301,10 +307,12 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
             kept = {"prompt": request.prompt, "target": request.target_new}
             entries[name] = MemoryEntry({"embeddings": embeddings[b]}, {request.id: kept}, notes)
             similarity = torch.exp(-self._distances(queries[b : b + 1], embeddings[b : b + 1]))
-            row: dict[str, Any] = {"id": request.id, "entry": name, "steps": 0}
-            row |= {"similarity": float(similarity)}
-            row |= {"norm": float(torch.linalg.vector_norm(embeddings[b]))}
-            rows.append(row | ({"overrides": overridden} if overridden else {}))
+            row: RequestFigures = {"id": request.id, "entry": name, "steps": 0}
+            row["similarity"] = float(similarity)
+            row["norm"] = float(torch.linalg.vector_norm(embeddings[b]))
+            if overridden:
+                row["overrides"] = overridden
+            rows.append(row)
         edit = self.memory_write(entries)
         before = memory.entries
         memory.write(entries)
@@ -313,7 +321,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         finally:
             memory.write(before)
         for row, score in zip(rows, scores, strict=True):
-            row |= {"loss": score.nll, "p_target": float(torch.exp(torch.tensor(-score.nll)))}
+            row["loss"], row["p_target"] = score.nll, math.exp(-score.nll)
         edit.details["requests"] = rows
         return edit
 
@@ -473,12 +481,6 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         self._kind.on_save_checkpoint(self, checkpoint)
 
     @override
-    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
-        self._is_stale = not self.pretrained  # Lightning loads the networks
-        if any(name.startswith("model.edit_memory.") for name in state_dict):
-            super()._load_kept(state_dict)
-
-    @override
     def edit_state(self) -> dict[str, Any]:
         weights = weight_hash(self.network) if self.is_trained else None
         return {**super().edit_state(), "is_trained": self.is_trained, "weights": weights}
@@ -487,6 +489,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
         super().load_edit_state(state)
         self.is_trained = bool(state["is_trained"])
+        self._is_stale = not self.pretrained  # Lightning loads the networks
 
 
 def _prompts(batch: EditBatch) -> list[list[int]]:

@@ -22,6 +22,7 @@ from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.fitting import log_metrics
 from lightning_edit.modules.meta_learning.replicas import Replicas
 from lightning_edit.optim import E
 
@@ -238,7 +239,7 @@ class LearningModule(EditModule[E]):
             baseline = self._baselines.get(key) or evaluator.baseline(group)
             if in_fit:  # the model stays the same all along
                 self._baselines[key] = baseline
-            with self._written(self.edit(group)):
+            with self.session.written(self.edit(group)):
                 found = evaluator.evaluate(group, baseline)
             found.update(self.val_metrics)
             self.note(found)
@@ -250,7 +251,7 @@ class LearningModule(EditModule[E]):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking and not self.is_ready:
             return
-        super().on_validation_epoch_end()
+        log_metrics(self, self.val_metrics)
         for name, metric in self.val_losses.items():
             found = cast(MeanMetric, metric)
             self.log(f"val/{name}", found.compute(), sync_dist=True)  # equal already

@@ -190,8 +190,8 @@ class HyperEditModule(LearningModule[WeightDelta]):
         )
 
     @override
-    def _adopt(self, model: Any, tokenizer: Any) -> None:
-        super()._adopt(model, tokenizer)
+    def adopt(self, model: Any, tokenizer: Any) -> None:
+        super().adopt(model, tokenizer)
         model.requires_grad_(False)
         self.sites = self._sites_of(self.tree)
         network = self.build(self.sites, torch.Generator().manual_seed(self.seed))

@@ -4,11 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
@@ -17,7 +14,7 @@ from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.meta_learning.base import LearningModule, read_editor
-from lightning_edit.optim import EditOptimizer
+from lightning_edit.modules.targets import Target
 
 __all__ = ["TrainedEditor"]
 
@@ -91,7 +88,12 @@ class TrainedEditor(EditModule[Any]):
         return self._trained[0]
 
     @override
-    def _adopt(self, model: Any, tokenizer: Any) -> None:
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return self.trained.edited_names(tree)
+
+    @override
+    def make_target(self, tree: ModelTree) -> Target[Any]:
+        """What the trained editor edits: weights, or a memory."""
         saved = read_editor(self.checkpoint)
         about = saved["lightning_edit"]["editor"]
         methods = {cls.__name__: cls for cls in _subclasses(LearningModule)}
@@ -102,45 +104,18 @@ class TrainedEditor(EditModule[Any]):
             )
         own = {"model": self.model_id, "chat_template": self.chat_template}
         trained = methods[about["method"]](**{**about["settings"], **own})
-        trained._adopt(model, tokenizer)
+        trained.adopt(tree.model, self.tokens.tokenizer)
         trained.take_editor(saved, self.checkpoint, any_base=self.any_base)
         trained.network.requires_grad_(False)
         self._trained = (trained,)
-        super()._adopt(model, tokenizer)
         self.network = trained.network  # moves to other devices with this module
-
-    @override
-    def edited_names(self, tree: ModelTree) -> list[str]:
-        return self.trained.edited_names(tree)
+        target: Target[Any] = trained.target
+        return target
 
     @override
     def compute_edit(self, batch: EditBatch) -> Edit:
         edit: Edit = self.trained.compute_edit(batch)
         return edit
-
-    # What its edits are of, the trained editor knows: weights, or a memory.
-
-    @override
-    def _make_optimizer(self, tree: ModelTree, originals: dict[str, Tensor]) -> EditOptimizer[Any]:
-        return self.trained.edit_optimizer
-
-    @override
-    @contextmanager
-    def base_weights(self) -> Iterator[None]:
-        with self.trained.base_weights():
-            yield
-
-    @override
-    def _size(self) -> tuple[str, float]:
-        return self.trained._size()
-
-    @override
-    def _is_kept(self, name: str) -> bool:
-        return self.trained._is_kept(name)
-
-    @override
-    def _load_kept(self, state_dict: Mapping[str, Any]) -> None:
-        self.trained._load_kept(state_dict)
 
 
 def _subclasses(cls: Any) -> list[Any]:

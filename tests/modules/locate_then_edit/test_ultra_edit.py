@@ -152,7 +152,8 @@ def test_the_details_hold_every_figure_on_the_way() -> None:
     editor = editor_of(zoo.build("gpt2"), layers=[1])
     edit = editor.edit(tiny_requests(3))
     [name] = edit.changes
-    figures = {key: edit.details[key][name] for key in edit.details if key != "requests"}
+    details: dict[str, Any] = {**edit.details}
+    figures = {key: value[name] for key, value in details.items() if key != "requests"}
     inputs, outputs = figures["normalized_keys"], figures["normalized_gradients"]
     rows = torch.cat([figures["keys"], figures["gradients"]], 1)
     wanted = (rows - rows.mean(0)) / rows.std(0)

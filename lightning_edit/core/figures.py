@@ -1,0 +1,78 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of an edit: what its computation came to, request by request."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+__all__ = ["EditDetails", "RequestFigures"]
+
+
+class RequestFigures(TypedDict, total=False):
+    """What an edit came to for one request. Primitives only: checkpoints and reports keep them.
+
+    A method gives what it knows beside the id.
+    """
+
+    id: str
+    #: Why the method failed on the request, which is then no part of the edit.
+    failed: str
+    #: Loss in nats at the end of the search or of the training, and the steps made.
+    loss: float
+    steps: int
+    #: Geometric mean over the target's tokens of their probability.
+    p_target: float
+    #: ‖Δ‖ (Frobenius) of the request's part of the edit.
+    norm: float
+    #: Seconds of the edit, shared out evenly among its requests.
+    seconds: float
+    #: Share of the pair that ridge regression writes, averaged over layers.
+    written_share: float
+    #: Share of the residual's norm that is left by the projection on the null space.
+    projected_share: float
+    #: Entry of the memory that answers the request, and how it got there.
+    entry: str
+    placed: str
+    dropped: list[str]
+    overrides: list[str]
+    similarity: float
+    #: Activation distances of the request and of other text, by which WISE tells them apart.
+    distance: float
+    distance_other: float
+    #: Tokens of the prompt as the model is asked it, with the facts that are told before.
+    prompt_tokens: int
+    #: Neurons that were changed, and patches that were added.
+    neurons: int
+    patches: int
+    #: Block of slots that was trained on the request, and the answer's calibration score.
+    block: str
+    cka: float
+
+
+class EditDetails(TypedDict, total=False):
+    """What a computation left beside the edit, to be looked at; not saved.
+
+    ``requests`` and ``failed`` are there for every method, the rest where a method makes it.
+    """
+
+    #: Figures of each request that the edit answers, in their order.
+    requests: list[RequestFigures]
+    #: Reasons of the requests that are left out, by id.
+    failed: dict[str, str]
+    #: What locate-then-edit methods found and wrote, by layer where there are several.
+    target_values: Any
+    layer: int
+    keys: Any
+    residuals: Any
+    figures: Any
+    neurons: Any
+    #: Loss of each request at each step, in nats.
+    losses: list[list[float]]
+    #: What UltraEdit takes, and makes of it, by the parameter's name.
+    gradients: dict[str, Tensor]
+    normalized_keys: dict[str, Tensor]
+    normalized_gradients: dict[str, Tensor]
+    values: dict[str, Tensor]

@@ -1,0 +1,134 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""How ``fit`` works for an editor: what a training step does, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import MetricCollection
+from typing_extensions import override
+
+from lightning_edit.core.errors import FailedRequestsError
+from lightning_edit.core.processes import Processes
+from lightning_edit.core.request import EditRequest
+from lightning_edit.optim import E
+
+if TYPE_CHECKING:
+    from lightning_edit.modules.base import EditModule
+
+__all__ = ["CommitEdits", "Fitting", "Stateful", "edit_or_go_on", "log_metrics"]
+
+
+class Stateful(Protocol):
+    """A part of an editor with something that a resumed run must have."""
+
+    def edit_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as tensors and primitives."""
+        ...
+
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``edit_state`` returned in an earlier run."""
+        ...
+
+
+class Fitting(Callback, ABC, Generic[E]):
+    """How ``fit`` works for an editor.
+
+    It is a Lightning callback whose hooks the editor itself calls, so that it can be asked at
+    every point of a run without being in the Trainer's list.
+    """
+
+    #: Whether Lightning steps the optimizer by itself.
+    automatic: bool
+
+    @abstractmethod
+    def configure_optimizers(self, editor: EditModule[E]) -> Any:
+        """What Lightning is to step: an optimizer, or all that it accepts in place of one."""
+
+    @abstractmethod
+    def training_step(self, editor: EditModule[E], batch: list[EditRequest]) -> Tensor | None:
+        """One step; the loss where Lightning steps the optimizer."""
+
+    @abstractmethod
+    def validation_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
+        """Measures a batch."""
+
+    @abstractmethod
+    def log_validation(self, editor: EditModule[E]) -> None:
+        """Logs what was measured, once all batches have been."""
+
+    @abstractmethod
+    def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of the editor's state."""
+
+
+class CommitEdits(Fitting[E]):
+    """``fit`` commits edits: one optimizer step a batch of requests."""
+
+    automatic = False
+
+    @override
+    def configure_optimizers(self, editor: EditModule[E]) -> Any:
+        return editor.edit_optimizer
+
+    @override
+    def training_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
+        began = time.perf_counter()
+        edit = edit_or_go_on(editor, batch, Processes.running())
+        optimizer = cast(Any, editor.optimizers())
+        # The wrapper would keep the attribute to itself.
+        optimizer.optimizer.stage(edit)
+        optimizer.step()
+        seconds = (time.perf_counter() - began) / len(batch)
+        rows = list(edit.details.get("requests", []))
+        rows += [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
+        rows = rows or [{"id": request.id} for request in batch]
+        editor.history += [{**row, "seconds": seconds} for row in rows]
+        figures = [row["p_target"] for row in rows if "p_target" in row]
+        if figures:
+            mean = sum(figures) / len(figures)
+            editor.log("p_target", mean, prog_bar=True, batch_size=len(batch))
+        editor.log(*editor.target.size(), prog_bar=True, batch_size=len(batch))
+
+    @override
+    def validation_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
+        with editor.base_weights():
+            baseline = editor.evaluator.baseline(batch)
+        editor.evaluator.evaluate(batch, baseline).update(editor.val_metrics)
+
+    @override
+    def log_validation(self, editor: EditModule[E]) -> None:
+        log_metrics(editor, editor.val_metrics)
+
+    @override
+    def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
+        return editor.target.kept(state)
+
+
+def edit_or_go_on(
+    editor: EditModule[E], requests: Sequence[EditRequest], processes: Processes | None = None
+) -> E:
+    """An edit; an empty one where the method fails on every request, so that a run goes on."""
+    try:
+        return editor.session.edit(requests, editor.compute_edit, editor.provenance, processes)
+    except FailedRequestsError as error:
+        rank_zero_warn(f"Nothing is written. {error}")
+        nothing = editor.edit_optimizer.nothing
+        nothing.details["failed"] = error.reasons
+        return nothing
+
+
+def log_metrics(editor: EditModule[Any], metrics: MetricCollection) -> None:
+    """Logs metrics, leaving out those that no probe was asked for, and begins them anew."""
+    values = metrics.compute()
+    found = {name: value for name, value in values.items() if not bool(torch.isnan(value))}
+    editor.log_dict(found, sync_dist=True)  # equal already
+    metrics.reset()

@@ -1,0 +1,113 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""How ``test`` measures edits: each by itself, a batch at once, or all after one another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from typing_extensions import override
+
+from lightning_edit.core.edit import Edit
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.request import EditRequest
+from lightning_edit.evaluation.evaluator import Baseline
+from lightning_edit.modules.fitting import edit_or_go_on
+
+if TYPE_CHECKING:
+    from lightning_edit.modules.base import EditModule
+
+__all__ = ["Batch", "EditProtocol", "Independent", "ProtocolName", "Sequential", "make_protocol"]
+
+ProtocolName = Literal["independent", "batch", "sequential"]
+
+
+class EditProtocol(ABC):
+    """How edits are made and measured by ``test``, which leaves the model as it was."""
+
+    @abstractmethod
+    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+        """Makes and measures the edits of a batch."""
+
+    @abstractmethod
+    def finish(self, editor: EditModule[Any]) -> None:
+        """Measures what could not be measured before, and puts the model back."""
+
+
+class Independent(EditProtocol):
+    """Each request is edited, measured and taken out by itself."""
+
+    @override
+    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+        _measure_groups(editor, ([request] for request in batch))
+
+    @override
+    def finish(self, editor: EditModule[Any]) -> None:
+        """Nothing: the model is back after each request."""
+
+
+class Batch(EditProtocol):
+    """The requests of a batch are one edit."""
+
+    @override
+    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+        _measure_groups(editor, [batch] if batch else [])
+
+    @override
+    def finish(self, editor: EditModule[Any]) -> None:
+        """Nothing: the model is back after each batch."""
+
+
+class Sequential(EditProtocol):
+    """All requests are committed one after another, and then measured.
+
+    Args:
+        before: All that was committed before the test.
+    """
+
+    def __init__(self, before: Edit) -> None:
+        self.before = before
+        self._seen: list[tuple[list[EditRequest], Baseline]] = []
+
+    @override
+    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+        with editor.base_weights():
+            self._seen.append((batch, editor.evaluator.baseline(batch)))
+        with torch.inference_mode(False):
+            for request in batch:
+                editor.session.commit(edit_or_go_on(editor, [request]))
+
+    @override
+    def finish(self, editor: EditModule[Any]) -> None:
+        for batch, baseline in self._seen:
+            editor.evaluator.evaluate(batch, baseline).update(editor.test_metrics)
+        if self._seen:
+            editor.edit_optimizer.rewind(self.before)
+
+
+def make_protocol(editor: EditModule[Any]) -> EditProtocol:
+    """The protocol that an editor is to be tested by.
+
+    Raises:
+        EditError: If several processes would each edit a model of their own.
+    """
+    name = editor.test_protocol
+    if name != "independent" and editor.trainer.world_size > 1:
+        raise EditError(
+            f"`test_protocol={name!r}` edits one model with all requests, but "
+            f"{editor.trainer.world_size} processes would each edit their own. Set "
+            "`trainer.devices=1`, or `test_protocol='independent'`."
+        )
+    if name == "sequential":
+        return Sequential(editor.delta)
+    return Batch() if name == "batch" else Independent()
+
+
+def _measure_groups(editor: EditModule[Any], groups: Iterable[Sequence[EditRequest]]) -> None:
+    for group in groups:
+        baseline = editor.evaluator.baseline(group)
+        with editor.session.written(edit_or_go_on(editor, group)):
+            editor.evaluator.evaluate(group, baseline).update(editor.test_metrics)

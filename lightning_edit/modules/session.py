@@ -1,0 +1,159 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""A model that is being edited: its tokens, what is edited in it, and what was committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Generic
+
+import torch
+from torch import nn
+
+from lightning_edit.core.batch import EditBatch, PromptTokenizer
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import BaseModelInfo, Provenance
+from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.processes import Processes
+from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.modules.targets import Target, kept_weights
+from lightning_edit.optim import E
+
+__all__ = ["EditSession", "write_for_now"]
+
+
+class EditSession(Generic[E]):
+    """A model that is being edited. There is no Lightning in it.
+
+    Args:
+        model: The language model.
+        tokens: Its tokenizer.
+        target: What is edited in it.
+        model_id: Hub id or folder the model was loaded from, for the record.
+        revision: Revision of a hub model, for the record.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: PromptTokenizer,
+        target: Target[E],
+        model_id: str = "",
+        revision: str | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.tokens = tokens
+        self.target = target
+        self.model_id = model_id
+        self.revision = revision
+        self._base: BaseModelInfo | None = None
+
+    @property
+    def tree(self) -> ModelTree:
+        """Where the model's parts are."""
+        return ModelTree.of(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(next(self.model.parameters()).device)
+
+    @property
+    def base(self) -> BaseModelInfo:
+        """The unedited model, with the hash of its weights."""
+        if self._base is None:
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            self._base = BaseModelInfo(
+                id=self.model_id,
+                revision=self.revision,
+                dtype=dtype,
+                sha256=weight_hash(self.model, self.target.originals),
+                parameters=sum(p.numel() for p in self.model.parameters()),
+            )
+        return self._base
+
+    def edit(
+        self,
+        requests: EditBatch | EditRequest | Sequence[EditRequest],
+        compute: Callable[[EditBatch], E],
+        provenance: Provenance,
+        processes: Processes | None = None,
+    ) -> E:
+        """Computes an edit and leaves the model as it is.
+
+        Args:
+            requests: What to change: one request, several, or a batch made of them.
+            compute: Makes an edit of a batch; it may change the weights that are edited.
+            provenance: Where the edit comes from.
+            processes: Those that hold the same requests and share the work; this one alone if
+                None.
+
+        Raises:
+            RequestError: If the requests contradict each other.
+        """
+        if isinstance(requests, EditRequest):
+            requests = [requests]
+        device = self.device
+        mixed = torch.is_autocast_enabled(device.type)
+        found = torch.get_autocast_dtype(device.type) if mixed else None
+        # Tokens made under inference mode could not be saved for backward, and what a method does
+        # not compute in `pass_dtype` must not be rounded.
+        exact = torch.autocast(device.type, enabled=False)
+        kept = kept_weights(self.target.parameters)
+        with torch.inference_mode(False), torch.enable_grad(), exact, kept:
+            if not isinstance(requests, EditBatch):
+                check_requests(requests)
+                requests = EditBatch.from_requests(requests, self.tokens)
+            batch = replace(
+                requests.to(device),
+                processes=processes or Processes(),
+                # Gradients would leave the range of float16, for which a Trainer scales losses.
+                pass_dtype=found if found == torch.bfloat16 else None,
+            )
+            edit = compute(batch)
+        failed = edit.details.get("failed", {})
+        ids = tuple(request.id for request in batch.requests if request.id not in failed)
+        edit.provenance = replace(provenance, request_ids=ids)
+        if len(self.target.delta) and edit.changes_weights:
+            # It continues from an edited model, which is not the recorded base.
+            edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
+        return edit
+
+    def commit(self, edit: E) -> None:
+        """Writes an edit into the model, on top of all that were committed."""
+        self.target.optimizer.stage(edit)
+        self.target.optimizer.step()
+
+    @contextmanager
+    def written(self, edit: E) -> Iterator[None]:
+        """Context manager: the model with an edit that was just made of it."""
+        # Hashing all weights again would only take time.
+        edit.apply_(self.model, check=False)
+        try:
+            yield
+        finally:
+            edit.revert_(self.model)
+
+    def committed(self, provenance: Provenance) -> E:
+        """All committed edits as one artefact, with originals and hashes for an exact undo."""
+        total = self.target.committed()
+        total.provenance = replace(provenance, request_ids=total.provenance.request_ids)
+        return total
+
+
+@torch.no_grad()
+def write_for_now(model: nn.Module, edit: WeightDelta) -> None:
+    """Adds an edit to the weights inside ``compute_edit``, after which it is taken out.
+
+    Args:
+        model: The model.
+        edit: What to add, in float32, rounded once to the weights' dtype.
+    """
+    for name in edit.changes:
+        parameter = model.get_parameter(name)
+        weight = local_shard(parameter)
+        weight.copy_(weight.float() + shard_like(parameter, edit.dense(name)))

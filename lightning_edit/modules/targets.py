@@ -1,0 +1,313 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What is edited in a model: its weights, or a memory beside them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Provenance
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.optim import E, EditOptimizer
+
+__all__ = ["MemoryTarget", "Target", "WeightTarget"]
+
+
+class Target(ABC, Generic[E]):
+    """What an editor edits in a model, and all that was committed to it.
+
+    Args:
+        model: The model. It is edited in place.
+        optimizer: Writes edits, one a step.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: EditOptimizer[E]) -> None:
+        self.model: Any = model
+        self.optimizer = optimizer
+
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """What stood in the model before the first edit, by the parameter's name."""
+        return self.optimizer.originals
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that edits may change, by name."""
+        return {name: self.model.get_parameter(name) for name in self.originals}
+
+    @property
+    @abstractmethod
+    def delta(self) -> E:
+        """All that was committed so far."""
+
+    @property
+    @abstractmethod
+    def memory(self) -> EditMemory:
+        """The memory of the model.
+
+        Raises:
+            EditError: If weights are edited.
+        """
+
+    @abstractmethod
+    def without(self, request_ids: Sequence[str]) -> E:
+        """The edit after which requests are forgotten, and all others as they are.
+
+        Raises:
+            EditError: If one of them is not known, or single requests cannot be taken out.
+        """
+
+    @abstractmethod
+    def committed(self) -> E:
+        """All that was committed so far, with what an exact undo elsewhere takes."""
+
+    @abstractmethod
+    def base_weights(self) -> AbstractContextManager[None]:
+        """Context manager: the unedited model."""
+
+    @abstractmethod
+    def prepare(self, verb: str) -> None:
+        """Brings the model into the form that a verb of the Trainer needs.
+
+        Args:
+            verb: ``fit``, ``validate``, ``test`` or ``predict``; none once the Trainer is done.
+        """
+
+    @abstractmethod
+    def size(self) -> tuple[str, float]:
+        """Name and value of the figure by which a run shows how much has been changed."""
+
+    @abstractmethod
+    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of a module's state, whose names begin with ``model.``."""
+
+    @abstractmethod
+    def load_kept(self, state: dict[str, Any]) -> None:
+        """Takes over what ``kept`` gave where Lightning does not, and may take it out."""
+
+
+class WeightTarget(Target[WeightDelta]):
+    """Weights: parameters of the model, all others being frozen.
+
+    Args:
+        model: The model. It is edited in place, and all its parameters but these are frozen.
+        names: Names of the parameters.
+        trainable: Whether these get gradients outside an edit, too.
+
+    Examples:
+        >>> target = WeightTarget(nn.Linear(2, 2), ["weight"])
+        >>> target.size(), target.model.bias.requires_grad
+        (('relative_norm', 0.0), False)
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, trainable: bool = True) -> None:
+        named = dict(model.named_parameters())
+        model.requires_grad_(False)
+        for name in names if trainable else ():
+            named[name].requires_grad_(True)
+        originals = {name: named[name].detach().clone() for name in names}
+        super().__init__(model, EditOptimizer(model, originals))
+
+    @property
+    @override
+    def delta(self) -> WeightDelta:
+        return self.optimizer.delta
+
+    @property
+    @override
+    def memory(self) -> EditMemory:
+        raise EditError("This editor changes weights, and the model has no memory.")
+
+    @override
+    def without(self, request_ids: Sequence[str]) -> WeightDelta:
+        raise EditError(
+            "Edits of weights stand on one another, so single requests cannot be taken out of "
+            "them. Take whole edits out with `revert_`, the last one first."
+        )
+
+    @override
+    def committed(self) -> WeightDelta:
+        total = self.delta.seal(self.model, self.originals)
+        total.provenance = Provenance(request_ids=self.delta.provenance.request_ids)
+        return total
+
+    @override
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        with kept_weights(self.parameters):
+            restore(self.parameters, self.originals)
+            yield
+
+    @override
+    def prepare(self, verb: str) -> None:
+        """Nothing: the model is as it is."""
+
+    @override
+    def size(self) -> tuple[str, float]:
+        return "relative_norm", relative_norm(self.delta, self.originals)
+
+    @override
+    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: t for n, t in state.items() if n.removeprefix("model.") in self.originals}
+
+    @override
+    def load_kept(self, state: dict[str, Any]) -> None:
+        """Nothing: Lightning loads parameters."""
+
+
+class MemoryTarget(Target[MemoryWrite]):
+    """A memory beside the weights, which stay as they are.
+
+    Args:
+        model: The model. A memory that it has already is gone on with.
+        memory: An empty memory, built from an editor's settings.
+        forget: Gives the entries that are left when requests are forgotten; the memory's own
+            way if None.
+
+    Raises:
+        ArtifactError: If the model has a memory of another kind or with other settings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        memory: EditMemory,
+        forget: Callable[[Sequence[str]], Mapping[str, MemoryEntry]] | None = None,
+    ) -> None:
+        found = EditMemory.find(model)
+        if found is not None and found is not memory:
+            found.check_kind(type(memory).__name__, memory.settings)
+            memory = found
+        model.requires_grad_(False)
+        memory.attach_(model).is_temporary = False
+        super().__init__(model, _MemoryOptimizer(model, memory))
+        # In a tuple, out of sight of Lightning, for which it is a part of the model.
+        self._memory = (memory,)
+        self._forget = forget or memory.without
+
+    @property
+    @override
+    def delta(self) -> MemoryWrite:
+        return self.optimizer.delta
+
+    @property
+    @override
+    def memory(self) -> EditMemory:
+        return self._memory[0]
+
+    @override
+    def without(self, request_ids: Sequence[str]) -> MemoryWrite:
+        self.memory.check_ids(request_ids)
+        edit = MemoryWrite.between(self.memory, self._forget(request_ids))
+        edit.provenance = Provenance(request_ids=tuple(request_ids))
+        return edit
+
+    @override
+    def committed(self) -> MemoryWrite:
+        total = self.delta.seal(self.model, {})
+        total.provenance = Provenance(request_ids=self.delta.provenance.request_ids)
+        return total
+
+    @override
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        with self.memory.off():
+            yield
+
+    @override
+    def prepare(self, verb: str) -> None:
+        """Nothing: the model is as it is."""
+
+    @override
+    def size(self) -> tuple[str, float]:
+        return "entries", float(len(self.memory))
+
+    @override
+    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: t for n, t in state.items() if n.startswith("model.edit_memory.")}
+
+    @override
+    def load_kept(self, state: dict[str, Any]) -> None:
+        prefix = "model.edit_memory."
+        own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        if own:
+            self.memory.load_state_dict(own)
+
+
+@contextmanager
+def kept_weights(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Context manager: puts parameters back after it, bit for bit, whatever happens in it.
+
+    Gradients that were accumulated so far, and which parameters get any, are put back, too.
+
+    Args:
+        parameters: The parameters by name.
+
+    Examples:
+        >>> layer = nn.Linear(1, 1)
+        >>> before = layer.weight.item()
+        >>> with kept_weights({"weight": layer.weight}), torch.no_grad():
+        ...     _ = layer.weight.zero_()
+        >>> layer.weight.item() == before
+        True
+    """
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    gradients = {name: p.grad for name, p in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+                parameter.requires_grad_(flags[name])
+                parameter.grad = gradients[name]
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, nn.Parameter], originals: Mapping[str, Tensor]) -> None:
+    """Sets parameters to their originals, each process its own part of them."""
+    for name, parameter in parameters.items():
+        local_shard(parameter).copy_(shard_like(parameter, originals[name]))
+
+
+def relative_norm(delta: WeightDelta, originals: Mapping[str, Tensor]) -> float:
+    """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
+    size = sum(float(tensor.float().square().sum()) for tensor in originals.values())
+    return delta.norm() / size**0.5 if size else 0.0
+
+
+class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
+    """Writes edits of a memory, and asks the memory itself what was committed."""
+
+    def __init__(self, model: nn.Module, memory: EditMemory) -> None:
+        self._order: tuple[str, ...] = ()
+        self._carried: dict[str, Tensor] = {}
+        nothing = MemoryWrite(type(memory).__name__, memory.settings, {})
+        super().__init__(model, {}, nothing)
+
+    @property
+    def delta(self) -> MemoryWrite:
+        """All that the memory holds."""
+        edit = MemoryWrite.from_state({}, self.model)
+        entries = [entry for entry in edit.entries.values() if entry is not None]
+        known = dict.fromkeys(request for entry in entries for request in entry.requests)
+        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
+        edit.provenance = Provenance(request_ids=tuple(ids))
+        edit.carried = self._carried
+        return edit
+
+    @delta.setter
+    def delta(self, edit: MemoryWrite) -> None:
+        self._order, self._carried = edit.provenance.request_ids, edit.carried
