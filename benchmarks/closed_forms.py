@@ -31,7 +31,7 @@ from torch import Tensor
 from lightning_edit import PromptTokenizer, load_model, load_tokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.evaluation.prose import read_prose
-from lightning_edit.functional.least_squares import factorize, projected_update, ridge_update
+from lightning_edit.functional.least_squares import factorize, preserving_update, projected_update
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments, text_file_ids
 
 OLD, NEW, OUTPUTS = 300, 10, 512
@@ -95,7 +95,7 @@ def memit(width: int, turns: int) -> tuple[float, float, float, float]:
         return residuals.double() @ solved.T
 
     def ours() -> Tensor:
-        u, v = ridge_update(new, residuals, factor, weight)
+        u, v = preserving_update(new, residuals, factor, weight)
         return u @ v.T
 
     slow, fast, wanted, found = alternate(plain, ours, turns)

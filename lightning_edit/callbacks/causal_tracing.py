@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import evaluating, find_requests, model_and_tokens
+from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
@@ -111,8 +112,7 @@ class CausalTracing(Callback):
     def _trace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "CausalTracing")
         requests = find_requests(trainer, self.given, "CausalTracing")[: self.limit]
-        # Every process must ask: the log folder is broadcast.
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer, self.dirpath)
         subjects = [request.subject for request in requests]
         rank, world = trainer.global_rank, trainer.world_size
         rank_zero_info(f"Tracing {len(requests)} facts")  # which takes a while
@@ -123,7 +123,7 @@ class CausalTracing(Callback):
             mine = trace_facts(model, tokens, share, self.settings, deviation=deviation)
         self.result = result = _gather(mine, requests, world)
         rank_zero_info(_summary(result, self.count))
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if trainer.is_global_zero and not is_dry(trainer):
             self._write(folder, result)
 
     def _write(self, folder: Path, result: TracingResult) -> None:

@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_edit.callbacks.run_folder import is_dry
+
 __all__ = ["EditCheckpoint"]
 
 
@@ -58,7 +60,7 @@ class EditCheckpoint(ModelCheckpoint):
         self._has_begun = True
         # What a resumed run begins with is in the checkpoint that it read.
         self._last_global_step_saved = trainer.global_step
-        is_fresh = trainer.ckpt_path is None and not getattr(trainer, "fast_dev_run", False)
+        is_fresh = trainer.ckpt_path is None and not is_dry(trainer)
         if is_fresh and trainer.is_global_zero and self.dirpath is not None:
             _move_aside(Path(self.dirpath))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +13,12 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, find_requests, model_and_tokens
+from lightning_edit.callbacks.model_access import (
+    evaluating,
+    find_requests,
+    model_and_tokens,
+    unedited,
+)
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator, ScoredProbe
 from lightning_edit.functional.counterfact import edit_score
@@ -96,7 +100,7 @@ class EditEvaluator(Callback):
             return
         evaluator = self._evaluator(pl_module)
         share = self._share(self.requests)
-        with _unedited(pl_module), evaluating(evaluator.model):
+        with unedited(pl_module), evaluating(evaluator.model):
             mine = evaluator.evaluate(share)
         self._baseline = mine.baseline
         self._values_before = self._values(mine, pl_module)
@@ -201,10 +205,6 @@ class EditEvaluator(Callback):
         return Evaluation(
             sorted((p for part in parts for p in part), key=lambda p: order[p.request_id])
         )
-
-
-def _unedited(pl_module: LightningModule) -> AbstractContextManager[None]:
-    return pl_module.base_weights() if isinstance(pl_module, EditModule) else nullcontext()
 
 
 def _world_size() -> int:

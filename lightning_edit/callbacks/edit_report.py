@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
 from lightning_edit.callbacks.retention_curve import RetentionCurve
+from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
@@ -79,16 +80,16 @@ class EditReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what is about to be edited, and moves an earlier run's files aside."""
-        folder = self._folder(trainer)
+        folder = run_folder(trainer, self.dirpath)
         if isinstance(pl_module, EditModule):
             rank_zero_info(_banner(pl_module, trainer))
-        if trainer.is_global_zero and not _is_dry(trainer) and trainer.ckpt_path is None:
+        if trainer.is_global_zero and not is_dry(trainer) and trainer.ckpt_path is None:
             _move_aside(folder)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder and prints the table."""
-        folder = self._folder(trainer)
+        folder = run_folder(trainer, self.dirpath)
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
         evaluators = [c for c in callbacks if isinstance(c, EditEvaluator)]
         for evaluator in evaluators:
@@ -96,7 +97,7 @@ class EditReport(Callback):
         curves = [c for c in callbacks if isinstance(c, RetentionCurve)]
         for curve in curves:
             curve.finish(trainer, pl_module)
-        if _is_dry(trainer):
+        if is_dry(trainer):
             return
         # By every process, since sharded weights are gathered by all of them together.
         delta = pl_module.committed() if isinstance(pl_module, EditModule) else None
@@ -109,10 +110,6 @@ class EditReport(Callback):
         files = [name for name in REPORT_FILES if not is_foreign_card(folder / name)]
         write_results(self.report, folder, files)
         self._show(folder, saved)
-
-    def _folder(self, trainer: Trainer) -> Path:
-        # Every process must ask: the log folder is broadcast.
-        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def _build(
         self,
@@ -180,10 +177,6 @@ class EditReport(Callback):
                 apply = f"lightning-edit apply {delta} --output edited"
             rank_zero_info(f"Apply  {apply}")
             rank_zero_info(f"Undo   {load}.revert_(model)  # bit for bit")
-
-
-def _is_dry(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _banner(pl_module: EditModule, trainer: Trainer) -> str:

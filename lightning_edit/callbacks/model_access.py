@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,14 @@ from lightning_edit.modules.base import EditModule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["evaluating", "find_model", "find_requests", "find_tokenizer", "model_and_tokens"]
+__all__ = [
+    "evaluating",
+    "find_model",
+    "find_requests",
+    "find_tokenizer",
+    "model_and_tokens",
+    "unedited",
+]
 
 
 def model_and_tokens(
@@ -169,3 +176,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def unedited(module: LightningModule) -> AbstractContextManager[None]:
+    """Context manager: an editor's model is as it was before its edits; any other stays as it is.
+
+    Args:
+        module: The module of a run.
+    """
+    return module.base_weights() if isinstance(module, EditModule) else nullcontext()

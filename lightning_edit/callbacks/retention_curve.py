@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, model_and_tokens
+from lightning_edit.callbacks.model_access import evaluating, model_and_tokens, unedited
+from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.prose import perplexity, read_prose
@@ -184,7 +184,7 @@ class RetentionCurve(Callback):
             self.perplexity_before = float(restored["perplexity_before"])
             return
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
-        with _unedited(pl_module), evaluating(model):
+        with unedited(pl_module), evaluating(model):
             self.perplexity_before = perplexity(model, tokens, self.text)
 
     def _add(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
@@ -286,10 +286,8 @@ class RetentionCurve(Callback):
             (folder / "retention.json").write_text(text + "\n", encoding="utf-8")
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        # Every process must ask: the log folder is broadcast.
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        is_dry = bool(getattr(trainer, "fast_dev_run", False))
-        return folder if trainer.is_global_zero and not is_dry else None
+        folder = run_folder(trainer, self.dirpath)
+        return folder if trainer.is_global_zero and not is_dry(trainer) else None
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -312,10 +310,6 @@ class RetentionCurve(Callback):
 
 def _is_sequence(pl_module: LightningModule) -> bool:
     return isinstance(pl_module, EditModule) and pl_module.test_protocol == "sequential"
-
-
-def _unedited(pl_module: LightningModule) -> AbstractContextManager[None]:
-    return pl_module.base_weights() if isinstance(pl_module, EditModule) else nullcontext()
 
 
 def _finite(value: float) -> float | None:

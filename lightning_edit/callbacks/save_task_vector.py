@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import find_model
+from lightning_edit.callbacks.run_folder import is_dry
 from lightning_edit.forgetting.base_weights import BaseWeights
 
 __all__ = ["SaveTaskVector"]
@@ -59,7 +60,7 @@ class SaveTaskVector(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._base is None or getattr(trainer, "fast_dev_run", False):
+        if self._base is None or is_dry(trainer):
             return
         settings = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
         model = find_model(pl_module, self.model_attribute)

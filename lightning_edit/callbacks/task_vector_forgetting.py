@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
+from lightning_edit.callbacks.run_folder import is_dry
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, RequestError
@@ -139,7 +140,7 @@ class TaskVectorForgetting(Callback):
                 f"TaskVectorForgetting is {self.forget_epochs}. Give both the same number."
             )
         last = trainer.max_epochs
-        if last is not None and 0 <= last <= self.forget_epochs and not _is_dry(trainer):
+        if last is not None and 0 <= last <= self.forget_epochs and not is_dry(trainer):
             raise EditError(
                 f"`forget_epochs` is {self.forget_epochs} and the Trainer's `max_epochs` {last}, "
                 "so no epoch is left to learn the new knowledge. Set `max_epochs` to the sum of "
@@ -194,7 +195,7 @@ class TaskVectorForgetting(Callback):
             return
         model = find_model(pl_module, self.model_attribute)
         base, self._base = self._base, None
-        if self.save_task_vector and not _is_dry(trainer):
+        if self.save_task_vector and not is_dry(trainer):
             base.save_task_vector(
                 model, self.save_task_vector, {"epochs": self.forget_epochs}, trainer.is_global_zero
             )
@@ -309,7 +310,3 @@ class TaskVectorForgetting(Callback):
 
 def _data(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
-
-
-def _is_dry(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))

@@ -39,19 +39,22 @@ class MemoryWrite(Edit):
             in an edit's files, however many entries there are.
 
     Examples:
-        >>> from lightning_edit import GRACE
-        >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
-        >>> model, tokenizer = trained_tiny_model()
-        >>> edit = GRACE.from_model(model, tokenizer, steps=5).edit(tiny_requests(2))
+        >>> class Shift(EditMemory):
+        ...     fields = ("bias",)
+        ...
+        ...     def hook(self, model):
+        ...         return [model.register_forward_hook(lambda _, __, y: y + self.bias.sum(0))]
+        >>> entries = {name: MemoryEntry({"bias": torch.ones(2)}, {name: {}}) for name in "ab"}
+        >>> edit = MemoryWrite("Shift", {}, entries)
         >>> edit
-        MemoryWrite(Codebook: 2 entries)
-        >>> other, _ = trained_tiny_model()
-        >>> edit.apply_(other)
-        >>> list(EditMemory.find(other).requests)
-        ['capital-velmora', 'language-velmora']
-        >>> MemoryWrite.removing(other, ["capital-velmora"]).apply_(other)
-        >>> list(EditMemory.find(other).requests)
-        ['language-velmora']
+        MemoryWrite(Shift: 2 entries)
+        >>> model = torch.nn.Linear(2, 2)
+        >>> edit.apply_(model)
+        >>> list(EditMemory.find(model).requests)
+        ['a', 'b']
+        >>> MemoryWrite.removing(model, ["a"]).apply_(model)
+        >>> list(EditMemory.find(model).requests)
+        ['b']
     """
 
     changes_weights: ClassVar[bool] = False

@@ -1,15 +1,15 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of KE: a gated gradient, and the loss of label-smoothed answers."""
+"""The mathematics of KE: a gated gradient."""
 
-# Shapes: N rows, I inputs and O outputs of a projection, V vocabulary.
+# Shapes: N rows, I inputs and O outputs of a projection.
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["ke_factors", "smoothed_nll"]
+__all__ = ["ke_factors"]
 
 
 def ke_factors(
@@ -52,27 +52,3 @@ def ke_factors(
     gate = max_scale * eta.sigmoid()
     u = torch.cat([alpha_a.softmax(0) * gradients_NO, alpha_b.softmax(0)[None]])
     return gate * u, torch.cat([gamma_a * inputs_NI, gamma_b[None]])
-
-
-def smoothed_nll(logits_NV: Tensor, targets_N: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Label-smoothed NLL, (1 − ε − ε′) nll + ε′ Σ_v −log p_v with ε′ = ε / (V − 1).
-
-    Args:
-        logits_NV: [N, V].
-        targets_N: Tokens, [N] int64.
-        smoothing: ε.
-
-    Returns:
-        In nats, [N].
-
-    Examples:
-        >>> smoothed_nll(torch.zeros(1, 2), torch.tensor([0]), 0.0).round(decimals=4)
-        tensor([0.6931])
-
-    References:
-        The loss of KE's code; arXiv 2104.08164, section 5.3.
-    """
-    log_p = logits_NV.log_softmax(1)
-    rest = smoothing / (logits_NV.shape[1] - 1)
-    nll = -log_p.gather(1, targets_N[:, None])[:, 0]
-    return (1 - smoothing - rest) * nll - rest * log_p.sum(1)

@@ -13,9 +13,9 @@ from torch import Tensor
 __all__ = [
     "factorize",
     "key_strengths",
+    "preserving_update",
     "projected_update",
     "protected_directions",
-    "ridge_update",
 ]
 
 
@@ -65,7 +65,7 @@ def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
     return strengths
 
 
-def ridge_update(
+def preserving_update(
     keys: Tensor,
     residuals: Tensor,
     factor: Tensor,
@@ -92,7 +92,7 @@ def ridge_update(
         ValueError: If λ is 0 and the keys depend on each other.
 
     Examples:
-        >>> u, v = ridge_update(torch.eye(2), torch.eye(2), torch.eye(2).double(), 1.0)
+        >>> u, v = preserving_update(torch.eye(2), torch.eye(2), torch.eye(2).double(), 1.0)
         >>> (u @ v.T).tolist()
         [[0.5, 0.0], [0.0, 0.5]]
 

@@ -3,8 +3,8 @@
 """Judging generated text: does it say the answer? Safe for scripts written without spaces.
 
 A *completion* prompt is right when its continuation begins with the answer; a *question* prompt
-when the reply equals the answer after normalization. Token F1 and containment are looser and are
-reported beside these two, never in their place.
+when the reply equals the answer after normalization. Token F1 and containment are looser, and no
+metric here stands on them.
 """
 
 from __future__ import annotations

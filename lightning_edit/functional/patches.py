@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses of T-Patcher: neurons that fire for one mistake and stay silent for all else."""
 
-# Shapes: P patches, M remembered states, N target tokens, V vocabulary.
+# Shapes: P patches, M remembered states.
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-__all__ = ["activation_loss", "margin_losses", "smoothed_nll"]
+__all__ = ["activation_loss", "margin_losses"]
 
 # Beyond it, float32 knows no exponential.
 _MAX_EXPONENT = 80.0
@@ -65,22 +64,6 @@ def margin_losses(
     """
     first = _largest(_exp(memory - own + gap), top)
     return first, _largest(_exp(memory - ceiling), top)
-
-
-def smoothed_nll(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Mean of (1 − ε − ε/(V−1)) · nll + ε/(V−1) · Σᵥ −log p(v): targets with smoothed labels.
-
-    Args:
-        logits: [N, V].
-        targets: [N] int64.
-        smoothing: ε, the share that all other tokens have in the target.
-
-    Returns:
-        A scalar in nats.
-    """
-    size = logits.shape[-1]
-    # PyTorch's own smoothing gives the target its share, too.
-    return cross_entropy(logits.float(), targets, label_smoothing=smoothing * size / (size - 1))
 
 
 def _exp(exponents: Tensor) -> Tensor:

@@ -18,7 +18,25 @@ from lightning_edit.metrics.base import CountingMetric, EditMetric
 __all__ = ["EditScore", "EfficacySuccess", "NeighborhoodSuccess", "ParaphraseSuccess"]
 
 
-class EfficacySuccess(EditMetric):
+class _NewIsLikelier(EditMetric):
+    """How often the new answer is likelier than the old one.
+
+    Args:
+        key: Name in collections and reports.
+        kwargs: Arguments of every torchmetrics metric.
+    """
+
+    def update(self, nll_new: Tensor, nll_old: Tensor) -> None:
+        """Adds rows.
+
+        Args:
+            nll_new: Mean negative log-likelihood per token of the new answer, shape [B].
+            nll_old: That of the old answer after the same prompts, shape [B].
+        """
+        self.count_scores(self.state, efficacy_success(nll_new, nll_old))
+
+
+class EfficacySuccess(_NewIsLikelier):
     """ES: how often the new answer is likelier than the old one on the edit prompt.
 
     Args:
@@ -38,17 +56,8 @@ class EfficacySuccess(EditMetric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(key="efficacy_success", **kwargs)
 
-    def update(self, nll_new: Tensor, nll_old: Tensor) -> None:
-        """Adds rows.
 
-        Args:
-            nll_new: Mean negative log-likelihood per token of the new answer, shape [B].
-            nll_old: That of the old answer after the same prompts, shape [B].
-        """
-        self.count_scores(self.state, efficacy_success(nll_new, nll_old))
-
-
-class ParaphraseSuccess(EditMetric):
+class ParaphraseSuccess(_NewIsLikelier):
     """PS: how often the new answer is likelier than the old one on a paraphrase.
 
     The authors average within each record first; where records have different numbers of
@@ -70,15 +79,6 @@ class ParaphraseSuccess(EditMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(key="paraphrase_success", **kwargs)
-
-    def update(self, nll_new: Tensor, nll_old: Tensor) -> None:
-        """Adds rows.
-
-        Args:
-            nll_new: Mean negative log-likelihood per token of the new answer, shape [B].
-            nll_old: That of the old answer after the same prompts, shape [B].
-        """
-        self.count_scores(self.state, efficacy_success(nll_new, nll_old))
 
 
 class NeighborhoodSuccess(EditMetric):

@@ -69,17 +69,6 @@ METRICS = {
         "Are earlier edits still there?",
         "Share of the earlier edits of a sequence that the model still answers with.",
     ),
-    "forgetting": Term(
-        "Forgetting",
-        "How much of the earlier edits is lost?",
-        "Mean loss of reliability of the earlier edits of a sequence since their best moment.",
-    ),
-    "fluency": Term(
-        "Fluency",
-        "Does it repeat itself?",
-        "Entropy of the word pairs and triples in longer continuations; low means repetition.",
-        is_rate=False,
-    ),
     "perplexity_ratio": Term(
         "Perplexity ratio",
         "Is ordinary text as familiar as before?",
@@ -113,16 +102,6 @@ READINGS = {
         "as the model really writes",
         "The model writes on by itself from the prompt alone, as it would in use: the strict "
         "reading.",
-    ),
-    "token_f1": Term(
-        "token F1",
-        "words in common",
-        "Overlap between the words that the model writes and those of the answer.",
-    ),
-    "contains": Term(
-        "contains",
-        "the answer occurs somewhere",
-        "The answer occurs anywhere in what the model writes: the loosest reading.",
     ),
     "kl": Term(
         "KL divergence (nats)",

@@ -23,6 +23,7 @@ from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator
 from lightning_edit.evaluation.prose import perplexity, read_prose
+from lightning_edit.report.glossary import METRICS, READINGS, metric_name
 from tests.callbacks.foreign import foreign, quiet_trainer
 from tests.modules.helpers import bare_trainer, same, snapshot
 
@@ -139,6 +140,18 @@ def test_the_report_draws_the_curve(tmp_path: Path, turn: tuple[str, str]) -> No
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Retention, teacher-forced, all tokens" in page
     assert "Ordinary prose after 7 edits: its perplexity is" in page
+
+
+def test_every_word_of_the_glossary_is_measured(tmp_path: Path) -> None:
+    report = EditReport(str(tmp_path), save_delta=False)
+    callbacks = [EditEvaluator(), curve_of(tmp_path, every_n_edits=1), report]
+    trainer = bare_trainer(max_epochs=1, callbacks=callbacks)
+    trainer.fit(editor_of(steps=1), datamodule=data_of(n=1))
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    keys = {key for point in results["sequence"] for key in point} | set(results["metrics"])
+    found = [metric_name(key) for key in keys - {"edits"}]
+    assert {name.metric for name in found} == set(METRICS)
+    assert {name.reading for name in found if name.reading} == set(READINGS)
 
 
 def test_measures_where_a_batch_has_passed_the_number(tmp_path: Path) -> None:

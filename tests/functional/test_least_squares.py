@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_edit.functional.least_squares import (
     factorize,
     key_strengths,
+    preserving_update,
     projected_update,
     protected_directions,
-    ridge_update,
 )
 
 INPUTS, OUTPUTS = 12, 5
@@ -29,9 +29,9 @@ def moment() -> Tensor:
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 30])
-def test_ridge_update_solves_the_normal_equations(pairs: int) -> None:
+def test_preserving_update_solves_the_normal_equations(pairs: int) -> None:
     keys, residuals, weight = drawn(INPUTS, pairs), drawn(OUTPUTS, pairs, seed=1), 0.7
-    u, v = ridge_update(keys, residuals, factorize(moment()), weight)
+    u, v = preserving_update(keys, residuals, factorize(moment()), weight)
     assert u.shape == (OUTPUTS, pairs)
     assert v.shape == (INPUTS, pairs)
     change = (u @ v.T).double()
@@ -49,7 +49,7 @@ def test_ridge_update_solves_the_normal_equations(pairs: int) -> None:
 
 def test_without_weight_every_pair_is_stored() -> None:
     keys, residuals = drawn(INPUTS, 4), drawn(OUTPUTS, 4, seed=1)
-    u, v = ridge_update(keys, residuals, factorize(moment()), 0.0)
+    u, v = preserving_update(keys, residuals, factorize(moment()), 0.0)
     torch.testing.assert_close(u @ v.T @ keys, residuals, rtol=1e-4, atol=1e-4)
     # Of all changes that store them, it is the smallest in the second moment's measure.
     other = drawn(OUTPUTS, INPUTS, seed=2).double()
@@ -63,7 +63,7 @@ def test_strengths_are_shares_of_a_pair_alone() -> None:
     factor = factorize(moment())
     strength = key_strengths(keys, factor)
     for n in range(3):
-        u, v = ridge_update(keys[:, n : n + 1], residuals[:, n : n + 1], factor, weight)
+        u, v = preserving_update(keys[:, n : n + 1], residuals[:, n : n + 1], factor, weight)
         written = u @ v.T @ keys[:, n]
         share = strength[n] / (strength[n] + weight)
         torch.testing.assert_close(written, share.float() * residuals[:, n], rtol=1e-4, atol=1e-5)
@@ -80,7 +80,7 @@ def test_batches_one_after_another_give_the_change_of_their_union(
 
     def update(all_: Tensor, lacking: Tensor, gram: Tensor | None = None) -> Tensor:
         if kind == "ridge":
-            u, v = ridge_update(all_, lacking, factorize(moment()), weight, gram)
+            u, v = preserving_update(all_, lacking, factorize(moment()), weight, gram)
         else:
             u, v = projected_update(all_, lacking, protected, weight, gram)
         return u @ v.T
@@ -133,4 +133,4 @@ def test_what_cannot_be_solved_says_so() -> None:
         factorize(torch.zeros(3, 3))
     twice = drawn(INPUTS, 1).expand(INPUTS, 2)
     with pytest.raises(ValueError, match="two requests may be about the same subject"):
-        ridge_update(twice, drawn(OUTPUTS, 2), factorize(torch.eye(INPUTS)), 0.0)
+        preserving_update(twice, drawn(OUTPUTS, 2), factorize(torch.eye(INPUTS)), 0.0)

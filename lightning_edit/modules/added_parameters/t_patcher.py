@@ -25,7 +25,8 @@ from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
-from lightning_edit.functional.patches import activation_loss, margin_losses, smoothed_nll
+from lightning_edit.functional.label_smoothing import smoothed_nll
+from lightning_edit.functional.patches import activation_loss, margin_losses
 from lightning_edit.memories.beside import beside_mlp
 from lightning_edit.memories.patches import PatchNeurons, patch_output
 from lightning_edit.modules.locate_then_edit.second_moment import sample_text_ids, seeded
@@ -321,7 +322,7 @@ class TPatcher(MemoryModule):
         with self._added(patches.keys, patches.biases, patches.values):
             logits, targets = target_logits(self.tree, batch)
         fired = (patches.keys * queries).sum(1) + patches.biases
-        loss = smoothed_nll(logits, targets, self.smoothing)
+        loss = smoothed_nll(logits, targets, self.smoothing).mean()
         loss = loss + self.activation_weight * activation_loss(fired, self.activation_threshold)
         loss = loss + self.memory_weight * sum(self._margins(patches, queries, memory))
         return loss, bool((logits.argmax(-1) == targets).all())

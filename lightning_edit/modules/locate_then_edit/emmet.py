@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.functional.least_squares import factorize, key_strengths, ridge_update
+from lightning_edit.functional.least_squares import factorize, key_strengths, preserving_update
 from lightning_edit.modules.locate_then_edit.mass_edit import MassEditModule
 
 __all__ = ["EMMET"]
@@ -82,5 +82,7 @@ class EMMET(MassEditModule):
         factor = self.factor(site.layer)
         strength = key_strengths(keys.T, factor)
         old, gram = self.remembered(site.layer)
-        u, v = ridge_update(torch.cat([old, keys.T], 1), residuals.T, factor, self.softness, gram)
+        u, v = preserving_update(
+            torch.cat([old, keys.T], 1), residuals.T, factor, self.softness, gram
+        )
         return LowRank(u, v), {"written_share": strength / (strength + self.softness)}

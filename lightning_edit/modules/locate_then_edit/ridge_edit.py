@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.locator import WeightSite
-from lightning_edit.functional.least_squares import key_strengths, ridge_update
+from lightning_edit.functional.least_squares import key_strengths, preserving_update
 from lightning_edit.modules.locate_then_edit.mass_edit import MassEditModule
 
 __all__ = ["RidgeEditModule"]
@@ -73,7 +73,7 @@ class RidgeEditModule(MassEditModule):
         strength = key_strengths(keys.T, factor)
         weight = self._weight(site.layer, strength)
         old, gram = self.remembered(site.layer)
-        u, v = ridge_update(torch.cat([old, keys.T], 1), residuals.T, factor, weight, gram)
+        u, v = preserving_update(torch.cat([old, keys.T], 1), residuals.T, factor, weight, gram)
         return LowRank(u, v), {"written_share": strength / (strength + weight)}
 
     def _weight(self, layer: int, strength: Tensor) -> float:

@@ -22,7 +22,8 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.evaluator import Evaluation, Evaluator
-from lightning_edit.functional.ke import ke_factors, smoothed_nll
+from lightning_edit.functional.ke import ke_factors
+from lightning_edit.functional.label_smoothing import smoothed_nll
 from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, Positions, grouped
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from lightning_edit.modules.meta_learning.lessons import TrainOn

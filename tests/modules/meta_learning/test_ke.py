@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from lightning_edit import KE, EditDataModule, EditRequest
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import EditError
 from lightning_edit.data import HeldOut
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.functional.ke import ke_factors, smoothed_nll
+from lightning_edit.functional.ke import ke_factors
 from lightning_edit.modules.meta_learning.replicas import Replicas
 from tests import zoo
 from tests.modules.helpers import bare_trainer
@@ -37,16 +36,6 @@ def test_factors_are_those_of_the_dense_gate() -> None:
     assert u.shape == (5, 5)
     with pytest.raises(ValueError, match=r"shape \[17\].*got \[16\]"):
         ke_factors(inputs, gradients, code[1:])
-
-
-def test_smoothing_shares_out_what_it_takes() -> None:
-    logits, targets = torch.randn(4, 7), torch.tensor([0, 3, 6, 2])
-    rest = 0.1 / 6
-    shares = torch.full((4, 7), rest).scatter(1, targets[:, None], 1 - 0.1)
-    wanted = -(shares * logits.log_softmax(1)).sum(1)
-    torch.testing.assert_close(smoothed_nll(logits, targets, 0.1), wanted)
-    plain = cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(smoothed_nll(logits, targets, 0.0), plain)
 
 
 class PlainKE(PlainMEND):
