@@ -223,8 +223,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                     cache_dir=self.cache_dir,
                 )
                 self.adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
-        if self._trainer is not None:
-            self.target.prepare(str(self.trainer.state.fn or ""))
+        if self._trainer is not None and self.trainer.state.fn is not None:
+            self.target.prepare(self.trainer.state.fn.value)
         if Processes.running().count > 1 and not any(p.requires_grad for p in self.parameters()):
             # `ddp` refuses modules that have nothing to train.
             self.anchor = nn.Parameter(torch.zeros((), device=self.model.device))
@@ -396,6 +396,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def on_test_start(self) -> None:
+        self.target.prepare("test")  # a checkpoint has been loaded since
         self._protocol = make_protocol(self)
 
     @override

@@ -24,7 +24,7 @@ from lightning_edit.optim import E
 if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule
 
-__all__ = ["CommitEdits", "Fitting", "Stateful", "edit_or_go_on", "log_metrics"]
+__all__ = ["CommitEdits", "Fitting", "Stateful", "edit_or_go_on", "log_metrics", "measure"]
 
 
 class Stateful(Protocol):
@@ -100,9 +100,7 @@ class CommitEdits(Fitting[E]):
 
     @override
     def validation_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
-        with editor.base_weights():
-            baseline = editor.evaluator.baseline(batch)
-        editor.evaluator.evaluate(batch, baseline).update(editor.val_metrics)
+        measure(editor, batch)
 
     @override
     def log_validation(self, editor: EditModule[E]) -> None:
@@ -124,6 +122,13 @@ def edit_or_go_on(
         nothing = editor.edit_optimizer.nothing
         nothing.details["failed"] = error.reasons
         return nothing
+
+
+def measure(editor: EditModule[Any], batch: list[EditRequest]) -> None:
+    """Measures a batch in the model as it stands, beside the unedited one."""
+    with editor.base_weights():
+        baseline = editor.evaluator.baseline(batch)
+    editor.evaluator.evaluate(batch, baseline).update(editor.val_metrics)
 
 
 def log_metrics(editor: EditModule[Any], metrics: MetricCollection) -> None:

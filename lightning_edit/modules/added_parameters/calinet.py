@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,21 +24,46 @@ from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
-from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.processes import Processes
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.calinet import calibration_score
 from lightning_edit.memories.slots import CalibrationSlots
 from lightning_edit.modules.added_parameters.contrasts import wrong_relations
-from lightning_edit.modules.fine_tuning.loop import LoopModule
+from lightning_edit.modules.fine_tuning.loop import AnswerLoss, LightningLoop, OptimizerChoice
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.meta_learning.lessons import TrainOn
+from lightning_edit.modules.targets import MemoryTarget, Target
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.target_loss import MAX_ROWS, row_means, target_nll
 
 __all__ = ["CaliNET"]
 
 
-class CaliNET(LoopModule[MemoryWrite], MemoryModule):
+@dataclass
+class _Block:
+    """The block that ``fit`` trains, by whose name a resumed run goes on with it.
+
+    Args:
+        name: Its name in the memory; none before the first step.
+        number: By which its initial keys are drawn.
+        taught: What is kept of the requests that it is trained on, by id.
+        learned: Its matrices.
+    """
+
+    name: str = ""
+    number: int = 0
+    taught: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    learned: list[nn.Parameter] = field(default_factory=list)
+
+    def edit_state(self) -> dict[str, Any]:
+        return {"block": self.name}
+
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        self.name = str(state["block"])
+
+
+class CaliNET(MemoryModule):
     """Calibrates facts together: a block of slots beside the last MLP is trained for all of them.
 
     Slots add relu(h Kᵀ) V to the MLP's output, h being its input. V begins at zero, so that fresh
@@ -71,8 +97,12 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         stop_loss: Loss in nats below which ``edit`` learns nothing more.
         seed: Seed of K, of which the n-th block draws from seed + n.
         max_entries: Blocks that the memory may hold; any number if None.
-        kwargs: Further arguments of ``LoopModule``, of which ``optimizer`` is Adafactor if None,
-            and of every editor; see [`EditModule`][lightning_edit.EditModule].
+        optimizer: Makes the optimizer of the slots, with its own learning rate. Adafactor if None.
+        lr_scheduler: Makes a learning rate schedule of the optimizer, one step an epoch of ``fit``.
+        end_token: Teach the end token after each answer of a decoder-only model.
+        train_mode: Have the model's dropout on while ``fit`` trains.
+        kwargs: Arguments of every editor, such as ``dtype``; see
+            [`EditModule`][lightning_edit.EditModule].
 
     Raises:
         EditError: If ``gated`` is asked for, but the model's MLPs are not, or there is no such
@@ -97,6 +127,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.03329"
+    unsaved_arguments: ClassVar[tuple[str, ...]] = ("optimizer", "lr_scheduler")
 
     def __init__(
         self,
@@ -115,10 +146,15 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         stop_loss: float = 1e-2,
         seed: int = 0,
         max_entries: int | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        end_token: bool = False,
+        train_mode: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, lr=lr, steps=steps, max_entries=max_entries, **kwargs)
-        for name, value in (("slots", slots), ("contrast_count", contrast_count)):
+        super().__init__(model, layers, max_entries=max_entries, **kwargs)
+        counts = {"steps": steps, "slots": slots, "contrast_count": contrast_count}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")
         if train_on not in get_args(TrainOn):
@@ -140,13 +176,16 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         self.threshold = threshold
         self.contrast_templates = contrast_templates
         self.contrast_count = contrast_count
+        self.lr = lr
+        self.steps = steps
         self.stop_loss = stop_loss
         self.seed = seed
-        # The block that `fit` trains: its name in the memory, its requests, number and matrices.
-        self._block = ""
-        self._taught: dict[str, Mapping[str, Any]] = {}
-        self._number = 0
-        self._learned: list[nn.Parameter] = []
+        self.loss = AnswerLoss(end_token=end_token)
+        self.choice = OptimizerChoice(self._adafactor, optimizer, lr_scheduler)
+        self.loop: LightningLoop[MemoryWrite] = LightningLoop(self.choice, train_mode=train_mode)
+        self._block = _Block()
+        self.parts += [self.loop, self._block]
+        self.fit_by(self.loop)
 
     # -- what it is made of ------------------------------------------------------------------
 
@@ -196,15 +235,16 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         keys = torch.rand(layers, 2 if self.gated else 1, self.slots, size, generator=generator)
         return (2 * keys - 1) / math.sqrt(size), torch.zeros(layers, self.slots, size)
 
-    @override
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        if self.optimizer is not None:
-            return super().make_optimizer(parameters)
+    def _adafactor(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         from transformers.optimization import Adafactor
 
         settings = {"scale_parameter": False, "relative_step": False}
         adafactor: Optimizer = Adafactor(parameters, lr=self.lr, **settings)
         return adafactor
+
+    @override
+    def make_target(self, tree: ModelTree) -> Target[MemoryWrite]:
+        return MemoryTarget(tree.model, self.build_memory(tree), self.retrained_without)
 
     # -- which facts are false ---------------------------------------------------------------
 
@@ -279,16 +319,16 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         )
         return batch.to(next(self.model.parameters()).device)
 
-    def _lesson(self, taught: Iterable[Mapping[str, Any]]) -> EditBatch:
+    def _encoded(self, taught: Iterable[Mapping[str, Any]]) -> EditBatch:
         """What slots are trained on, a row a text."""
         batch = self._batch(
             [(text, kept["target"]) for kept in taught for text in self._texts(kept)]
         )
-        return self._ended(batch).to(batch.input_ids.device)
+        return self.loss.ended(batch)
 
-    @override
-    def encode(self, requests: list[EditRequest]) -> EditBatch:
-        return self._lesson(self._kept(request) for request in requests)
+    def encode(self, requests: Sequence[EditRequest]) -> EditBatch:
+        """What slots are trained on, a row a text of each request, on the model's device."""
+        return self._encoded(self._kept(request) for request in requests)
 
     def _leaves(self, keys: Tensor, values: Tensor) -> list[nn.Parameter]:
         """Matrices to be trained, [S, D] each: for each layer its keys, then its values."""
@@ -353,12 +393,12 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
         device = next(self.model.parameters()).device
         exact = torch.autocast(device.type, enabled=False)
         with torch.inference_mode(False), torch.enable_grad(), exact:
-            batch = self._lesson(taught.values())
+            batch = self._encoded(taught.values())
             parts = math.ceil(len(batch) / MAX_ROWS)
             seen: list[dict[nn.Module, Any]] = [{} for _ in range(parts)]
             below = blocks_below(self.tree, min(self.side.settings["layers"]))
             learned = self._leaves(*self.initial_slots(number))
-            optimizer = self.make_optimizer(learned)
+            optimizer = self.choice.make(learned)
             steps = 0
             while steps < self.steps:
                 total = 0.0
@@ -366,7 +406,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
                 for part in range(parts):
                     added = self._added(self._layers_of(learned))
                     with self._only(others), added, replayed(below, seen[part]):
-                        loss = self.batch_loss(batch, part, parts) / parts
+                        loss = self.loss(self.tree, batch, Processes(part, parts)) / parts
                     gradients = torch.autograd.grad(loss, learned)
                     for matrix, gradient in zip(learned, gradients, strict=True):
                         matrix.grad = gradient if matrix.grad is None else matrix.grad + gradient
@@ -379,8 +419,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
 
     # -- edits -------------------------------------------------------------------------------
 
-    @override
-    def entries_without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
+    def retrained_without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
         """What the memory holds beside some requests; slots that they shared are trained anew."""
         left: dict[str, MemoryEntry] = {}
         shared: list[str] = []
@@ -398,7 +437,7 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
 
     @override
     def compute_edit(self, batch: EditBatch) -> MemoryWrite:
-        entries = self.entries_without([request.id for request in batch.requests])
+        entries = self.retrained_without([request.id for request in batch.requests])
         rows: dict[str, RequestFigures] = {r.id: {"id": r.id, "steps": 0} for r in batch.requests}
         if self.false_only:
             with self._only(entries):
@@ -433,87 +472,77 @@ class CaliNET(LoopModule[MemoryWrite], MemoryModule):
 
     # -- fit ---------------------------------------------------------------------------------
 
-    @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage != "fit":
-            return
+    def before_fit(self) -> None:
+        """Begins another block, unless a checkpoint says otherwise.
+
+        Raises:
+            EditError: If there is more than one process.
+        """
         if self.trainer.world_size > 1:
             raise EditError(
                 f"CaliNET trains slots in one process, but there are {self.trainer.world_size}. "
                 "Set `trainer.devices=1`."
             )
-        self._block, self._taught = "", {}  # a checkpoint may say otherwise
+        self._block.name, self._block.taught = "", {}
 
-    @override
     def tuned_parameters(self) -> list[nn.Parameter]:
+        """The matrices of the block that ``fit`` trains."""
         entries = self.memory.entries
-        if self._block in entries:
-            entry = entries[self._block]
-            self._number, self._taught = entry.notes["number"], dict(entry.requests)
+        if self._block.name in entries:
+            entry = entries[self._block.name]
+            self._block.number, self._block.taught = entry.notes["number"], dict(entry.requests)
             start = entry.tensors["keys"], entry.tensors["values"]
         else:
             self.check_budget({**entries, "": MemoryEntry({}, {})})
-            self._block, self._taught, self._number = "", {}, self.next_number(entries)
-            start = self.initial_slots(self._number)
-        self._learned = self._leaves(*start)
-        return list(self._learned)
+            self._block.name, self._block.taught = "", {}
+            self._block.number = self.next_number(entries)
+            start = self.initial_slots(self._block.number)
+        self._block.learned = self._leaves(*start)
+        return list(self._block.learned)
 
-    @override
-    def configure_optimizers(self) -> Any:
-        found = super().configure_optimizers()
-        optimizer: Optimizer = found["optimizer"] if isinstance(found, dict) else found
-        # So that whoever looks at the model after a step finds it trained.
-        optimizer.register_step_post_hook(lambda *_: self._record())
-        return found
-
-    @override
-    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Tensor | None:  # type: ignore[override]
-        check_requests(batch)
-        for request in batch:
-            self._rows.setdefault(request.id, {"id": request.id, "steps": 0, "seconds": 0.0})
-        self._admit([request for request in batch if request.id not in self._taught])
-        taught = [request for request in batch if request.id in self._taught]
+    def step_loss(self, requests: list[EditRequest], processes: Processes) -> Tensor | None:
+        """The loss of the block on what it is taught of some requests, in nats."""
+        self._admit([request for request in requests if request.id not in self._block.taught])
+        taught = [request for request in requests if request.id in self._block.taught]
         if not taught:
             return None
-        with self._only(self._others()), self._added(self._layers_of(self._learned)):
-            return super().training_step(taught, batch_idx)
+        for request in taught:
+            self.loop.row(request)["steps"] += 1
+        with self._only(self._others()), self._added(self._layers_of(self._block.learned)):
+            batch = self.encode(taught)
+            return self.loss(self.tree, batch, processes)
+
+    def after_fit(self) -> None:
+        """Nothing: the block is in the memory after each step."""
 
     def _others(self) -> dict[str, MemoryEntry]:
         """The blocks that are not being trained."""
-        return {name: e for name, e in self.memory.entries.items() if name != self._block}
+        return {name: e for name, e in self.memory.entries.items() if name != self._block.name}
 
     def _admit(self, requests: Sequence[EditRequest]) -> None:
         """Takes requests into the block, if need be out of others, and only if they are false."""
         known = self.memory.requests
         again = [request.id for request in requests if request.id in known]
         if again:
-            self.memory.write(self.entries_without(again))
-        unknown = [request for request in requests if "cka" not in self._rows[request.id]]
+            self.memory.write(self.retrained_without(again))
+        unknown = [request for request in requests if "cka" not in self.loop.rows[request.id]]
         if self.false_only and unknown:
             with self._only(self._others()):
                 for name, score in self.assess(requests).items():
-                    self._rows[name]["cka"] = score
+                    self.loop.rows[name]["cka"] = score
         for request in requests:
-            if self._is_false(self._rows[request.id]):
-                self._taught[request.id] = self._kept(request)
+            if self._is_false(self.loop.rows[request.id]):
+                self._block.taught[request.id] = self._kept(request)
 
-    def _record(self) -> None:
+    def after_step(self) -> None:
         """Writes the block that is being trained into the memory."""
-        if not self._taught:
+        if not self._block.taught:
             return
         entries = self.memory.entries
-        self._block = self._block or self.entry_id(next(iter(self._taught)), entries)
-        entries[self._block] = self._entry(self._learned, self._taught, self._number)
+        self._block.name = self._block.name or self.entry_id(
+            next(iter(self._block.taught)), entries
+        )
+        entries[self._block.name] = self._entry(
+            self._block.learned, self._block.taught, self._block.number
+        )
         self.memory.write(entries)
-
-    # -- checkpoints -------------------------------------------------------------------------
-
-    @override
-    def edit_state(self) -> dict[str, Any]:
-        return {**super().edit_state(), "block": self._block}
-
-    @override
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
-        super().load_edit_state(state)
-        self._block = state["block"]

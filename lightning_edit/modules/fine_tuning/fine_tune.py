@@ -15,7 +15,7 @@ from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.fine_tuning.descent import Descent, parameter_names
+from lightning_edit.modules.fine_tuning.inner_loop import InnerLoop, parameter_names
 from lightning_edit.passes.target_loss import (
     Objective,
     row_means,
@@ -113,7 +113,7 @@ class FineTune(EditModule):
         def adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
             return Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
-        descent = Descent(self.model, self.edited_names(tree), adam, self.norm_constraint)
+        inner = InnerLoop(self.model, self.edited_names(tree), adam, self.norm_constraint)
         count = len(batch)
         chunks = [
             range(start, min(start + self.chunk_size, count))
@@ -129,12 +129,12 @@ class FineTune(EditModule):
                     losses[e].append(mean)
                 loss = means.mean()
                 if float(loss.detach()) >= self.stop_loss:
-                    descent.step(loss)
+                    inner.step(loss)
                     for e in chunk:
                         steps[e] += 1
             if sum(seen[-1] for seen in losses) / count < self.stop_loss:
                 break
-        edit = descent.delta()
+        edit = inner.delta()
         norm = edit.norm()
         probabilities = target_probabilities(tree, batch)
         edit.details = {

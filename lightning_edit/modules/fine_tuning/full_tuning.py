@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.modules.fine_tuning.descent import parameter_names
+from lightning_edit.modules.fine_tuning.inner_loop import parameter_names
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
 
 __all__ = ["FullTuning"]
@@ -54,3 +56,7 @@ class FullTuning(TuningModule):
     @override
     def edited_names(self, tree: ModelTree) -> list[str]:
         return parameter_names(tree, self.layers)
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        return self.tune(batch)

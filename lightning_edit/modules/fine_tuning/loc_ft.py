@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
 
@@ -61,3 +63,7 @@ class LocFT(TuningModule):
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
         return [min(round(0.7 * len(tree.blocks)), len(tree.blocks) - 1)]
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        return self.tune(batch)

@@ -4,21 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.fine_tuning.adapter_layers import AdapterLayers, adapter_sites
+from lightning_edit.modules.fine_tuning.adapter_target import AdapterTarget
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
+from lightning_edit.modules.targets import Target
 
 __all__ = ["LoRATuning"]
 
@@ -78,92 +75,43 @@ class LoRATuning(TuningModule):
         self.rank = rank
         self.alpha = alpha
         self.seed = seed
-        self._adapter: AdapterLayers | None = None
-        # The weights beneath the adapter while it is merged into them.
-        self._beneath: dict[str, Tensor] = {}
 
     @override
     def edited_names(self, tree: ModelTree) -> list[str]:
         return [s.name for s in adapter_sites(tree.model, self.layers, self.target_modules)]
 
-    # -- the adapter in the model --------------------------------------------------------------
+    @override
+    def make_target(self, tree: ModelTree) -> Target[WeightDelta]:
+        return AdapterTarget(
+            tree.model,
+            self.edited_names(tree),
+            self.loop.request_ids,
+            self._fresh_adapter,
+            lambda: self.base,  # its hash is of the plain model
+        )
 
     @property
     def adapter(self) -> AdapterLayers:
         """The adapter that ``fit`` trains, made at the first use."""
-        if self._adapter is None:
-            self._adapter = self._fresh_adapter()
-        return self._adapter
+        return self._adapted.adapter
+
+    @property
+    def _adapted(self) -> AdapterTarget:
+        target = self.target
+        assert isinstance(target, AdapterTarget)  # noqa: S101 (what `make_target` returns)
+        return target
 
     def _fresh_adapter(self) -> AdapterLayers:
         sites = adapter_sites(self.model, self.layers, self.target_modules)
         return AdapterLayers(self.model, sites, rank=self.rank, alpha=self.alpha, seed=self.seed)
 
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit":
-            self._attach()
-        else:
-            self._merge()
-
-    @override
-    def teardown(self, stage: str) -> None:
-        self._merge()
-
-    def _attach(self) -> None:
-        """From the plain model to one with the adapter in it."""
-        if self.adapter.is_attached:
-            return
-        _ = self.base  # its hash is of the plain model
-        self.model.requires_grad_(False)
-        with torch.no_grad():
-            for name, weight in self.adapter.base().items():
-                if name in self._beneath:
-                    weight.copy_(self._beneath[name])
-        self._beneath = {}
-        self.adapter.attach()
-
-    def _merge(self) -> None:
-        """From the model with the adapter in it to the plain one with the adapter's change."""
-        if self._adapter is None or not self._adapter.is_attached:
-            return
-        weights = self._adapter.base()
-        self._beneath = {name: weight.detach().clone() for name, weight in weights.items()}
-        self._adapter.detach()
-        self.delta.write_(self.model, self.edit_optimizer.originals)
-
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Has the plain model inside a ``with`` block."""
-        was_attached = self._adapter is not None and self._adapter.is_attached
-        self._merge()
-        try:
-            yield
-        finally:
-            if was_attached:
-                self._attach()
-
-    @contextmanager
-    @override
-    def base_weights(self) -> Iterator[None]:
-        with self._plain(), super().base_weights():
-            yield
-
-    @override
-    def tuned_parameters(self) -> list[nn.Parameter]:
-        return self.adapter.parameters
-
-    # -- edits ---------------------------------------------------------------------------------
-
-    @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
-        batch = self._ended(batch).to(batch.input_ids.device)
-        with self._plain():
+        batch = self.loss.ended(batch)
+        with self._adapted.plain():
             adapter = self._fresh_adapter()
             factors = adapter.parameters
-            optimizer: Optimizer = self.make_optimizer(factors)
+            optimizer = self.choice.make(factors)
             loss = torch.zeros(())
             with adapter.attached():
                 for _ in range(self.steps):
@@ -173,59 +121,4 @@ class LoRATuning(TuningModule):
                         factor.grad = gradient
                     optimizer.step()
                 edit = WeightDelta(adapter.changes())
-                return self._described(edit, batch, float(loss.detach()))
-
-    @property
-    @override
-    def delta(self) -> WeightDelta:
-        """(alpha/r) B A of the adapter, and what else was done to the weights beneath it."""
-        if self._adapter is None:
-            return super().delta
-        changes = self._adapter.changes()
-        delta = WeightDelta({n: c for n, c in changes.items() if bool(c.u.any() and c.v.any())})
-        delta = delta + WeightDelta.between(self.edit_optimizer.originals, self._weights_beneath())
-        ids = tuple(self._rows)
-        delta.provenance = replace(delta.provenance, request_ids=ids)
-        return delta
-
-    def _weights_beneath(self) -> dict[str, Tensor]:
-        weights = self._beneath or {n: w.detach() for n, w in self.adapter.base().items()}
-        originals = self.edit_optimizer.originals
-        return {name: weight.to(originals[name].device) for name, weight in weights.items()}
-
-    @override
-    def committed(self) -> WeightDelta:
-        with self._plain():
-            return super().committed()
-
-    @override
-    def _settle(self, delta: WeightDelta) -> None:
-        if self._adapter is None or not self._adapter.is_attached:
-            super()._settle(delta)
-
-    # -- checkpoints ---------------------------------------------------------------------------
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {
-            f"model.{name}": tensor.detach() for name, tensor in self.adapter.state().items()
-        }
-        for name, weight in self._weights_beneath().items():
-            if not torch.equal(weight, self.edit_optimizer.originals[name]):
-                checkpoint["state_dict"][f"model.{name}"] = weight
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        state = checkpoint["state_dict"]
-        self.adapter.load({name.removeprefix("model."): t for name, t in state.items()})
-        was_attached = self.adapter.is_attached
-        self._attach()
-        with torch.no_grad():
-            for name, weight in self.adapter.base().items():
-                weight.copy_(state.get(f"model.{name}", self.edit_optimizer.originals[name]))
-        if not was_attached:
-            # The plain model gets the change, and the layers, which are not in it, have theirs.
-            self._merge()
-            checkpoint["state_dict"] = {}
+                return self.described(edit, batch, float(loss.detach()))

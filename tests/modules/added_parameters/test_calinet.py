@@ -380,11 +380,10 @@ def test_several_processes_are_refused() -> None:
 
     class Two:
         world_size = 2
-        precision = "32-true"
 
     editor._trainer = Two()
     with pytest.raises(EditError, match=r"Set `trainer\.devices=1`"):
-        editor.setup("fit")
+        editor.before_fit()
 
 
 # -- what it is trained on -------------------------------------------------------------------

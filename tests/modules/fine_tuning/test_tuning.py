@@ -22,9 +22,11 @@ from torch.optim.lr_scheduler import StepLR
 
 from lightning_edit import EditModule, EditRequest, FullTuning, LocFT, LoRATuning
 from lightning_edit.core.errors import RequestError
+from lightning_edit.core.processes import Processes
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.token_weights import token_weights
+from lightning_edit.modules.fine_tuning.loop import AnswerLoss
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
 from tests.distributed import tune
 from tests.modules.helpers import autoregressive, bare_trainer, plain_nll, same, snapshot
@@ -189,10 +191,9 @@ def test_gpt2_and_an_encoder_decoder_are_tuned() -> None:
 
 
 def test_second_fit_goes_on_with_the_adapter() -> None:
-    once, twice = _editor(LoRATuning, lr=1e-2), _editor(LoRATuning, lr=1e-2)
     stateless = functools.partial(SGD, lr=0.5)
+    once, twice = (_editor(LoRATuning, optimizer=stateless) for _ in range(2))
     for editor, epochs in ((once, [4]), (twice, [2, 2])):
-        editor.optimizer = stateless
         for n in epochs:
             bare_trainer(max_epochs=n).fit(editor, datamodule=_data())
     assert same(twice.model, snapshot(once.model))
@@ -232,13 +233,9 @@ def test_first_step_is_that_of_plain_pytorch() -> None:
     requests = tiny_requests(4)
     for per_sequence in (False, True):
         editor = _editor(FullTuning, optimizer=functools.partial(SGD, lr=0.1))
-        type(editor).per_sequence = per_sequence
-        try:
-            bare_trainer(max_epochs=1, gradient_clip_val=0.5).fit(
-                editor, datamodule=_data(4, batch_size=4)
-            )
-        finally:
-            type(editor).per_sequence = False
+        editor.loss = AnswerLoss(per_sequence=per_sequence)
+        data = _data(4, batch_size=4)
+        bare_trainer(max_epochs=1, gradient_clip_val=0.5).fit(editor, datamodule=data)
         model, _ = trained_tiny_model()
         rows = [
             plain_nll(
@@ -316,7 +313,7 @@ def test_shares_of_a_batch_add_up() -> None:
     batch = editor.encode(tiny_requests(3))
     whole = editor.batch_loss(batch)
     for replicas in (2, 4):  # with four, one has no row
-        shares = [editor.batch_loss(batch, rank, replicas) for rank in range(replicas)]
+        shares = [editor.batch_loss(batch, Processes(rank, replicas)) for rank in range(replicas)]
         torch.testing.assert_close(torch.stack(shares).mean(), whole)
         assert all(share.requires_grad for share in shares)
 

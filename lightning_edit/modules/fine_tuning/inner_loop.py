@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""The short inner loops of editors that fine-tune: descent on a few parameters of a model."""
+"""The short inner loops of editors that fine-tune a few parameters of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 
-__all__ = ["Descent", "parameter_names"]
+__all__ = ["InnerLoop", "parameter_names"]
 
 
 def parameter_names(tree: ModelTree, layers: Sequence[int] | None = None) -> list[str]:
@@ -34,7 +34,7 @@ def parameter_names(tree: ModelTree, layers: Sequence[int] | None = None) -> lis
     return [name for name in names if name.startswith(prefixes)]
 
 
-class Descent:
+class InnerLoop:
     """Steps of an optimizer on some of a model's parameters.
 
     Weights of lower precision are kept beside the model in float32, where small steps add up, and
@@ -49,9 +49,9 @@ class Descent:
     Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 1)
-        >>> descent = Descent(layer, ["bias"], lambda p: torch.optim.SGD(p, lr=1.0), radius=0.5)
-        >>> descent.step(layer(torch.ones(1, 2)).sum())
-        >>> descent.delta().changes["bias"].round(decimals=6)
+        >>> inner = InnerLoop(layer, ["bias"], lambda p: torch.optim.SGD(p, lr=1.0), radius=0.5)
+        >>> inner.step(layer(torch.ones(1, 2)).sum())
+        >>> inner.delta().changes["bias"].round(decimals=6)
         tensor([-0.5000])
     """
 
