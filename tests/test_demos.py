@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from lightning_edit.demos import (
     trained_tiny_model,
     world_sentences,
 )
+from tests.train_tiny_model import MIN_PROBABILITY, answer_probabilities, train
 
 
 def test_every_prompt_has_one_answer() -> None:
@@ -102,3 +105,22 @@ def test_trained_models_do_not_share_weights() -> None:
     second, _ = trained_tiny_model()
     assert torch.equal(second.lm_head.weight, kept)
     assert second.lm_head.weight is second.model.embed_tokens.weight
+
+
+def test_trained_model_is_sure_of_the_world() -> None:
+    model, _ = trained_tiny_model()
+    assert answer_probabilities(model).min() > 0.94  # trained to 0.95, on whatever processor
+
+
+def test_a_changed_file_of_weights_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny_llama.safetensors").write_bytes(b"changed")
+    monkeypatch.setattr("lightning_edit.demos.models.files", lambda package: tmp_path)
+    with pytest.raises(ModelError, match=r"has the SHA-256 .* published.*install .* again"):
+        trained_tiny_model()
+
+
+@pytest.mark.slow
+def test_the_script_trains_a_model_that_is_sure_of_the_world() -> None:
+    assert answer_probabilities(train(seed=1)).min() >= MIN_PROBABILITY

@@ -50,6 +50,7 @@ ROOMS = {
     "evaluation": {"core", "functional", "metrics", "passes"},
     "tracing": {"core", "passes", "evaluation"},
     "forgetting": {"core", "functional"},
+    "demos": {"core"},
     "report": {"core", "__about__"},
     "data": {"checkpoints", "core"},
     "modules": {

@@ -82,7 +82,7 @@ class GRACE(MemoryModule):
 
     Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
-        >>> editor = GRACE.from_model(*trained_tiny_model(), steps=5)
+        >>> editor = GRACE.from_model(*trained_tiny_model(), radius=0.5, steps=5)
         >>> edit = editor.edit(tiny_requests(2))
         >>> [row["placed"] for row in edit.details["requests"]]
         ['added', 'added']

@@ -385,7 +385,7 @@ def test_an_editor_that_was_never_trained_says_so() -> None:
 def test_parts_out_of_folders_need_no_training(encoder: Path, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    other, tokenizer = trained_tiny_model(seed=1)
+    other, tokenizer = tiny_model(seed=1), tiny_tokenizer()
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     settings: dict[str, Any] = {
