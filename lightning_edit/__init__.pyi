@@ -14,6 +14,7 @@ from .callbacks.task_vector_forgetting import TaskVectorForgetting as TaskVector
 from .core.batch import EditBatch as EditBatch
 from .core.batch import PromptTokenizer as PromptTokenizer
 from .core.delta import WeightDelta as WeightDelta
+from .core.edit import Edit as Edit
 from .core.errors import EditError as EditError
 from .core.locator import Locator as Locator
 from .core.request import EditRequest as EditRequest

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import Provenance
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.provenance import Provenance
 from lightning_edit.optim import EditOptimizer
 from tests import zoo
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_edit.core.edit import Provenance
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.lora import LoRAFactors
+from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.storage import CARD, CARD_TAG, atomic_folder, foreign_entries
 from lightning_edit.models import DEFAULT_MODEL, resolve_model
 

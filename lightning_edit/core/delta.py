@@ -10,25 +10,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.change import Change, LowRank, add_changes, dense_change, tensors_of
-from lightning_edit.core.edit import Edit, Provenance
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
+from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import local_shard, shard_like
-from lightning_edit.core.storage import CONFIG, TENSORS, load_artifact, provenance_of, save_artifact
+from lightning_edit.core.storage import CONFIG, TENSORS, provenance_of, save_artifact
 
 __all__ = ["WeightDelta"]
 
 # Below this share of the wanted change the rounding of the weights' dtype is worth a warning.
 SURVIVAL_WARNING = 0.9
-_KIND = "weight_delta"
 
 
 class WeightDelta(Edit):
@@ -59,6 +59,8 @@ class WeightDelta(Edit):
         >>> round((2 * delta).norm() / delta.norm(), 6)
         2.0
     """
+
+    artifact_kind: ClassVar[str] = "weight_delta"
 
     def __init__(
         self,
@@ -408,17 +410,17 @@ class WeightDelta(Edit):
             }
             for name, change in self.changes.items()
         }
-        return save_artifact(self, Path(folder), _KIND, tensors, {"parameters": parameters})
+        return save_artifact(self, Path(folder), tensors, {"parameters": parameters})
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Reads an edit that ``save`` wrote.
+    def from_files(
+        cls, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The changes, with originals and hashes where they were saved.
 
         Raises:
-            ArtifactError: If a file is missing, damaged or of a newer format.
+            ArtifactError: If description and tensors do not belong together.
         """
-        folder = Path(folder)
-        config, tensors = load_artifact(folder, _KIND)
         parameters: dict[str, dict[str, Any]] = config["parameters"]
         changes = {
             name: _read_change(name, entry, tensors, folder) for name, entry in parameters.items()

@@ -1,13 +1,13 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""What changed: the interface of every edit, and where an edit comes from."""
+"""What changed: the interface of every edit, and the door by which saved ones come in."""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,46 +16,16 @@ from torch import Tensor, nn
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.provenance import Provenance
+from lightning_edit.core.storage import read_config, read_tensors
 
-__all__ = ["BaseModelInfo", "Edit", "Provenance"]
+__all__ = ["Edit"]
 
-
-@dataclass(frozen=True)
-class BaseModelInfo:
-    """Which weights an edit belongs to.
-
-    Args:
-        id: Hub id or folder the model was loaded from.
-        revision: Revision of a hub model.
-        dtype: Name of the weights' dtype, such as ``float32``.
-        sha256: Hash of all weights before the edit, as ``core.hashing.weight_hash`` makes it.
-        parameters: Number of parameters.
-    """
-
-    id: str = ""
-    revision: str | None = None
-    dtype: str = ""
-    sha256: str = ""
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where an edit comes from: written beside it, never read to compute anything.
-
-    Args:
-        method: Name of the editor, such as ``ROME``.
-        paper: Address of the paper that describes the method.
-        settings: The editor's hyper-parameters, as JSON types.
-        base: The model that was edited.
-        request_ids: Ids of the requests that the edit answers, in order.
-    """
-
-    method: str = ""
-    paper: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    base: BaseModelInfo = field(default_factory=BaseModelInfo)
-    request_ids: tuple[str, ...] = ()
+# By name, for what they name imports this file. A memory is known once its room is imported.
+_KINDS = {
+    "weight_delta": ("lightning_edit.core.delta", "WeightDelta"),
+    "memory_write": ("lightning_edit.memories", "MemoryWrite"),
+}
 
 
 class Edit(ABC):
@@ -63,8 +33,18 @@ class Edit(ABC):
 
     There are two kinds: [`WeightDelta`][lightning_edit.WeightDelta] changes weights, and
     [`MemoryWrite`][lightning_edit.MemoryWrite] what a memory beside them holds. Subclasses
-    write the abstract methods; ``applied`` and ``reverted`` follow from them.
+    write the abstract methods; ``load``, ``applied`` and ``reverted`` follow from them.
+
+    Examples:
+        >>> from lightning_edit import WeightDelta
+        >>> folder = getfixture("tmp_path") / "delta"
+        >>> _ = WeightDelta({}).save(folder)
+        >>> Edit.load(folder)  # of either kind
+        WeightDelta()
     """
+
+    #: What the description of a saved edit calls its kind.
+    artifact_kind: ClassVar[str]
 
     #: Whether the model has other weights after the edit.
     changes_weights: ClassVar[bool] = True
@@ -104,6 +84,41 @@ class Edit(ABC):
     @abstractmethod
     def save(self, folder: str | Path, *, originals: bool = True) -> Path:
         """Writes the edit as a folder and returns its path."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads an edit that ``save`` wrote: ``Edit.load`` of either kind, a subclass its own.
+
+        Args:
+            folder: A saved edit.
+
+        Raises:
+            ArtifactError: If a file is missing, damaged or of a newer format, or the folder holds
+                an edit of another kind than that of the class.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        kind = _kind_in(config, folder)
+        if issubclass(cls, kind):
+            return cls.from_files(folder, config, read_tensors(folder, config))
+        if issubclass(kind, cls):
+            return kind.from_files(folder, config, read_tensors(folder, config))
+        what, wanted = ("weights" if one.changes_weights else "a memory" for one in (kind, cls))
+        raise ArtifactError(
+            f"`{folder}` holds an edit of {what}, not of {wanted}. Load it with "
+            f"`{kind.__name__}.load`, or whatever it holds with `Edit.load`."
+        )
+
+    @classmethod
+    @abstractmethod
+    def from_files(
+        cls, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The edit out of what was read in its folder.
+
+        Raises:
+            ArtifactError: If description and tensors do not belong together.
+        """
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -177,3 +192,17 @@ class Edit(ABC):
     @abstractmethod
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
         """The edit out of ``state_dict`` and a model in which it stands."""
+
+
+def _kind_in(config: Mapping[str, Any], folder: Path) -> type[Edit]:
+    """The class of the edit that a folder holds, by its description."""
+    name = str(config.get("kind", "weight_delta"))
+    if name not in _KINDS:
+        raise ArtifactError(
+            f"`{folder}` holds an edit of the kind {name!r}, which this version of lightning_edit "
+            f"does not know: it knows {' and '.join(_KINDS)}. Upgrade with `pip install -U "
+            "lightning-edit`."
+        )
+    module, cls = _KINDS[name]
+    found: type[Edit] = getattr(importlib.import_module(module), cls)
+    return found

@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.core.edit import Edit, Provenance
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
+from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.core.storage import provenance_of, save_artifact
 
 __all__ = ["MemoryWrite"]
-
-_KIND = "memory_write"
 
 
 class MemoryWrite(Edit):
@@ -57,6 +57,7 @@ class MemoryWrite(Edit):
         ['b']
     """
 
+    artifact_kind: ClassVar[str] = "memory_write"
     changes_weights: ClassVar[bool] = False
 
     def __init__(
@@ -282,8 +283,6 @@ class MemoryWrite(Edit):
         Returns:
             The folder.
         """
-        from lightning_edit.core.storage import save_artifact
-
         sides = {"entries": self.entries, "replaced": self.replaced if originals else {}}
         shared = self.shared if self._present() else {}  # what is taken away needs none
         tensors: dict[str, Tensor] = {f"shared.{n}": t for n, t in shared.items()}
@@ -303,19 +302,17 @@ class MemoryWrite(Edit):
             ]
         is_needed = originals and any(entry is not None for entry in self.replaced.values())
         about["order"] = list(self.order) if is_needed else []
-        return save_artifact(self, Path(folder), _KIND, tensors, about)
+        return save_artifact(self, Path(folder), tensors, about)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Reads an edit that ``save`` wrote.
+    def from_files(
+        cls, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The entries, with those that they replaced where they were saved.
 
         Raises:
-            ArtifactError: If a file is missing, damaged or of a newer format, or the folder holds
-                an edit of weights.
+            ArtifactError: If description and tensors do not belong together.
         """
-        from lightning_edit.core.storage import load_artifact, provenance_of
-
-        config, tensors = load_artifact(Path(folder), _KIND)
         try:
             sides = [_entries(config[side], side, tensors) for side in ("entries", "replaced")]
             memory = config["memory"]

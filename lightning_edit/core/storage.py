@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 
 if TYPE_CHECKING:
     from lightning_edit.core.edit import Edit
@@ -30,9 +30,9 @@ __all__ = [
     "TENSORS",
     "atomic_folder",
     "foreign_entries",
-    "load_artifact",
     "provenance_of",
     "read_config",
+    "read_tensors",
     "save_artifact",
 ]
 
@@ -42,15 +42,6 @@ TENSORS = "delta.safetensors"
 CARD = "README.md"
 #: A tag of every card that is written here.
 CARD_TAG = "knowledge-editing"
-
-# By what was wanted, what a folder of the other kind is and how to go about it.
-_OTHER_KIND = {
-    "weight_delta": (
-        "`{folder}` holds an edit of a memory, not of weights, so there are no weights to write. "
-        "Load it with `MemoryWrite.load` and put it into its base with `apply_(model)`."
-    ),
-    "memory_write": "`{folder}` holds an edit of weights. Load it with `WeightDelta.load`.",
-}
 
 
 @contextmanager
@@ -88,14 +79,13 @@ def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
 
 
 def save_artifact(
-    edit: Edit, folder: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]
+    edit: Edit, folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]
 ) -> Path:
     """Writes an edit's folder: description, tensors and card.
 
     Args:
-        edit: The edit, whose provenance and norm are written.
+        edit: The edit, whose kind, provenance and norm are written.
         folder: Created if need be; files of an earlier edit in it are replaced.
-        kind: What the folder holds, such as ``weight_delta``.
         tensors: Name to tensor.
         about: What the description says beside provenance and norm.
 
@@ -111,7 +101,7 @@ def save_artifact(
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "kind": kind,
+        "kind": edit.artifact_kind,
         **asdict(edit.provenance),
         **about,
         "norm": edit.norm(),
@@ -127,23 +117,19 @@ def save_artifact(
     return folder
 
 
-def load_artifact(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads the description and the tensors that ``save_artifact`` wrote.
+def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reads the tensors that ``save_artifact`` wrote.
 
     Args:
         folder: A saved edit.
-        kind: What it has to hold.
+        config: Its description, by ``read_config``.
 
     Raises:
-        ArtifactError: If it holds another kind of edit, or a file is missing, damaged or of a
-            newer format.
+        ArtifactError: If the file is missing or damaged, or belongs to another description.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_config(folder)
-    if config.get("kind", "weight_delta") != kind:
-        raise ArtifactError(_OTHER_KIND[kind].format(folder=folder))
     if not (folder / TENSORS).is_file():
         raise ArtifactError(
             f"`{folder}` holds no saved edit: the file `{TENSORS}` is missing. Name the folder "
@@ -153,14 +139,14 @@ def load_artifact(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Te
         expected = config.get("tensors_sha256")
         if expected and _file_hash(folder / TENSORS) != expected:
             raise ValueError(f"its hash is not {str(expected)[:12]}…, as `{CONFIG}` says")
-        tensors = load_file(folder / TENSORS)
+        tensors: dict[str, Tensor] = load_file(folder / TENSORS)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(
             f"`{folder / TENSORS}` is damaged ({error}). Restore the file from a backup, or make "
             "the edit again."
         ) from None
     _check_finite(folder, tensors)
-    return config, tensors
+    return tensors
 
 
 def provenance_of(config: Mapping[str, Any]) -> Provenance:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.sharding import whole_tensor
 
 __all__ = ["adapter_changes", "has_adapter", "load_adapter", "plain_names"]

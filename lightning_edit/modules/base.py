@@ -17,11 +17,11 @@ from typing_extensions import override
 
 from lightning_edit.checkpoints import PlainCheckpoints, load_plainly
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.processes import Processes
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.evaluation.evaluator import Evaluator

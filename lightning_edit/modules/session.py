@@ -14,10 +14,10 @@ from torch import nn
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.modules.targets import Target, kept_weights

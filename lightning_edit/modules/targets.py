@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import Provenance
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.optim import E, EditOptimizer

@@ -24,9 +24,9 @@ from lightning_edit.artifacts.export import (
 )
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.locator import Locator
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
 from lightning_edit.forgetting.adapter_vectors import load_adapter
 from lightning_edit.models import load_model, load_tokenizer

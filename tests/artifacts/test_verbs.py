@@ -19,10 +19,10 @@ from lightning_edit.artifacts.outcomes import Offer, SavedEdit
 from lightning_edit.cli import console
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import Locator
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.demos import tiny_requests, tiny_tokenizer
 from lightning_edit.models import load_model, load_tokenizer
 from lightning_edit.report import EditRow, MetricRow, RunReport, read_report, write_results

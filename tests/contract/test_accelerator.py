@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_edit import CaliNET, CausalTracing, EditCheckpoint, EditModule, WeightDelta
+from lightning_edit import CaliNET, CausalTracing, Edit, EditCheckpoint, EditModule, WeightDelta
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -34,7 +34,7 @@ from tests.contract.enumeration import (
     quick,
     quick_editor,
 )
-from tests.modules.helpers import bare_trainer, fingerprint, load_edit
+from tests.modules.helpers import bare_trainer, fingerprint
 from tests.runs import TinyWorld, run_here
 
 ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "")
@@ -121,7 +121,7 @@ def test_an_edit_is_that_of_the_cpu_and_goes_from_one_to_the_other(
     if cls.__name__ not in UNSTEADY:
         assert_close(edit, plain.edit(tiny_requests(2)), 0.02)
     edit.save(tmp_path / "edit")
-    there = load_edit(tmp_path / "edit")
+    there = Edit.load(tmp_path / "edit")
     with edit.applied(editor.model):
         assert fingerprint(editor.model) != base
         texts, scores = answers(editor)
@@ -260,7 +260,7 @@ def test_a_method_runs_from_its_configuration(
     configs = [part for file in files for part in ("-c", str(file))]
     assert run_here(["fit", *configs, *words]) == 0
     if name in EDITORS:
-        edit = load_edit(tmp_path / "runs/edit/delta")
+        edit = Edit.load(tmp_path / "runs/edit/delta")
         assert edit.norm() > 0
         assert edit.provenance.method == name
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from lightning_edit import EditModule, TrainedEditor, WeightDelta
+from lightning_edit import Edit, EditModule, TrainedEditor, WeightDelta
 from lightning_edit.cli.parsing import EditParser
 from lightning_edit.cli.trainer import EditCLI
 from tests.contract.enumeration import (
@@ -23,7 +23,6 @@ from tests.contract.enumeration import (
     class_in,
     quick,
 )
-from tests.modules.helpers import load_edit
 from tests.runs import TinyWorld, metrics_of, run_here
 
 ALL = sorted(CONFIGS.rglob("*.yaml"))
@@ -117,7 +116,7 @@ def test_a_method_runs_from_its_configuration(world: TinyWorld, tmp_path: Path, 
     configs = [part for file in files for part in ("-c", str(file))]
     assert run_here(["fit", *configs, *data, *words, *trainer]) == 0
     assert metrics_of(run)["reliability/teacher_forced"]["n"] == 3
-    delta = load_edit(run / "delta")
+    delta = Edit.load(run / "delta")
     assert delta.norm() > 0
     assert delta.provenance.method == class_in(path)
     assert (run / "config.yaml").is_file()
@@ -150,7 +149,7 @@ def test_an_editor_is_trained_from_its_configuration_and_edits_from_its_checkpoi
     configs = [part for file in files for part in ("-c", str(file))]
     data = ["--data=EditDataModule", f"--data.path={world.requests}"]
     assert run_here(["fit", *configs, *data, *model, *cpu]) == 0
-    delta = load_edit(tmp_path / "runs/edit/delta")
+    delta = Edit.load(tmp_path / "runs/edit/delta")
     assert delta.norm() > 0
     assert len(delta.provenance.request_ids) == 3
 

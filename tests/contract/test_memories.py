@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_edit import EditMemory, MemoryWrite
+from lightning_edit import Edit, EditMemory
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations, score_targets
@@ -43,7 +43,7 @@ def elsewhere(folder: Path) -> None:
     said = {}
     for edit in sorted((folder / "edits").iterdir()):
         model = load_model(str(folder / "model"))
-        MemoryWrite.load(edit).apply_(model)
+        Edit.load(edit).apply_(model)
         said[edit.name] = answers(model, tokenizer)
     sys.stdout.write(json.dumps(said))
 

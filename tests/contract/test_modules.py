@@ -14,7 +14,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_edit import EditCheckpoint, EditModule, EditRequest, WeightDelta
+from lightning_edit import Edit, EditCheckpoint, EditModule, EditRequest, WeightDelta
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
@@ -35,7 +35,6 @@ from tests.contract.enumeration import (
 from tests.modules.helpers import (
     bare_trainer,
     fingerprint,
-    load_edit,
     same,
     same_edit,
     snapshot,
@@ -199,7 +198,7 @@ def test_applying_and_reverting_is_exact_also_out_of_a_file(
     assert after != before
     edit.revert_(model)
     assert fingerprint(model) == before
-    loaded = load_edit(tmp_path / "edit")
+    loaded = Edit.load(tmp_path / "edit")
     with loaded.applied(model):
         assert fingerprint(model) == after
     assert fingerprint(model) == before
@@ -288,11 +287,11 @@ def test_fit_commits_an_edit_a_step(cls: type[EditModule], tmp_path: Path) -> No
     edited = fingerprint(editor.model)
     assert edited != base
     # What is saved makes the same model out of the base, and the base out of it.
-    loaded = load_edit(tmp_path / "delta")
+    loaded = Edit.load(tmp_path / "delta")
     model = trained_tiny_model()[0]
     loaded.apply_(model)
     assert fingerprint(model) == edited
-    load_edit(tmp_path / "delta").revert_(editor.model)
+    Edit.load(tmp_path / "delta").revert_(editor.model)
     assert fingerprint(editor.model) == base
 
 

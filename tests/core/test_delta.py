@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import tensor_hash, weight_hash
 from lightning_edit.core.locator import Locator
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.models import load_model
 from tests import zoo
 

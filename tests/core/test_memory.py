@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_edit import EditMemory, MemoryWrite, WeightDelta
 from lightning_edit.artifacts.verbs import apply
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.side_memory import MemoryEntry
 
 

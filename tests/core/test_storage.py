@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import BaseModelInfo, Provenance
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.storage import atomic_folder, foreign_entries, read_config
 
 

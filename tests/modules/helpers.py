@@ -5,23 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_edit import EditMemory, EditModule, EditRequest, MemoryWrite, WeightDelta
+from lightning_edit import EditMemory, EditModule, EditRequest, WeightDelta
 from lightning_edit.core.hashing import tensor_hash, weight_hash
-from lightning_edit.core.storage import read_config
 from lightning_edit.evaluation.evaluator import Baseline
 
 __all__ = [
     "autoregressive",
     "bare_trainer",
     "fingerprint",
-    "load_edit",
     "plain_nll",
     "same",
     "same_edit",
@@ -72,12 +69,6 @@ def same_edit(one: Any, other: Any) -> bool:
         entry is other.entries[n] or entry.equals(other.entries[n])
         for n, entry in one.entries.items()
     )
-
-
-def load_edit(folder: Path) -> WeightDelta | MemoryWrite:
-    """A saved edit, of whichever kind."""
-    is_memory = read_config(folder)["kind"] == "memory_write"
-    return MemoryWrite.load(folder) if is_memory else WeightDelta.load(folder)
 
 
 def autoregressive(editor: EditModule, requests: Sequence[EditRequest], metric: str) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import Provenance
+from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.modules.targets import Target, WeightTarget, relative_norm

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from lightning_edit import CaliNET, EditDataModule, EditMemory, EditRequest, MemoryWrite
+from lightning_edit import CaliNET, Edit, EditDataModule, EditMemory, EditRequest, MemoryWrite
 from lightning_edit.core.errors import ArtifactError, EditError, RequestError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
@@ -26,7 +26,7 @@ from lightning_edit.memories.slots import slot_output
 from lightning_edit.modules.added_parameters.contrasts import wrong_relations
 from lightning_edit.passes import target_loss
 from tests import zoo
-from tests.modules.helpers import bare_trainer, fingerprint, load_edit, plain_nll, same, snapshot
+from tests.modules.helpers import bare_trainer, fingerprint, plain_nll, same, snapshot
 from tests.runs import run_python
 
 SILENT = pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`:UserWarning")
@@ -516,8 +516,8 @@ def test_a_memory_of_other_slots_is_refused(tmp_path: Path) -> None:
     editor.edit(tiny_requests(1)).save(tmp_path / "edit")
     other = _editor(slots=4)
     with pytest.raises(ArtifactError, match="belong to a CalibrationSlots with"):
-        load_edit(tmp_path / "edit").apply_(other.model)
+        Edit.load(tmp_path / "edit").apply_(other.model)
     model = tiny_model("t5")
     with pytest.raises(ArtifactError):
-        load_edit(tmp_path / "edit").apply_(model)
+        Edit.load(tmp_path / "edit").apply_(model)
     assert EditMemory.find(model) is None
