@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -129,14 +129,9 @@ class Edit(ABC):
         finally:
             self.revert_(model)
 
-    @contextmanager
-    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Has the edit out of the (edited) model inside a ``with`` block only."""
-        self.revert_(model)
-        try:
-            yield model
-        finally:
-            self.apply_(model)
+    @abstractmethod
+    def reverted(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Context manager: the (edited) model without the edit."""
 
     def check_base(self, model: nn.Module) -> None:
         """Checks that a model has the weights that the edit belongs to, where it records them.

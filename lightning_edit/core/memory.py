@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -223,6 +224,15 @@ class MemoryWrite(Edit):
         memory.write({name: e for name in order if (e := back.get(name)) is not None})
         if memory.is_temporary and not len(memory):
             memory.detach_()
+
+    @contextmanager
+    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Context manager: the (edited) model without the edit."""
+        self.revert_(model)
+        try:
+            yield model
+        finally:
+            self.apply_(model)
 
     def check_targets(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Checks that the model has the memory that the entries belong to.

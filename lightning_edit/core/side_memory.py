@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,38 @@ class MemoryEntry:
         )
 
 
+class Routes(Protocol):
+    """What decides once for each prompt who answers it."""
+
+    def kept(self, cache: Any) -> Tensor | None:
+        """What was decided for the rows whose keys and values a cache holds, [B] or None."""
+        ...
+
+    def keep(self, cache: Any, route: Tensor) -> None:
+        """Gives a cache what was decided for its rows, [B]."""
+        ...
+
+
+class MemoryNetworks(Protocol):
+    """Networks that all entries of a memory rely on, made for the model that it belongs to."""
+
+    def prepare(self, model: Any) -> None:
+        """Makes the networks for a model, which stays as it is."""
+        ...
+
+    def shared(self) -> dict[str, Tensor]:
+        """What was trained, and what else the settings do not tell."""
+        ...
+
+    def take_shared(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what ``shared`` gave elsewhere."""
+        ...
+
+    def load(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Takes over networks out of a model's state, with the settings that came with them."""
+        ...
+
+
 class EditMemory(nn.Module, ABC):
     """Entries that a model consults while it runs, attached to it by hooks.
 
@@ -87,6 +119,10 @@ class EditMemory(nn.Module, ABC):
         self._handles: list[RemovableHandle] = []
         self._model: weakref.ref[nn.Module] | None = None
         self._is_off = False
+        #: Decides once for each prompt who answers it; None where every token is looked up.
+        self.router: Routes | None = None
+        #: Networks that all entries rely on; None where there are none.
+        self.networks: MemoryNetworks | None = None
 
     @abstractmethod
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
@@ -103,9 +139,12 @@ class EditMemory(nn.Module, ABC):
         """
         return entry
 
+    def derive(self) -> None:
+        """Makes anew what is derived from the entries, which have changed; nothing by default."""
+
     def shared(self) -> dict[str, Tensor]:
         """What all entries rely on and settings do not tell, such as trained networks."""
-        return {}
+        return {} if self.networks is None else self.networks.shared()
 
     def take_shared(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what ``shared`` gave elsewhere, once the memory belongs to a model.
@@ -113,6 +152,8 @@ class EditMemory(nn.Module, ABC):
         Raises:
             ArtifactError: If it does not belong to these settings.
         """
+        if self.networks is not None:
+            self.networks.take_shared(tensors)
 
     def rewrite(self, prompts: Sequence[str], tokens: PromptTokenizer) -> list[str]:
         """What the model is asked in place of some prompts: the same, unless edits are prompts.
@@ -125,10 +166,12 @@ class EditMemory(nn.Module, ABC):
 
     def route_of(self, cache: Any) -> Tensor | None:
         """What was decided for the rows whose keys and values a cache holds, [B] or None."""
-        return None
+        return None if self.router is None else self.router.kept(cache)
 
     def keep_route(self, cache: Any, route: Tensor) -> None:
         """Gives a cache that was filled by hand what was decided for its rows, [B]."""
+        if self.router is not None:
+            self.router.keep(cache, route)
 
     # -- entries -----------------------------------------------------------------------------
 
@@ -228,6 +271,8 @@ class EditMemory(nn.Module, ABC):
         Raises:
             EditError: If the model has another memory.
         """
+        if self.networks is not None:
+            self.networks.prepare(model)  # before anything is touched, since it may fail
         found = EditMemory.find(model)
         if found is not None and found is not self:
             raise EditError(
@@ -270,6 +315,7 @@ class EditMemory(nn.Module, ABC):
 
     def _settle(self) -> None:
         """Has hooks in the model if there is anything to look up."""
+        self.derive()
         model = self._model() if self._model is not None else None
         if len(self) and not self._handles and model is not None:
             self._handles = self.hook(model)
@@ -325,10 +371,16 @@ class EditMemory(nn.Module, ABC):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        own = f"{prefix}network."
+        shared = {n.removeprefix(own): t for n, t in state_dict.items() if n.startswith(own)}
+        state_dict = {n: t for n, t in state_dict.items() if not n.startswith(own)}
         extra = state_dict.get(f"{prefix}_extra_state")
+        if extra is not None and self.networks is not None:
+            settings = json.loads(bytes(extra.tolist()).decode())["settings"]
+            self.networks.load(settings, shared)
         if extra is not None:
             for name in self.fields:  # as many rows as the state has
                 if (tensor := state_dict.get(f"{prefix}{name}")) is not None:
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
-        super()._load_from_state_dict(dict(state_dict), prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -61,6 +62,9 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
         [['france']]
     """
 
+    #: Where requests come from that neither a file nor a hub has, in words.
+    own_source: ClassVar[str] = "the given list"
+
     def __init__(
         self,
         requests: list[EditRequest] | None = None,
@@ -109,7 +113,7 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
     @property
     def source(self) -> str:
         """Where the requests come from, in words."""
-        return self.path or self.hub or "the given list"
+        return self.path or self.hub or self.own_source
 
     @property
     def requests(self) -> list[EditRequest]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import as_file, files
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_edit.core.errors import RequestError
 from lightning_edit.data.base import EditDataModule
@@ -40,15 +40,12 @@ class Facts(EditDataModule):
         True
     """
 
+    own_source: ClassVar[str] = "the packaged facts"
+
     def __init__(self, known_to: str | None = "smollm2", demo: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.known_to = known_to
         self.demo = demo
-
-    @property
-    def source(self) -> str:
-        """Where the requests come from, in words."""
-        return self.path or self.hub or "the packaged facts"
 
     def read_records(self) -> list[tuple[str, Record]]:
         """Reads the packaged facts that are to be kept, or all those of ``path`` or ``hub``."""

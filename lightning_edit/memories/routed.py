@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""What memories have in common that decide once for each prompt who answers it."""
+"""Memories beside one linear layer that decide once for each prompt who answers it."""
 
 # Shapes: B rows.
 
@@ -17,31 +17,11 @@ from lightning_edit.core.locator import ModelTree, StackKind
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.memories.router import Router
 
-__all__ = ["LayerMemory", "RoutedMemory"]
+__all__ = ["LayerMemory"]
 
 
-class RoutedMemory(EditMemory):
-    """Base of memories that are asked when a prompt is read.
-
-    Args:
-        settings: Arguments of the subclass, as JSON types.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.router = Router()
-
-    @override
-    def route_of(self, cache: Any) -> Tensor | None:
-        return self.router.kept(cache)
-
-    @override
-    def keep_route(self, cache: Any, route: Tensor) -> None:
-        self.router.keep(cache, route)
-
-
-class LayerMemory(RoutedMemory):
-    """Base of routed memories beside one linear layer.
+class LayerMemory(EditMemory):
+    """Base of memories beside one linear layer that decide once for each prompt who answers it.
 
     A subclass writes ``answer``, which lets the router decide and acts by its route.
 
@@ -53,6 +33,7 @@ class LayerMemory(RoutedMemory):
 
     def __init__(self, module: str, stack: StackKind, **settings: Any) -> None:
         super().__init__(module=module, stack=stack, **settings)
+        self.router: Router = Router()
 
     @abstractmethod
     def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

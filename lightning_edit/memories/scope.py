@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
@@ -17,31 +16,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.functional.scope import Distance, chosen_edits, scope_distances
-from lightning_edit.memories.counterfactual import Counterfactual, SideAdapters, SmallModel
-from lightning_edit.memories.routed import RoutedMemory
-from lightning_edit.memories.router import argument_names, bound, stack_of
-from lightning_edit.memories.scope_encoder import FolderEncoder, ScopeEncoder, TokenEncoder
+from lightning_edit.memories.router import Router, argument_names, bound, stack_of
+from lightning_edit.memories.scope_networks import ScopeNetwork, ScopeNetworks
 from lightning_edit.memories.second_opinion import Asked, SecondOpinion
 
-__all__ = ["ScopeMemory", "ScopeNetwork"]
-
-
-class ScopeNetwork(nn.Module):
-    """What SERAC trains: the encoder of its scope classifier, and the counterfactual model.
-
-    Args:
-        encoder: Gives prompts and edits a place in space.
-        counterfactual: Answers prompts that are in the scope of an edit.
-    """
-
-    def __init__(self, encoder: ScopeEncoder, counterfactual: Counterfactual) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.counterfactual = counterfactual
+__all__ = ["ScopeMemory"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class _Pass:
     cache: Any
 
 
-class ScopeMemory(RoutedMemory):
+class ScopeMemory(EditMemory):
     """Edits in words, and who answers in their scope (SERAC, arXiv 2206.06520).
 
     When a prompt is read, it is compared with all edits, once. If it is in the scope of one, a
@@ -118,9 +102,8 @@ class ScopeMemory(RoutedMemory):
             seed=seed,
             weights=weights,
         )
-        # In a tuple, for its weights are not the model's: neither do they count in its hash, nor
-        # are its blocks blocks of the model.
-        self._network: tuple[ScopeNetwork, ...] = ()
+        self.router: Router = Router()
+        self.networks: ScopeNetworks = ScopeNetworks(self.settings)
         self._heard: tuple[list[list[int]], Tensor] | None = None
         self._pass: _Pass | None = None
         self._opinion = SecondOpinion(is_encoder_decoder=False)
@@ -130,9 +113,7 @@ class ScopeMemory(RoutedMemory):
     @property
     def network(self) -> ScopeNetwork:
         """The networks; there once the memory belongs to a model."""
-        if not self._network:
-            raise EditError("The memory belongs to no model yet. Call `memory.attach_(model)`.")
-        return self._network[0]
+        return self.networks.network
 
     @property
     def base(self) -> Any:
@@ -153,69 +134,14 @@ class ScopeMemory(RoutedMemory):
             )
         self.settings["weights"] = found
 
-    @override
-    def attach_(self, model: nn.Module) -> Self:
-        self.prepare(model)  # before anything is touched, since it may fail
-        return super().attach_(model)
-
     def prepare(self, model: Any) -> Self:
         """Makes the networks for a model, which stays as it is.
 
         Raises:
             ModelError: If there is no such encoder or counterfactual model, or it does not fit.
         """
-        if not self._network:
-            self._network = (self._build(model),)
+        self.networks.prepare(model)
         return self
-
-    def _build(self, base: Any) -> ScopeNetwork:
-        own = self.settings
-        generator = torch.Generator().manual_seed(own["seed"])
-        encoder: ScopeEncoder = (
-            FolderEncoder(own["encoder"])
-            if own["encoder"] is not None
-            else TokenEncoder(base, own["width"], own["depth"], own["heads"], generator)
-        )
-        tree = ModelTree.of(base)
-        counterfactual: Counterfactual = (
-            SmallModel(
-                own["counterfactual"],
-                is_encoder_decoder=tree.is_encoder_decoder,
-                vocabulary=base.get_output_embeddings().weight.shape[0],
-            )
-            if own["counterfactual"] is not None
-            else SideAdapters(base, own["layers"], own["rank"], own["alpha"], generator)
-        )
-        return ScopeNetwork(encoder, counterfactual)
-
-    @override
-    def shared(self) -> dict[str, Tensor]:
-        """What was trained, and the tokenizer by which a foreign encoder gets its text."""
-        is_trained = self.settings["weights"] is not None
-        return {
-            name: tensor.detach()
-            for name, tensor in self.network.state_dict().items()
-            if is_trained or name == "encoder.tokenizer"
-        }
-
-    @override
-    def take_shared(self, tensors: Mapping[str, Tensor]) -> None:
-        is_trained = self.settings["weights"] is not None
-        try:
-            found = self.network.load_state_dict(dict(tensors), strict=False)
-        except RuntimeError as error:
-            raise ArtifactError(f"The networks of this memory do not fit: {error}") from None
-        lacking = found.missing_keys if is_trained else []
-        if lacking or found.unexpected_keys:
-            raise ArtifactError(
-                f"The networks of this memory do not fit: {[*lacking, *found.unexpected_keys][0]} "
-                "is not in both. The files do not belong together."
-            )
-        if is_trained and weight_hash(self.network) != self.settings["weights"]:
-            raise ArtifactError(
-                "The networks that came with this edit are not those that it was made with. "
-                "Training went on after the edit was made: save edits before, or make it again."
-            )
 
     def encode(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of texts by their tokens, [B, D] float32, without gradients."""
@@ -244,7 +170,7 @@ class ScopeMemory(RoutedMemory):
         return chosen_edits(found, self.settings["threshold"], ages, overrides)
 
     @override
-    def _settle(self) -> None:
+    def derive(self) -> None:
         notes = [record.notes for record in self._records.values()]
         names = list(self._records)
         self._texts: list[list[int]] = [[*n["ids"], *self.settings["separator"]] for n in notes]
@@ -255,7 +181,6 @@ class ScopeMemory(RoutedMemory):
             overrides[[rows[n] for n in note["overrides"] if n in rows], newer] = True
         # What took the place of an older entry is the newer one, whatever was written before.
         self._overrides = overrides & (self._ages[None] > self._ages[:, None])
-        super()._settle()
 
     # -- passes ------------------------------------------------------------------------------
 
@@ -356,31 +281,16 @@ class ScopeMemory(RoutedMemory):
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for network in self._network:
-            network._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.networks.is_made:
+            self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._network:
+        if self.networks.is_made:
             for name, tensor in self.shared().items():
                 destination[f"{prefix}network.{name}"] = tensor
-
-    @override
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        own = f"{prefix}network."
-        shared = {n.removeprefix(own): t for n, t in state_dict.items() if n.startswith(own)}
-        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(own)}
-        extra = rest.get(f"{prefix}_extra_state")
-        if extra is not None and self.settings["weights"] is None:
-            settings = json.loads(bytes(extra.tolist()).decode())["settings"]
-            if settings.get("weights") is not None:  # as trained elsewhere
-                self.settings["weights"] = settings["weights"]
-                self.take_shared(shared)
-        super()._load_from_state_dict(rest, prefix, *args, **kwargs)
 
 
 def _ids_of(given: Mapping[str, Any]) -> Tensor:

@@ -150,7 +150,7 @@ class SideMatrices(LayerMemory):
         return flat.index_put((self.mask(copy),), change).reshape(rows, columns)
 
     @override
-    def _settle(self) -> None:
+    def derive(self) -> None:
         entries = self.entries if len(self) else {}
         least: dict[int, float] = {}
         last = -1
@@ -171,7 +171,6 @@ class SideMatrices(LayerMemory):
             thresholds.append(self.settings["act_ratio"] * min(least[c] for c in copies))
         self.matrices = torch.stack(matrices) if matrices else torch.zeros(0)
         self.thresholds = torch.tensor(thresholds, device=self._device())
-        super()._settle()
 
     @override
     def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

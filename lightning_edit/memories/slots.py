@@ -141,10 +141,9 @@ class CalibrationSlots(EditMemory):
         return handles
 
     @override
-    def _settle(self) -> None:
+    def derive(self) -> None:
         if len(self):  # [N, L, M, S, D] to [L, M, N · S, D]
             self.joint_keys = self.keys.permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
             self.joint_values = self.values.transpose(0, 1).flatten(1, 2).contiguous()
         else:
             self.joint_keys = self.joint_values = torch.zeros(0, device=self._device())
-        super()._settle()

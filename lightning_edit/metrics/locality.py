@@ -5,10 +5,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from lightning_edit.metrics.reading import ReadingMetric
 
-__all__ = ["Locality"]
+__all__ = ["Locality", "same_text_scores"]
+
+
+def same_text_scores(
+    key: str,
+    preds: Sequence[str],
+    target: Sequence[Sequence[str]],
+    question: Sequence[bool] | None,
+) -> list[float]:
+    """Whether each text equals that of the unedited model, but for space around it.
+
+    Args:
+        key: Name of the metric, for errors.
+        preds: Texts of the edited model.
+        target: A text of the unedited model for each.
+        question: Does not matter.
+
+    Raises:
+        TypeError: If ``target`` holds anything but texts.
+    """
+    texts = [text for text in target if isinstance(text, str)]
+    if len(texts) != len(target):
+        raise TypeError(
+            f"{key}: `target` is expected to hold the texts of the unedited model, one for each "
+            f"prompt, but got {list(target)!r}."
+        )
+    return [float(now.strip() == before.strip()) for now, before in zip(preds, texts, strict=True)]
 
 
 class Locality(ReadingMetric):
@@ -41,18 +68,4 @@ class Locality(ReadingMetric):
 
     name = "locality"
 
-    def text_scores(
-        self,
-        preds: Sequence[str],
-        target: Sequence[Sequence[str]],
-        question: Sequence[bool] | None,
-    ) -> list[float]:
-        """Whether each text equals that of the unedited model; ``question`` does not matter."""
-        texts = [text for text in target if isinstance(text, str)]
-        if len(texts) != len(target):
-            raise TypeError(
-                f"{self.key}: `target` is expected to hold the texts of the unedited model, one "
-                f"for each prompt, but got {list(target)!r}."
-            )
-        rows = zip(preds, texts, strict=True)
-        return [float(now.strip() == before.strip()) for now, before in rows]
+    text_scores: ClassVar[staticmethod[..., list[float]]] = staticmethod(same_text_scores)

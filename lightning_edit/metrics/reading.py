@@ -14,15 +14,41 @@ from lightning_edit.functional.matching import autoregressive_hit
 from lightning_edit.functional.metrics import token_accuracy
 from lightning_edit.metrics.base import EditMetric
 
-__all__ = ["Reading", "ReadingMetric"]
+__all__ = ["Reading", "ReadingMetric", "answer_scores"]
 
 Reading = Literal["teacher_forced", "autoregressive"]
+
+
+def answer_scores(
+    key: str,
+    preds: Sequence[str],
+    target: Sequence[Sequence[str]],
+    question: Sequence[bool] | None,
+) -> list[float]:
+    """Whether each generated text gives the answer, or another spelling of it.
+
+    Args:
+        key: Name of the metric, for errors.
+        preds: Generated texts.
+        target: For each text the answer and its other spellings.
+        question: For each text whether its prompt is a question.
+
+    Raises:
+        ValueError: If ``question`` is missing.
+    """
+    if question is None:
+        raise ValueError(
+            f"{key}: `question` is needed to judge generated text. Say for each text whether its "
+            "prompt is a question."
+        )
+    rows = zip(question, preds, target, strict=True)
+    return [float(autoregressive_hit(*row)) for row in rows]
 
 
 class ReadingMetric(EditMetric):
     """Base of the four metrics that exist in two readings.
 
-    Subclasses set ``name``; they may replace ``text_scores``.
+    Subclasses set ``name``, and ``text_scores`` where texts are judged otherwise.
 
     Args:
         reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.
@@ -37,6 +63,8 @@ class ReadingMetric(EditMetric):
     """
 
     name: ClassVar[str]
+    #: Judges generated texts, by the arguments of ``update`` after the metric's own key.
+    text_scores: ClassVar[staticmethod[..., list[float]]] = staticmethod(answer_scores)
 
     def __init__(
         self,
@@ -105,20 +133,6 @@ class ReadingMetric(EditMetric):
                     f"{self.key}: `preds`, `target` and `question` are expected to be of one "
                     f"length, but got {lengths}."
                 )
-            scores = torch.tensor(self.text_scores(preds, target, question), dtype=torch.float32)
+            texts = self.text_scores(self.key, preds, target, question)
+            scores = torch.tensor(texts, dtype=torch.float32)
         self.count_scores(self.state, scores)
-
-    def text_scores(
-        self,
-        preds: Sequence[str],
-        target: Sequence[Sequence[str]],
-        question: Sequence[bool] | None,
-    ) -> list[float]:
-        """Scores of generated texts, one in [0, 1] for each (arguments as those of ``update``)."""
-        if question is None:
-            raise ValueError(
-                f"{self.key}: `question` is needed to judge generated text. Say for each text "
-                "whether its prompt is a question."
-            )
-        rows = zip(question, preds, target, strict=True)
-        return [float(autoregressive_hit(*row)) for row in rows]

@@ -200,4 +200,4 @@ def test_the_memory_moves_with_its_model() -> None:
 
 def test_a_base_of_several_memories_is_no_kind_of_its_own() -> None:
     assert set(EditMemory.kinds) >= {"Codebook", "SideMatrices", "PatchNeurons", "PromptMemory"}
-    assert "RoutedMemory" not in EditMemory.kinds
+    assert "LayerMemory" not in EditMemory.kinds

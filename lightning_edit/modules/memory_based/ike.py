@@ -15,10 +15,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.errors import RequestError
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.request import EditRequest
-from lightning_edit.memories.prompts import demonstration, statement
-from lightning_edit.modules.memory_based.prompting import PromptModule
+from lightning_edit.memories.prompts import PromptMemory, demonstration, statement
+from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.modules.memory_based.prompting import check_threshold, prompts_of, tell
 
 __all__ = ["IKE", "DemonstrationKind"]
 
@@ -26,7 +30,7 @@ DemonstrationKind = Literal["copy", "update", "retain"]
 _KINDS: tuple[DemonstrationKind, ...] = ("copy", "update", "retain")
 
 
-class IKE(PromptModule):
+class IKE(MemoryModule):
     """In-context knowledge editing: the fact stands before the prompt, after demonstrations.
 
     Each demonstration is another new fact and a prompt after it: the fact's own prompt (``copy``),
@@ -85,7 +89,10 @@ class IKE(PromptModule):
         max_entries: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, encoder, threshold, max_entries, **kwargs)
+        super().__init__(model, max_entries=max_entries, **kwargs)
+        check_threshold(threshold)
+        self.encoder = encoder
+        self.threshold = threshold
         if count < 0:
             raise ValueError(f"`count` is expected to be at least 0, but got {count}.")
         if len(ratio) != 3 or min(ratio) < 0 or not sum(ratio):
@@ -100,7 +107,20 @@ class IKE(PromptModule):
         self._known: tuple[list[EditRequest], Tensor] | None = None
 
     @override
+    def build_memory(self, tree: ModelTree) -> PromptMemory:
+        return PromptMemory(self.encoder, 1, self.threshold)
+
+    @property
+    def prompts(self) -> PromptMemory:
+        """The memory of the model."""
+        return prompts_of(self)
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> MemoryWrite:
+        return tell(self, batch, self.contexts)
+
     def contexts(self, requests: Sequence[EditRequest]) -> list[str]:
+        """What is told before the fact of each request: demonstrations."""
         if not self.count:
             return [""] * len(requests)
         if self._known is None:

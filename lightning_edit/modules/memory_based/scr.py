@@ -9,13 +9,18 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.request import EditRequest
-from lightning_edit.modules.memory_based.prompting import PromptModule
+from lightning_edit.memories.prompts import PromptMemory
+from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.modules.memory_based.prompting import check_threshold, prompts_of, tell
 
 __all__ = ["SCR"]
 
 
-class SCR(PromptModule):
+class SCR(MemoryModule):
     """Selective contextual reasoning, its plain part: the nearest facts stand before the prompt.
 
     Nothing is trained and no weight is touched. It is the baseline that every other editor should
@@ -61,11 +66,27 @@ class SCR(PromptModule):
         max_entries: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, encoder, threshold, max_entries, **kwargs)
+        super().__init__(model, max_entries=max_entries, **kwargs)
+        check_threshold(threshold)
+        self.encoder = encoder
+        self.threshold = threshold
         if facts < 1:
             raise ValueError(f"`facts` is expected to be at least 1, but got {facts}.")
         self.facts = facts
 
     @override
+    def build_memory(self, tree: ModelTree) -> PromptMemory:
+        return PromptMemory(self.encoder, self.facts, self.threshold)
+
+    @property
+    def prompts(self) -> PromptMemory:
+        """The memory of the model."""
+        return prompts_of(self)
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> MemoryWrite:
+        return tell(self, batch, self.contexts)
+
     def contexts(self, requests: Sequence[EditRequest]) -> list[str]:
+        """What is told before the fact of each request: nothing."""
         return [""] * len(requests)
