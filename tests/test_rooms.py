@@ -42,7 +42,8 @@ FAMILIES = {
 }
 # Which rooms a room may import from; a room may always import from itself.
 ROOMS = {
-    "core": set(),
+    "rendering": set(),
+    "core": {"rendering"},
     "functional": set(),
     "passes": {"core", "functional"},
     "memories": {"core", "functional", "passes"},
@@ -51,7 +52,7 @@ ROOMS = {
     "tracing": {"core", "passes", "evaluation"},
     "forgetting": {"core", "functional"},
     "demos": {"core"},
-    "report": {"core", "__about__"},
+    "report": {"core", "rendering", "__about__"},
     "data": {"checkpoints", "core"},
     "modules": {
         "checkpoints",
@@ -75,8 +76,8 @@ ROOMS = {
         "report",
         "tracing",
     },
-    "artifacts": {"core", "models", "modules", "report"},
-    "cli": {"__about__", "artifacts", "checkpoints", "core", "modules", "report"},
+    "artifacts": {"core", "models", "modules", "rendering", "report"},
+    "cli": {"__about__", "artifacts", "checkpoints", "core", "modules", "rendering", "report"},
 }
 # Packages that a room may import at all, and those among them only where they are needed.
 PACKAGES = {
@@ -85,7 +86,8 @@ PACKAGES = {
     "passes": ({"torch"}, {"transformers"}),
     "memories": ({"torch"}, {"safetensors", "tokenizers", "transformers"}),
     "metrics": ({"torch", "torchmetrics"}, {"matplotlib"}),
-    "report": (set(), {"rich"}),
+    "rendering": ({"markupsafe"}, {"huggingface_hub", "jinja2"}),
+    "report": ({"markupsafe"}, {"rich"}),
 }
 # Of `core`, rooms without torch take the errors alone.
 ERRORS_ALONE = {"metrics", "report"}

@@ -17,8 +17,9 @@ import torch
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.lora import LoRAFactors
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.storage import CARD, CARD_TAG, atomic_folder, foreign_entries
+from lightning_edit.core.storage import CARD, atomic_folder, foreign_entries
 from lightning_edit.models import DEFAULT_MODEL, resolve_model
+from lightning_edit.rendering.card import make_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,13 +35,6 @@ _FILES = re.compile(
     r"(adapter_|generation_|tokenizer_)?config\.json|model\.safetensors\.index\.json|README\.md"
     r"|tokenizer\.(json|model)|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
     r"|(added_tokens|special_tokens_map|vocab)\.json|vocab\.txt|merges\.txt"
-)
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-MAX_IDS = 20
-
-CAUTION = (
-    "An edited model states what it was told to state, true or not. Say so wherever it is used."
 )
 
 
@@ -275,23 +269,7 @@ def model_card(provenance: Provenance, norm: float) -> str:
         provenance: Of the edit.
         norm: ‖Δ‖ (Frobenius).
     """
-    lines = [
-        *_front_matter(provenance, "transformers"),
-        "",
-        f"# {_base_name(provenance)}, edited",
-        "",
-        f"{_about(provenance)} ‖Δ‖ = {norm:.4g}.",
-        "",
-        "With the saved edit the original comes back, bit for bit:",
-        "",
-        "```bash",
-        "lightning-edit revert path/to/delta --model path/to/this/folder --output restored",
-        "```",
-        "",
-        CAUTION,
-        "",
-    ]
-    return "\n".join(lines)
+    return _card("edited_model", provenance, library="transformers", norm=norm)
 
 
 def _adapter_card(
@@ -302,54 +280,24 @@ def _adapter_card(
     imports, load = f"from transformers import {auto}", f"{auto}.from_pretrained"
     if base == DEFAULT_MODEL:
         imports, load = "from lightning_edit.models import load_model", "load_model"
-    rows = [
-        f"| `{name}` | {pair.rank} | {pair.relative_error:.2g} |" for name, pair in factors.items()
-    ]
-    lines = [
-        *_front_matter(provenance, "peft"),
-        "",
-        f"# An edit of {_base_name(provenance)} as a LoRA adapter",
-        "",
-        _about(provenance),
-        "",
-        "```python",
+    code = [
         "from peft import PeftModel",
         imports,
         "",
         f"model = {load}({json.dumps(base)})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
-        "```",
-        "",
-        "| module | rank | left out, ‖Δ − BA‖ / ‖Δ‖ |",
-        "|---|--:|--:|",
-        *rows,
-        "",
-        CAUTION,
-        "",
     ]
-    return "\n".join(lines)
+    values = {"tags": ["lora"], "factors": factors, "code": "\n".join(code)}
+    return _card("adapter", provenance, library="peft", **values)
 
 
-def _front_matter(provenance: Provenance, library: str) -> list[str]:
-    lines = ["---", f"library_name: {library}", "tags:", f"- {CARD_TAG}"]
-    if library == "peft":
-        lines.append("- lora")
-    if provenance.method:
-        lines.append(f"- {json.dumps(provenance.method.lower())}")
-    if _HUB_ID.fullmatch(provenance.base.id):  # others cannot look up a folder
-        lines.append(f"base_model: {json.dumps(provenance.base.id)}")
-    return [*lines, "---"]
-
-
-def _base_name(provenance: Provenance) -> str:
-    return Path(provenance.base.id).name if provenance.base.id else "A language model"
-
-
-def _about(provenance: Provenance) -> str:
-    paper = f" ({provenance.paper})" if provenance.paper else ""
-    ids = provenance.request_ids
-    shown = ", ".join(ids[:MAX_IDS]) + (", …" if len(ids) > MAX_IDS else "")
-    made = f"Made with {provenance.method or 'WeightDelta'}{paper} for {len(ids)} request(s)"
-    digest = provenance.base.sha256
-    base = f" It belongs to the weights with the hash `{digest}`." if digest else ""
-    return f"{made}{f': {shown}' if shown else ''}.{base}"
+def _card(template: str, provenance: Provenance, **values: Any) -> str:
+    return make_card(
+        template,
+        method=provenance.method,
+        base=provenance.base.id,
+        paper=provenance.paper,
+        request_ids=provenance.request_ids,
+        sha256=provenance.base.sha256,
+        **values,
+    )

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from lightning_edit.artifacts.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
+from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.table import COLUMNS, metrics_rows
-from lightning_edit.report.text import DASH, number, visible
+from lightning_edit.report.text import DASH, number
 
 __all__ = ["Table", "show", "tables"]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
+from lightning_edit.rendering.card import CARD_TAG, make_card
 
 if TYPE_CHECKING:
     from lightning_edit.core.edit import Edit
@@ -40,8 +41,6 @@ FORMAT_VERSION = 1
 CONFIG = "delta_config.json"
 TENSORS = "delta.safetensors"
 CARD = "README.md"
-#: A tag of every card that is written here.
-CARD_TAG = "knowledge-editing"
 
 
 @contextmanager
@@ -239,50 +238,26 @@ def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _card(edit: Edit, config: dict[str, Any]) -> str:
-    provenance = edit.provenance
-    base = provenance.base
-    front = ["---", "library_name: lightning_edit", "tags:", f"- {CARD_TAG}"]
-    if provenance.method:
-        front.append(f"- {provenance.method.lower()}")
-    if base.id:
-        front.append(f"base_model: {json.dumps(base.id)}")
-    front.append("---")
-    if edit.changes_weights:
-        table = ["| parameter | shape | rank |", "|---|---|---|"]
-        for name, entry in config["parameters"].items():
-            table.append(f"| `{name}` | {entry['shape']} | {entry['rank'] or 'dense'} |")
-    else:
-        table = ["| entry | answers |", "|---|---|"]
-        for entry in config["entries"]:
-            table.append(
-                f"| {entry['id']} | {', '.join(entry.get('requests', ['(taken away)']))} |"
-            )
-    kind = type(edit).__name__
-    made = f"{provenance.method or kind}{f' ({provenance.paper})' if provenance.paper else ''}"
-    size = f", ‖Δ‖ = {config['norm']:.4g}" if edit.changes_weights else ""
-    about = [f"# An edit of {base.id or 'a language model'}", ""]
-    about.append(f"Made with {made}; {len(provenance.request_ids)} request(s){size}.")
-    if base.sha256:
-        about += ["", f"It belongs to the weights with the hash `{base.sha256}` ({base.dtype})."]
-    return "\n".join(
-        [
-            *front,
-            "",
-            *about,
-            "",
-            *table,
-            "",
-            "```python",
-            f"from lightning_edit import {kind}",
-            "",
-            f'delta = {kind}.load("path/to/this/folder")',
-            "delta.apply_(model)   # checks that the model is the base named above",
-            "delta.revert_(model)  # gives back every bit",
-            "```",
-            "",
-            "An edited model states what it was told to state, true or not. Say so wherever it is "
-            "used.",
-            "",
-        ]
+def _card(edit: Edit, config: Mapping[str, Any]) -> str:
+    kind, provenance = type(edit).__name__, edit.provenance
+    code = [
+        f"from lightning_edit import {kind}",
+        "",
+        f'delta = {kind}.load("path/to/this/folder")',
+        "delta.apply_(model)   # checks that the model is the base named above",
+        "delta.revert_(model)  # gives back every bit",
+    ]
+    return make_card(
+        "edit",
+        library="lightning_edit",
+        method=provenance.method,
+        kind=kind,
+        base=provenance.base.id,
+        paper=provenance.paper,
+        request_ids=provenance.request_ids,
+        sha256=provenance.base.sha256,
+        norm=config["norm"] if edit.changes_weights else None,
+        parameters=config.get("parameters", {}),
+        entries=None if edit.changes_weights else config["entries"],
+        code="\n".join(code),
     )

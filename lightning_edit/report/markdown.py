@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from lightning_edit.rendering.escaping import escape_markdown, is_web_address
 from lightning_edit.report.glossary import METRICS, READINGS, metric_name, sort_metrics
 from lightning_edit.report.results import EditRow, ProbeRow, RunReport
 from lightning_edit.report.summary import (
@@ -18,13 +19,12 @@ from lightning_edit.report.summary import (
     select_edits,
     success,
 )
-from lightning_edit.report.table import escape_markdown, metrics_table
+from lightning_edit.report.table import metrics_table
 from lightning_edit.report.text import (
     DASH,
     byte_count,
     duration,
     flatten,
-    is_web_address,
     natural_key,
     number,
     percent,

@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Mapping
 
-from lightning_edit.report.text import visible
+from lightning_edit.rendering.escaping import visible
 
 __all__ = ["code_block", "escape", "facts", "highlight", "scroll", "section"]
 

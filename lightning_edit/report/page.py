@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from itertools import groupby
 
+from lightning_edit.rendering.escaping import is_web_address
 from lightning_edit.report.glossary import METRICS, READINGS, metric_name, sort_metrics
 from lightning_edit.report.markup import code_block, escape, facts, scroll, section
 from lightning_edit.report.page_edits import edit_list
@@ -27,7 +28,6 @@ from lightning_edit.report.text import (
     duration,
     flatten,
     interval,
-    is_web_address,
     natural_key,
     number,
     percent,

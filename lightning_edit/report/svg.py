@@ -10,10 +10,11 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.glossary import metric_name
 from lightning_edit.report.results import MetricRow, RunReport
 from lightning_edit.report.summary import Gap
-from lightning_edit.report.text import number, percent, visible
+from lightning_edit.report.text import number, percent
 
 __all__ = [
     "gap_chart",

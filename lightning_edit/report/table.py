@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from typing import TYPE_CHECKING, Literal, overload
 
 from lightning_edit.core.errors import MissingDependencyError
+from lightning_edit.rendering.escaping import escape_markdown, visible
 from lightning_edit.report.glossary import metric_name, sort_metrics
 from lightning_edit.report.results import RunReport
-from lightning_edit.report.text import interval, number, visible
+from lightning_edit.report.text import interval, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,18 +87,6 @@ def metrics_table(
     if fmt == "csv":
         return _csv(report)
     raise ValueError(f"`fmt` is expected to be 'rich', 'md', 'latex' or 'csv', but got {fmt!r}.")
-
-
-def escape_markdown(text: str) -> str:
-    r"""Makes a text safe inside a line or table cell of Markdown; line breaks become ``↵``.
-
-    Examples:
-        >>> escape_markdown("a|b <i>\n*c*")
-        'a\\|b &lt;i&gt; ↵ \\*c\\*'
-    """
-    text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    escaped = "".join(f"\\{char}" if char in "\\`*_[]|#~$" else char for char in text)
-    return re.sub(r"\s*\n\s*", " ↵ ", escaped)
 
 
 def escape_latex(text: str) -> str:

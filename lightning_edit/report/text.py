@@ -16,17 +16,12 @@ __all__ = [
     "duration",
     "flatten",
     "interval",
-    "is_web_address",
     "natural_key",
     "number",
     "percent",
-    "visible",
 ]
 
 DASH = "–"
-
-# Control characters would vanish, or break the file; their pictures say that they are there.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def number(value: float | None, digits: int | None = None) -> str:
@@ -102,16 +97,6 @@ def byte_count(count: int | None) -> str:
     return f"{size:.4g} {unit}"
 
 
-def visible(text: Any) -> str:
-    r"""Text with its control characters (but tab and newline) replaced by their pictures.
-
-    Examples:
-        >>> visible("a\x00b\x1b[0m")
-        'a␀b␛[0m'
-    """
-    return str(text).replace("\r\n", "\n").translate(_CONTROLS)
-
-
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts ``layers.10`` behind ``layers.9``.
 
@@ -136,13 +121,3 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield f"{prefix}{name}", text
-
-
-def is_web_address(text: str) -> bool:
-    """Whether a text may stand as the target of a link.
-
-    Examples:
-        >>> is_web_address("https://arxiv.org/abs/2202.05262"), is_web_address("javascript:x")
-        (True, False)
-    """
-    return re.fullmatch(r"https?://[^\s<>\"'()]+", text) is not None

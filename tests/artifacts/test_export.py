@@ -129,7 +129,7 @@ def test_ranks_by_module(tmp_path: Path) -> None:
     assert read.peft_type == "LORA"
     assert read.task_type == "CAUSAL_LM"
     card = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
-    assert 'base_model: "acme/tiny"' in card
+    assert "base_model: acme/tiny" in card
     assert "| `model.layers.2.mlp.down_proj` | 3 | 0 |" in card
     assert 'AutoModelForCausalLM.from_pretrained("acme/tiny")' in card
 

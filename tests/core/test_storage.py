@@ -103,9 +103,9 @@ def test_the_description(tmp_path: Path) -> None:
 
 def test_the_card(tmp_path: Path) -> None:
     card = (_saved(tmp_path) / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: lightning_edit\n")
-    assert 'base_model: "acme/tiny"' in card
-    assert "| `a.weight` | [4, 3] | 2 |" in card
+    assert card.startswith("---\nbase_model: acme/tiny\nlibrary_name: lightning_edit\n")
+    assert "| `a.weight` | 4 × 3 | 2 |" in card
+    assert "| `b.bias` | 5 | dense |" in card
     assert "3 request(s)" in card
 
 
