@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.passes.block_recorder import BlockRecorder
+from lightning_edit.passes.block_recorder import recorded_blocks
 
 __all__ = ["encode_by_folder", "encode_by_model", "load_encoder", "mean_states"]
 
@@ -67,7 +67,7 @@ def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -
     def run(chosen: Sequence[str]) -> Tensor:
         rows = [tokens.tokenizer(text)["input_ids"] for text in chosen]
         ids, mask = (tensor.to(device) for tensor in pad_rows(rows, tokens.pad_id))
-        with BlockRecorder(blocks, layer, layer, stops=True) as seen:
+        with recorded_blocks(blocks, layer, layer, stops=True) as seen:
             part(input_ids=ids, attention_mask=mask, **given)
         return mean_states(seen.states[layer], mask)
 

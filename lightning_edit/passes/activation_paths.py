@@ -25,6 +25,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.functional.knowledge_neurons import probability_gradient
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.blocks import explained
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import frozen
 
 __all__ = ["ActivationPaths", "PathGradients"]
@@ -231,19 +232,13 @@ class _Rows:
 
     @contextmanager
     def growing(self, tree: ModelTree, layers: Sequence[int]) -> Iterator[None]:
-        """Has rows join at the layers inside a ``with`` block."""
-        hooks: list[Any] = []
-        try:
-            for i, block in enumerate(tree.blocks):
-                enter = self._enter(i, joins=i in layers)
-                hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-                if i in layers:
-                    projection = tree.mlp_out(i).module(tree.model)
-                    hooks.append(projection.register_forward_pre_hook(self._scale))
+        """Context manager: rows join at the layers."""
+        before: dict[nn.Module, Callable[..., Any]] = {
+            block: self._enter(i, joins=i in layers) for i, block in enumerate(tree.blocks)
+        }
+        before |= {tree.mlp_out(i).module(tree.model): self._scale for i in layers}
+        with hooked(before=before):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _enter(self, i: int, *, joins: bool) -> Callable[..., Any]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -265,7 +260,9 @@ class _Rows:
 
         return enter
 
-    def _scale(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _scale(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = args[0].reshape(-1, args[0].shape[-1])
         count = len(self._points)
         whole, earlier, _ = rows.split([1, len(rows) - 1 - count, count])
@@ -275,4 +272,4 @@ class _Rows:
         scaled = (self._points * whole.detach().float()).to(rows.dtype).requires_grad_()
         self.whole.append(whole)
         self.scaled.append(scaled)
-        return (torch.cat([whole, earlier, scaled]).reshape(args[0].shape), *args[1:])
+        return (torch.cat([whole, earlier, scaled]).reshape(args[0].shape), *args[1:]), kwargs

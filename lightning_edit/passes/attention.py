@@ -21,7 +21,7 @@ __all__ = ["short_attention"]
 
 @contextmanager
 def short_attention(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Has models with PyTorch's attention read short rows fast inside a ``with`` block.
+    """Context manager: models with PyTorch's attention read short rows fast.
 
     The queries of heads that share a key are taken as further queries of one head, where the model
     would copy the key for each of them. On processors, attention in half precision is plain matrix

@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Arguments", "BlockRecorder", "StopPass", "hidden_states"]
+from lightning_edit.passes.hooks import hooked
+
+__all__ = ["Arguments", "BlockRecord", "StopPass", "hidden_states", "recorded_blocks"]
 
 #: What a block is called with behind the hidden states.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -21,8 +25,30 @@ class StopPass(Exception):  # noqa: N818  # control flow, not an error
     """Ends a forward pass where nothing more of it is needed."""
 
 
-class BlockRecorder:
-    """Records what enters some blocks inside a ``with`` block, and what leaves the last of them.
+@dataclass
+class BlockRecord:
+    """What went through blocks.
+
+    Args:
+        states: Index to the hidden states that enter a block, [N, T, D]; behind the last block,
+            those that leave it.
+        arguments: Index to the further arguments of a block.
+    """
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    arguments: dict[int, Arguments] = field(default_factory=dict)
+
+
+@contextmanager
+def recorded_blocks(
+    blocks: Sequence[nn.Module],
+    first: int = 0,
+    last: int | None = None,
+    *,
+    keep: Collection[int] | None = None,
+    stops: bool = False,
+) -> Iterator[BlockRecord]:
+    """Context manager: records what enters some blocks, and what leaves the last of them.
 
     Args:
         blocks: All blocks of a stack.
@@ -31,64 +57,39 @@ class BlockRecorder:
         keep: Indices whose hidden states are kept; all when None.
         stops: End the pass at the last one, which is not run.
 
-    Examples:
+    Example:
         >>> import torch
         >>> from lightning_edit.core.locator import ModelTree
         >>> from lightning_edit.demos import tiny_model
         >>> model = tiny_model()
-        >>> with BlockRecorder(ModelTree.of(model).blocks, 1, 2, stops=True) as seen:
+        >>> with recorded_blocks(ModelTree.of(model).blocks, 1, 2, stops=True) as seen:
         ...     model(input_ids=torch.tensor([[5, 6, 7]]))
         >>> sorted(seen.arguments), tuple(seen.states[1].shape)
         ([1, 2], (1, 3, 32))
     """
+    end = len(blocks) - 1 if last is None else last
+    kept = range(len(blocks) + 1) if keep is None else keep
+    seen = BlockRecord()
 
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        first: int = 0,
-        last: int | None = None,
-        *,
-        keep: Collection[int] | None = None,
-        stops: bool = False,
-    ) -> None:
-        self._blocks = blocks
-        self._first, self._last = first, len(blocks) - 1 if last is None else last
-        self._keep = range(len(blocks) + 1) if keep is None else keep
-        self._stops = stops
-        self._hooks: list[Any] = []
-        #: Index to the hidden states that enter a block, [N, T, D]; behind the last block, those
-        #: that leave it.
-        self.states: dict[int, Tensor] = {}
-        #: Index to the further arguments of a block.
-        self.arguments: dict[int, Arguments] = {}
-
-    def __enter__(self) -> Self:
-        for i in range(self._first, self._last + 1):
-            enter = self._enter(i)
-            self._hooks.append(self._blocks[i].register_forward_pre_hook(enter, with_kwargs=True))
-        self._hooks.append(self._blocks[self._last].register_forward_hook(self._leave))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        for hook in self._hooks:
-            hook.remove()
-        return kind is StopPass and self._stops
-
-    def _enter(self, i: int) -> Callable[..., None]:
+    def enter(i: int) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             state = args[0] if args else kwargs.pop("hidden_states")
-            if i in self._keep:
-                self.states[i] = state
-            self.arguments[i] = (tuple(args[1:]), kwargs)
-            if self._stops and i == self._last:
+            if i in kept:
+                seen.states[i] = state
+            seen.arguments[i] = (tuple(args[1:]), kwargs)
+            if stops and i == end:
                 raise StopPass
 
         return record
 
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        if self._last + 1 in self._keep:
-            self.states[self._last + 1] = hidden_states(output)
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        if end + 1 in kept:
+            seen.states[end + 1] = hidden_states(output)
+
+    before = {blocks[i]: enter(i) for i in range(first, end + 1)}
+    with hooked({blocks[end]: leave}, before), suppress(*[StopPass] if stops else []):
+        yield seen
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -58,7 +58,7 @@ class Prefix:
 
 @contextmanager
 def explained(problem: str, advice: str) -> Iterator[None]:
-    """Turns what a model of another make stumbles over into an error that says so.
+    """Context manager: what a model of another make stumbles over becomes an error that says so.
 
     Args:
         problem: What then cannot be done, such as ``The blocks of GPT2LMHeadModel cannot be run on
@@ -78,7 +78,7 @@ def explained(problem: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Has modules run something else in place of their ``forward`` inside a ``with`` block."""
+    """Context manager: modules run something else in place of their ``forward``."""
     # Other packages put a method of their own into the instance.
     kept = {module: vars(module).get("forward") for module in forwards}
     try:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.passes.blocks import running
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.target_loss import row_means, target_nll
 
 __all__ = [
@@ -121,51 +122,43 @@ def probabilities_now(tree: ModelTree, passes: Sequence[GradientPass]) -> dict[i
 def recorded(
     model: nn.Module, sites: Sequence[WeightSite]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Records inputs and outputs of projections inside a ``with`` block, by parameter.
+    """Context manager: records inputs and outputs of projections, by the parameter's name.
 
     The outputs alone take part in the gradient.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    for site in sites:
-        site.parameter(model).requires_grad_(False)
 
-        def record(
-            _: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = site.name
-        ) -> Tensor:
+    def record(name: str) -> Callable[..., Tensor]:
+        def take(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output.requires_grad_(True)
             seen[name] = (args[0].detach(), output)
             # A copy goes on, since some models (Falcon) add to the output in place.
             return output.clone()
 
-        handles.append(site.module(model).register_forward_hook(record))
-    try:
+        return take
+
+    for site in sites:
+        site.parameter(model).requires_grad_(False)
+    with hooked({site.module(model): record(site.name) for site in sites}):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
-    """Records what the block below the edited ones returns, for each block from there down."""
+    """Context manager: records what the block below the edited ones returns, for all below."""
     below = tree.blocks[: min(site.layer for site in sites)]
     seen: dict[nn.Module, Any] = {}
 
     def record(_: nn.Module, __: Any, output: Any) -> None:
         seen.update(dict.fromkeys(below, output))
 
-    handles = [block.register_forward_hook(record) for block in below[-1:]]
-    try:
+    with hooked(dict.fromkeys(below[-1:], record)):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
-    """Has blocks return what is given inside a ``with`` block, without running them."""
+    """Context manager: blocks return what is given, without being run."""
     with running({block: lambda *_, o=output, **__: o for block, output in below.items()}):
         yield

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.passes.block_recorder import Arguments, BlockRecorder, hidden_states
+from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
 
 __all__ = ["KeyPass"]
@@ -68,14 +69,15 @@ class KeyPass:
         model: Any = tree.model
         device = next(tree.blocks[0].parameters()).device
         ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
-        with BlockRecorder(tree.blocks, layers[0], layers[-1], keep=layers[:1], stops=True) as seen:
+        first, last = layers[0], layers[-1]
+        with recorded_blocks(tree.blocks, first, last, keep=[first], stops=True) as seen:
             model.base_model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0),
                 use_cache=False,
             )
-        return cls(tree, list(layers), seen.states[layers[0]], layers[0], seen.arguments, place)
+        return cls(tree, list(layers), seen.states[first], first, seen.arguments, place)
 
     @torch.no_grad()
     def keys(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -101,23 +103,16 @@ class KeyPass:
             rows = states.reshape(self.state.shape[0], -1, states.shape[-1])
             return rows[:, -1].float().clone()
 
-        def take_key(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def take_key(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
             seen["key"] = at_end(args[0])
 
         def take_output(_: nn.Module, __: Any, output: Tensor) -> None:
             seen["output"] = at_end(output)
 
         state = self.state
-        hooks = [
-            asked.register_forward_pre_hook(take_key),
-            last.register_forward_hook(take_output),
-        ]
-        try:
+        with hooked({last: take_output}, {asked: take_key}):
             for i in range(layer, self.last + 1):
                 state = self._block(i, state)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return seen["key"], state[:, -1].float() if self.place == "block" else seen["output"]
 
     @property

@@ -37,14 +37,14 @@ def blocks_below(tree: ModelTree, layer: int) -> list[nn.Module]:
 def replayed(
     blocks: list[nn.Module], outputs: dict[nn.Module, Any] | None = None
 ) -> Iterator[None]:
-    """Has blocks run once inside a ``with`` block, and from then on return what they returned.
+    """Context manager: blocks run once, and from then on return what they returned.
 
     All passes inside must be over the same tokens. What the model does around its blocks, it does
     itself, in every pass.
 
     Args:
-        blocks: Blocks that nothing inside the ``with`` block changes.
-        outputs: What they returned in an earlier ``with`` block over the same tokens; what they
+        blocks: Blocks that nothing inside the context changes.
+        outputs: What they returned in an earlier context over the same tokens; what they
             return here is put into it.
 
     Examples:

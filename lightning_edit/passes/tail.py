@@ -14,7 +14,7 @@ a cache of keys and values, computed once; what follows runs again from the edit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.attention import short_attention
-from lightning_edit.passes.block_recorder import BlockRecorder, hidden_states
+from lightning_edit.passes.block_recorder import hidden_states, recorded_blocks
 from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
+from lightning_edit.passes.hooks import hooked
 
 __all__ = ["Place", "Tail", "frozen", "split_rows"]
 
@@ -41,7 +42,7 @@ ADVICE = "Choose another model, or a method that needs no target values, such as
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Switches gradients of all parameters off inside a ``with`` block."""
+    """Context manager: no parameter gets a gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -181,8 +182,9 @@ class Tail:
             prefix = Prefix(_masked(cache, mask_NP))
             for i, (keys, values) in prefix.layers.items():
                 cache.layers[i].keys, cache.layers[i].values = keys, values
-            edited = _Outputs(tree, layer, with_attention=place == "sublayers")
-            with BlockRecorder(tree.blocks, layer, keep=(layer, layer + 1)) as seen, edited:
+            recorded = recorded_blocks(tree.blocks, layer, keep=(layer, layer + 1))
+            outputs = _recorded_outputs(tree, layer, attention=place == "sublayers")
+            with recorded as seen, outputs as edited:
                 model.base_model(
                     input_ids=after_NQ,
                     attention_mask=mask,
@@ -315,16 +317,13 @@ class Tail:
                 return 0.0  # of such a model the losses tell, which name the request
             return float((found - own).norm() / own.norm())
 
-    @contextmanager
-    def _added(self, change: Tensor) -> Iterator[None]:
-        """Adds a change, [N, C, D], to what the edited block's parts return at column 0."""
+    def _added(self, change: Tensor) -> AbstractContextManager[None]:
+        """Context manager: a change, [N, C, D], of what the edited block's parts return."""
         parts = [self.tree.mlp(self.layer)]
         if change.shape[1] > 1:
             parts.append(self.tree.attention_out(self.layer).module(self.tree.model))
-        with ExitStack() as stack:
-            for part, added in zip(parts, change.unbind(1), strict=True):
-                stack.enter_context(_added(part, added))
-            yield
+        changes = zip(parts, change.unbind(1), strict=True)
+        return hooked({part: _adder(added) for part, added in changes})
 
     def _adds_up(self, after: Tensor) -> bool:
         """Whether the MLP's output goes straight into the residual stream."""
@@ -339,49 +338,50 @@ class Tail:
         return bool(torch.allclose(moved, wanted, rtol=1e-3, atol=1e-3 * float(nudge.max())))
 
 
+@dataclass
 class _Outputs:
-    """Records at column 0 what enters and leaves the edited block's projections."""
+    """What goes through the edited block's projections at column 0.
 
-    def __init__(self, tree: ModelTree, layer: int, *, with_attention: bool) -> None:
-        self.key = torch.empty(0)
-        #: Outputs of the MLP and, where it is asked for, of attention, [N, D] each.
-        self.values: list[Tensor] = []
-        self._rows = 0
-        self._block = tree.blocks[layer]
-        sites = [tree.mlp_out(layer), *([tree.attention_out(layer)] if with_attention else [])]
-        self._projections = [site.module(tree.model) for site in sites]
-        self._hooks: list[Any] = []
+    Args:
+        key: What enters the edited projection, [N, M].
+        values: Outputs of the MLP and, where it is asked for, of attention, [N, D] each.
+    """
 
-    def __enter__(self) -> None:
-        self.values = [torch.empty(0) for _ in self._projections]
-        self._hooks.append(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
-        for place, projection in enumerate(self._projections):
-            self._hooks.append(projection.register_forward_hook(self._leave(place)))
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
-
-    def _leave(self, place: int) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.values[place] = self._column_0(output)
-            if not place:
-                self.key = self._column_0(args[0])
-
-        return record
-
-    def _column_0(self, states: Tensor) -> Tensor:
-        # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
-        # output to the MLP's in place.
-        return states.reshape(self._rows, -1, states.shape[-1])[:, 0].clone()
+    key: Tensor
+    values: list[Tensor]
 
 
 @contextmanager
-def _added(mlp: nn.Module, change: Tensor) -> Iterator[None]:
-    """Adds a change to a module's output at column 0 inside a ``with`` block."""
+def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterator[_Outputs]:
+    """Context manager: records what goes through the edited block's projections."""
+    sites = [tree.mlp_out(layer), *([tree.attention_out(layer)] if attention else [])]
+    seen = _Outputs(torch.empty(0), [torch.empty(0) for _ in sites])
+    count = 0
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal count
+        count = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    def column_0(states: Tensor) -> Tensor:
+        # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
+        # output to the MLP's in place.
+        return states.reshape(count, -1, states.shape[-1])[:, 0].clone()
+
+    def leave(place: int) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen.values[place] = column_0(output)
+            if not place:
+                seen.key = column_0(args[0])
+
+        return record
+
+    after = {site.module(tree.model): leave(place) for place, site in enumerate(sites)}
+    with hooked(after, {tree.blocks[layer]: enter}):
+        yield seen
+
+
+def _adder(change: Tensor) -> Callable[..., Any]:
+    """A hook that adds a change to a module's output at column 0."""
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         whole = output[0] if isinstance(output, tuple) else output
@@ -390,11 +390,7 @@ def _added(mlp: nn.Module, change: Tensor) -> Iterator[None]:
         moved = moved.reshape(whole.shape)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    hook = mlp.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return add
 
 
 def _masked(cache: Any, mask_NP: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.passes.hooks import hooked
 
 __all__ = [
     "Objective",
@@ -190,16 +191,16 @@ def target_probabilities(tree: ModelTree, batch: EditBatch) -> list[float]:
 
 @contextmanager
 def _only_at(head: nn.Module | None, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Hands the head these positions only, [1, N, D]: the vocabulary is most of a short pass."""
+    """Context manager: the head gets these positions only, [1, N, D].
+
+    The vocabulary is most of a short pass.
+    """
     if head is None:
         yield
         return
 
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, columns][None], *args[1:])
+    def select(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args[0][rows, columns][None], *args[1:]), kwargs
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with hooked(before={head: select}):
         yield
-    finally:
-        handle.remove()

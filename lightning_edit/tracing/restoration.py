@@ -14,7 +14,7 @@ batch, which each joins at its own layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.attention import short_attention
-from lightning_edit.passes.block_recorder import Arguments, BlockRecorder, hidden_states
+from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
+from lightning_edit.passes.hooks import hooked
 
 __all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
 
@@ -186,18 +187,18 @@ class CorruptedRun:
         with short_attention(state.device, self._precision()):
             return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
 
-    @contextmanager
-    def _restored(self, i: int, t: int, restorations: Sequence[Restoration]) -> Iterator[None]:
-        """Has the clean outputs of a block's parts in the rows that restore them."""
-        with ExitStack() as stack:
-            for kind, parts in self._parts.items():
-                covered = [r.kind == kind and r.start <= i < r.stop for r in restorations]
-                if any(covered):
-                    rows_R = torch.tensor(covered, device=self._device)
-                    rows_R = rows_R.repeat_interleave(self.samples)
-                    put = _put(rows_R, self._clean[kind][i][t])
-                    stack.enter_context(_hooked(parts[i], put))
-            yield
+    def _restored(
+        self, i: int, t: int, restorations: Sequence[Restoration]
+    ) -> AbstractContextManager[None]:
+        """Context manager: a block's parts have clean outputs in the rows that restore them."""
+        after = {}
+        for kind, parts in self._parts.items():
+            covered = [r.kind == kind and r.start <= i < r.stop for r in restorations]
+            if any(covered):
+                rows_R = torch.tensor(covered, device=self._device)
+                rows_R = rows_R.repeat_interleave(self.samples)
+                after[parts[i]] = _put(rows_R, self._clean[kind][i][t])
+        return hooked(after)
 
     def _precision(self) -> torch.dtype:
         """Precision of matrix products: the caller's autocast's, or else the weights'."""
@@ -213,15 +214,14 @@ class CorruptedRun:
         model: Any = tree.model
         cache = DynamicCache()
         rows = self._ids_T.expand(1 + self.samples, -1)
-        with ExitStack() as stack:
-            recorder = stack.enter_context(BlockRecorder(tree.blocks))
-            for kind, parts in self._parts.items():
-                outputs = self._clean[kind] = []
-                for part in parts:
-                    stack.enter_context(_hooked(part, _keep(outputs, 1 + self.samples)))
-            stack.enter_context(noisy_embeddings(tree, self.subject, self._noise))
+        after: dict[nn.Module, Callable[..., None]] = {}
+        for kind, parts in self._parts.items():
+            outputs = self._clean[kind] = []
+            after |= {part: _keep(outputs, len(rows)) for part in parts}
+        noise = noisy_embeddings(tree, self.subject, self._noise)
+        with recorded_blocks(tree.blocks) as seen, hooked(after), noise:
             model.base_model(input_ids=rows, cache=cache, use_cache=True)
-        self._states = [recorder.states[i] for i in sorted(recorder.states)]
+        self._states = [seen.states[i] for i in sorted(seen.states)]
         #: Keys and values of all rows in each layer.
         self._cache = [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -235,7 +235,7 @@ class CorruptedRun:
             for i, (keys, values) in enumerate(self._cache):
                 cache.update(keys[:1, :, :t], values[:1, :, :t], i)
         positions = torch.arange(len(self._ids_T), device=self._device)[None]
-        with BlockRecorder(self.tree.blocks) as recorder:
+        with recorded_blocks(self.tree.blocks) as seen:
             model.base_model(
                 input_ids=self._ids_T[None, t:],
                 attention_mask=torch.ones_like(positions),
@@ -243,7 +243,7 @@ class CorruptedRun:
                 cache=cache,
                 use_cache=True,
             )
-        return recorder.arguments
+        return seen.arguments
 
     def _logits(self, state: Tensor) -> Tensor:
         """Next-token logits of hidden states [R, D], as float32 [R, V]."""
@@ -257,7 +257,7 @@ class CorruptedRun:
 def noisy_embeddings(
     tree: ModelTree, subject: range, noise: Tensor, first: int = 1
 ) -> Iterator[None]:
-    """Adds noise to the subject's embeddings inside a ``with`` block.
+    """Context manager: noise is added to the subject's embeddings.
 
     Args:
         tree: Where the embedding is.
@@ -273,7 +273,7 @@ def noisy_embeddings(
 
     if tree.input_embeddings is None:
         raise ModelError(f"{type(tree.model).__name__} has no token embeddings to corrupt.")
-    with _hooked(tree.input_embeddings, add):
+    with hooked({tree.input_embeddings: add}):
         yield
 
 
@@ -313,12 +313,3 @@ def _put(rows_R: Tensor, clean_D: Tensor) -> Callable[..., Tensor]:
         return moved.reshape(output.shape)
 
     return put
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

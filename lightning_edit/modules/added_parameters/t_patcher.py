@@ -29,9 +29,9 @@ from lightning_edit.functional.label_smoothing import smoothed_nll
 from lightning_edit.functional.patches import activation_loss, margin_losses
 from lightning_edit.memories.beside import beside_mlp
 from lightning_edit.memories.patches import PatchNeurons, patch_output
-from lightning_edit.modules.locate_then_edit.second_moment import sample_text_ids, seeded
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.passes.replay import blocks_below, replayed
+from lightning_edit.passes.sampling import sample_text_ids, seeded
 from lightning_edit.passes.target_loss import target_logits, target_probabilities
 
 __all__ = ["PatchParameters", "TPatcher"]

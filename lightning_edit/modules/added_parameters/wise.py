@@ -24,9 +24,9 @@ from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, routing_loss
 from lightning_edit.memories.side_matrix import RoutesBy, SideMatrices
-from lightning_edit.modules.locate_then_edit.second_moment import sample_text_ids
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.passes.replay import blocks_below, replayed
+from lightning_edit.passes.sampling import sample_text_ids
 from lightning_edit.passes.target_loss import row_means, target_nll, target_probabilities
 
 __all__ = ["WISE"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import LocatorError, MissingDependencyError
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
-from lightning_edit.modules.locate_then_edit.second_moment import seeded
+from lightning_edit.passes.sampling import seeded
 
 __all__ = ["AdapterLayers", "adapter_sites"]
 

@@ -16,24 +16,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.core.batch import EditBatch, PromptTokenizer
+from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.errors import ArtifactError, FailedRequestsError, LocatorError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.core.processes import Processes
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.locate_then_edit.second_moment import second_moments, seeded
+from lightning_edit.modules.locate_then_edit.second_moment import second_moments
 from lightning_edit.modules.locate_then_edit.target_values import (
     LOSSES,
     TargetValues,
     TargetValueSettings,
     optimize_target_values,
 )
+from lightning_edit.passes.sampling import sample_templates
 
-__all__ = ["LocateModule", "sample_templates"]
-
-# Words that the sampled contexts begin with.
-OPENINGS = ("The", "Therefore", "Because", "I", "You")
-CONTEXT_LENGTHS = (5, 10)  # tokens, openings included
+__all__ = ["LocateModule"]
 
 
 class LocateModule(EditModule):
@@ -143,8 +140,7 @@ class LocateModule(EditModule):
     def sample_contexts(self) -> list[list[str]]:
         """Contexts from the unedited model, as the papers sample them."""
         if self.groups_contexts:
-            long = CONTEXT_LENGTHS[-1:]
-            sampled = sample_templates(self.model, self.tokens, self.seed, 1, long)
+            sampled = sample_templates(self.model, self.tokens, self.seed, 1, (10,))
             return [["{}"], sampled]
         return [["{}", *sample_templates(self.model, self.tokens, self.seed)]]
 
@@ -388,45 +384,3 @@ def _grouped(templates: Sequence[str] | Sequence[list[str]]) -> list[list[str]]:
             "group empty."
         )
     return groups
-
-
-def sample_templates(
-    model: Any,
-    tokens: PromptTokenizer,
-    seed: int,
-    per_kind: int = 2,
-    lengths: Sequence[int] = CONTEXT_LENGTHS,
-) -> list[str]:
-    """Short contexts for a prompt, written by the model.
-
-    Args:
-        model: A decoder-only model, unedited.
-        tokens: Its tokenizer.
-        seed: Seed of the samples.
-        per_kind: Contexts of each opening and length.
-        lengths: Tokens of a context.
-
-    Returns:
-        Templates, twenty by default, such as ``"The first thing. {}"``.
-    """
-    rows = [tokens.tokenizer(word, add_special_tokens=False)["input_ids"] for word in OPENINGS]
-    device = next(model.parameters()).device
-    templates = []
-    with seeded(seed), torch.no_grad():
-        for length in lengths:
-            for row in rows:
-                start = torch.tensor([row] * per_kind, device=device)
-                written = model.generate(
-                    start,
-                    attention_mask=torch.ones_like(start),
-                    do_sample=True,
-                    top_k=5,
-                    top_p=1.0,
-                    temperature=1.0,
-                    repetition_penalty=1.0,
-                    max_new_tokens=max(1, length - len(row)),
-                    pad_token_id=tokens.pad_id,
-                )
-                texts = tokens.tokenizer.batch_decode(written, skip_special_tokens=True)
-                templates += [text.strip() + ". {}" for text in texts]
-    return templates

@@ -7,8 +7,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,14 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
+from lightning_edit.passes.hooks import hooked
+from lightning_edit.passes.sampling import BATCH_ROWS, ROW_LENGTH, sample_rows
 
 __all__ = [
     "data_module_ids",
-    "sample_text_ids",
     "second_moments",
-    "seeded",
     "text_file_ids",
 ]
-
-ROW_LENGTH = 64  # tokens of one row of text
-BATCH_ROWS = 64  # rows run at once: about four thousand tokens
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draws inside a ``with`` block come from the seed, and leave the caller's draws alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def second_moments(
@@ -107,59 +96,15 @@ def second_moments(
     if missing:
         if rows is None:
             rank_zero_info(f"Sampling {wanted} tokens from the model for its second moments …")
-        if rows is None:
-            batches = list(_sampled(tree.model, tokens, wanted, seed, one.rank, one.count))
+            batches = list(sample_rows(tree.model, tokens, wanted, seed, one))
         else:
-            batches = list(torch.split(rows, BATCH_ROWS))[one.rank :: one.count]
+            parts = torch.split(rows, BATCH_ROWS)
+            batches = [parts[i] for i in one.share(len(parts))]
         sums |= _accumulate(tree, missing, batches, one)
         for layer in missing:
             if layer in files:
                 _write(files[layer], *sums[layer])
     return {layer: regularize(sums[layer][0], sums[layer][1], ridge) for layer in layers}
-
-
-def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) -> Tensor:
-    """Rows of text that the model writes itself, each begun with a random word.
-
-    Each batch of rows has a seed of its own, so that processes can share them out.
-
-    Args:
-        model: A decoder-only model.
-        tokens: Its tokenizer.
-        count: Tokens wanted, rounded up to whole rows.
-        seed: Seed of the samples.
-
-    Returns:
-        Token ids, [rows, 64].
-    """
-    return torch.cat(list(_sampled(model, tokens, count, seed)))
-
-
-def _sampled(
-    model: Any, tokens: PromptTokenizer, count: int, seed: int, first: int = 0, every: int = 1
-) -> Iterator[Tensor]:
-    """Batches of rows, from the first on every so many."""
-    special = set(getattr(tokens.tokenizer, "all_special_ids", []))
-    ordinary = torch.tensor([i for i in range(len(tokens.tokenizer)) if i not in special])
-    device = next(model.parameters()).device
-    n_rows = -(-count // ROW_LENGTH)
-    for i in range(first, -(-n_rows // BATCH_ROWS), every):
-        size = min(BATCH_ROWS, n_rows - i * BATCH_ROWS)
-        with seeded(seed + i), torch.no_grad():
-            begun = ordinary[torch.randint(len(ordinary), (size, 1))].to(device)
-            written: Tensor = model.generate(
-                begun,
-                attention_mask=torch.ones_like(begun),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=ROW_LENGTH - 1,
-                min_new_tokens=ROW_LENGTH - 1,
-                pad_token_id=tokens.pad_id,
-            )
-        yield written
 
 
 def text_file_ids(tokens: PromptTokenizer, path: str | Path, count: int) -> Tensor:
@@ -264,28 +209,26 @@ def _accumulate(
 ) -> dict[int, tuple[Tensor, int]]:
     """Sums of outer products and the number of tokens, over all processes."""
     device = next(tree.blocks[0].parameters()).device
-    totals = {}
-    hooks = []
-    for layer in layers:
-        site = tree.mlp_out(layer)
-        total = torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=device)
-        totals[layer] = total
+    sites = {layer: tree.mlp_out(layer) for layer in layers}
+    totals = {
+        layer: torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=device)
+        for layer, site in sites.items()
+    }
 
-        def add(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+    def adder(layer: int) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
             second_moment_update(totals[layer], args[0].reshape(-1, args[0].shape[-1]))
             if layer == layers[-1]:
                 raise StopPass
 
-        hooks.append(site.module(tree.model).register_forward_pre_hook(add))
+        return add
+
     model: Any = tree.model
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                with suppress(StopPass):
-                    model.base_model(input_ids=batch.to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before = {site.module(tree.model): adder(layer) for layer, site in sites.items()}
+    with torch.no_grad(), hooked(before=before):
+        for batch in batches:
+            with suppress(StopPass):
+                model.base_model(input_ids=batch.to(device), use_cache=False)
     count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
     count = processes.total(count)
     return {layer: (processes.total(totals[layer]).cpu(), int(count)) for layer in layers}

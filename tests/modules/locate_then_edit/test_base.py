@@ -29,7 +29,8 @@ from lightning_edit.demos import (
     tiny_tokenizer,
     trained_tiny_model,
 )
-from lightning_edit.modules.locate_then_edit.base import LocateModule, sample_templates
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.passes.sampling import sample_templates
 from tests import zoo
 from tests.modules.helpers import bare_trainer, same, snapshot
 

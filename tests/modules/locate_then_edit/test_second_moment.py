@@ -24,11 +24,10 @@ from lightning_edit.demos import tiny_requests, tiny_tokenizer, world_sentences
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.modules.locate_then_edit.second_moment import (
     data_module_ids,
-    sample_text_ids,
     second_moments,
-    seeded,
     text_file_ids,
 )
+from lightning_edit.passes.sampling import sample_text_ids, seeded
 from tests import zoo
 
 
