@@ -57,7 +57,7 @@ def recorded_blocks(
         keep: Indices whose hidden states are kept; all when None.
         stops: End the pass at the last one, which is not run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_edit.core.locator import ModelTree
         >>> from lightning_edit.demos import tiny_model

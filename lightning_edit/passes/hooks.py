@@ -26,7 +26,7 @@ def hooked(
         before: Module to what is called before its ``forward``, with the module, its positional
             and its keyword arguments; both are replaced by what is returned, if anything is.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer, seen = nn.Linear(2, 2), []
         >>> with hooked({layer: lambda _, args, output: seen.append(output.shape)}):
