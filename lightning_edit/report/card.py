@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from lightning_edit.rendering.card import make_card
 from lightning_edit.report.results import RunReport
 from lightning_edit.report.summary import headline
@@ -40,7 +38,7 @@ def render_card(report: RunReport) -> str:
             "Hash of the edit requests": report.requests_sha256,
             "Date": report.created,
         },
-        metrics=Markup(metrics_table(report, "md")) if report.metrics else "",  # noqa: S704
+        metrics=metrics_table(report, "md") if report.metrics else "",
         edits=report.edits,
         code=apply_python(report) if report.artifact else "",
         commands=apply_commands(report),

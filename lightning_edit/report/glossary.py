@@ -127,6 +127,16 @@ class MetricName:
     reading: str
 
     @property
+    def term(self) -> Term | None:
+        """What the metric means, where it is known."""
+        return METRICS.get(self.metric)
+
+    @property
+    def reading_term(self) -> Term | None:
+        """What the reading means, where it is known."""
+        return READINGS.get(self.reading)
+
+    @property
     def label(self) -> str:
         """The metric as written in a table, with its kind.
 
@@ -134,21 +144,24 @@ class MetricName:
             >>> metric_name("portability/one_hop/autoregressive").label
             'Portability (one hop)'
         """
-        term = METRICS.get(self.metric)
-        label = term.label if term else self.metric.replace("_", " ").capitalize()
+        label = self.term.label if self.term else self.metric.replace("_", " ").capitalize()
         return f"{label} ({self.kind.replace('_', ' ').replace('/', ', ')})" if self.kind else label
 
     @property
     def reading_label(self) -> str:
         """The reading as written in a table; empty where the key has none."""
-        term = READINGS.get(self.reading)
-        return term.label if term else self.reading.replace("_", " ")
+        return self.reading_term.label if self.reading_term else self.reading.replace("_", " ")
+
+    @property
+    def full_label(self) -> str:
+        """The metric with its reading, as written in one line."""
+        return ", ".join(filter(None, (self.label, self.reading_label)))
 
     @property
     def is_rate(self) -> bool:
         """Whether the values are shares in [0, 1], and thus may be drawn as bars."""
-        metric, reading = METRICS.get(self.metric), READINGS.get(self.reading)
-        return metric is not None and metric.is_rate and (reading is None or reading.is_rate)
+        reading = self.reading_term
+        return self.term is not None and self.term.is_rate and (not reading or reading.is_rate)
 
 
 def metric_name(key: str) -> MetricName:

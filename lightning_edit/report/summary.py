@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_edit.report.glossary import METRICS, metric_name, sort_metrics
+from lightning_edit.report.glossary import METRICS, Term, metric_name, sort_metrics
 from lightning_edit.report.results import EditRow, ProbeRow, RunReport
 from lightning_edit.report.text import percent
 
@@ -60,6 +60,11 @@ class Outcome:
     reading: str
 
     @property
+    def term(self) -> Term:
+        """What the metric means."""
+        return METRICS[self.metric]
+
+    @property
     def count(self) -> str:
         """The count in words, or the share where cases were not counted."""
         return percent(self.share) if self.hits is None else f"{self.hits} of {self.total}"
@@ -83,6 +88,13 @@ class Gap:
     def value(self) -> float:
         """Teacher-forced minus autoregressive."""
         return self.teacher_forced - self.autoregressive
+
+    @property
+    def points(self) -> str:
+        """The gap in percentage points, with its sign."""
+        points = round(100 * self.value, 1)
+        sign = "−" if points < 0 else "+" if points > 0 else "±"
+        return f"{sign}{abs(points):g}"
 
 
 def success(edit: EditRow, *, before: bool = False) -> tuple[bool | None, str]:

@@ -95,15 +95,13 @@ def gap_chart(gaps: Sequence[Gap]) -> str:
     for i, gap in enumerate(gaps):
         y = 6 + step * (i + 0.5)
         forced, free = x(gap.teacher_forced), x(gap.autoregressive)
-        points = round(100 * gap.value, 1)
-        sign = "−" if points < 0 else "+" if points > 0 else "±"
         parts.append(
             f'<text x="{left - 16:g}" y="{y + 4:g}" text-anchor="end">{_escape(gap.label)}</text>'
             f'<line class="span" x1="{forced:g}" x2="{free:g}" y1="{y:g}" y2="{y:g}"/>'
             f'<circle class="forced" cx="{forced:g}" cy="{y:g}" r="6.5"/>'
             f'<circle class="free" cx="{free:g}" cy="{y:g}" r="6.5"/>'
             f'<text class="value" x="{width:g}" y="{y + 4:g}" text-anchor="end">'
-            f"{sign}{abs(points):g} points</text>"
+            f"{gap.points} points</text>"
         )
     return "".join([*parts, "</svg>"])
 
@@ -163,7 +161,7 @@ def sequence_chart(series: dict[str, list[tuple[float, float]]]) -> str:
         return round(top + (height - top - bottom) * (1 - min(max(share, 0.0), 1.0)), 2)
 
     label = "; ".join(
-        f"{_series_label(name)}: {percent(points[0][1])} after {points[0][0]:.12g} edits, "
+        f"{metric_name(name).full_label}: {percent(points[0][1])} after {points[0][0]:.12g} edits, "
         f"{percent(points[-1][1])} after {points[-1][0]:.12g}"
         for name, points in series.items()
     )
@@ -199,15 +197,10 @@ def sequence_legend(series: dict[str, list[tuple[float, float]]]) -> str:
     items = (
         f'<li><svg class="key" viewBox="0 0 44 14" aria-hidden="true">'
         f'<path class="line series{i}" d="M2 7H42"/>{_marker(i, 22, 7)}</svg>'
-        f"{_escape(_series_label(name))}</li>"
+        f"{_escape(metric_name(name).full_label)}</li>"
         for i, name in enumerate(series)
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _series_label(name: str) -> str:
-    parts = metric_name(name)
-    return ", ".join(filter(None, (parts.label, parts.reading_label)))
 
 
 def _marker(i: int, x: float, y: float) -> str:

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 from lightning_edit.report import EditRow, MetricRow, ProbeRow, RunReport
 
 ATTACK = "<script>alert('x')</script>"
-HOSTILE = f"{ATTACK}\"'>&amp;\x00"
+CONTROLS = "\x00\x1b\x9b\u202e"
+HOSTILE = f"{ATTACK}\"'>&amp;{CONTROLS}"
 PAPER = "https://arxiv.org/abs/2202.05262"
 
 # Void elements of HTML and the childless shapes of SVG, which close themselves.

@@ -11,11 +11,11 @@ from importlib.resources import files
 import pytest
 
 from lightning_edit.report import EditRow, MetricRow, RunReport, render_html
-from lightning_edit.report.markup import highlight
 from lightning_edit.report.svg import layer_chart, metric_bar, sequence_chart, sequence_series
-from tests.report.sample import ATTACK, HOSTILE, PAPER, Page, hostile, sample
+from lightning_edit.report.view import mark_answers
+from tests.report.sample import ATTACK, CONTROLS, HOSTILE, PAPER, Page, hostile, sample
 
-CSS = files("lightning_edit.report").joinpath("page.css").read_text(encoding="utf-8")
+CSS = files("lightning_edit.report").joinpath("templates/page.css").read_text(encoding="utf-8")
 
 
 def test_nothing_is_fetched_or_run() -> None:
@@ -42,11 +42,11 @@ def test_only_addresses_become_links(paper: str) -> None:
 
 
 def test_text_is_escaped_everywhere() -> None:
-    seen = HOSTILE.replace("\x00", "␀")
+    seen = HOSTILE.replace(CONTROLS, r"␀␛\x9b\u202e")
     text = render_html(hostile())
     page = Page(text)
     assert "<script" not in text
-    assert "\x00" not in text
+    assert not set(CONTROLS) & set(text)
     assert page.text.count(seen) >= 30
     assert {name for _, attributes in page.elements for name in attributes} <= {
         "lang", "charset", "http-equiv", "content", "name", "class", "id", "title", "dir", "open",
@@ -97,7 +97,8 @@ def test_it_says_what_is_known() -> None:
 def test_what_is_unknown_is_a_dash_or_absent() -> None:
     page = Page(render_html(sample()))
     start = page.text.index("Portability (one hop)")
-    assert page.text[start:].startswith("Portability (one hop)autoregressive–––0")
+    cells = "|".join(page.text[start:].split("\n"))
+    assert re.match(r"Portability \(one hop\)\|autoregressive\|–\|–\|+–\|0\|", cells)
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
     bare = Page(render_html(RunReport(method="IKE", artifact="")))
     headings = [a["aria-labelledby"] for a in bare.named("section")]
@@ -147,16 +148,21 @@ def test_a_curve_by_hand() -> None:
 
 
 def test_answers_are_marked_whole() -> None:
-    marked = highlight("<i> York City, not york; Yorker & co", new="York", old="York City")
-    assert marked == (
-        '&lt;i&gt; <mark class="old">York City</mark>, not <mark class="new">york</mark>; '
-        "Yorker &amp; co"
+    def marked(text: str, new: str, old: str | None) -> str:
+        pieces = mark_answers(text, EditRow("a", "p", target_new=new, target_old=old))
+        return "".join(f"{kind}({piece})" if kind else piece for kind, piece in pieces)
+
+    assert marked(" York City, not york; Yorker\n", "York", "York City") == (
+        "old(York City), not new(york); Yorker"
     )
-    assert highlight("<i>", new="", old=None) == "&lt;i&gt;"
-    assert highlight("首都は京都です", new="京都", old=None) == (
-        '首都は<mark class="new">京都</mark>です'
-    )
-    assert highlight("a.b axb", new="a.b", old="") == '<mark class="new">a.b</mark> axb'
+    assert marked("Rome", "Rome", "rome") == "new(Rome)"
+    assert marked("text", "", None) == "text"
+    assert marked(" ", "x", None) == ""
+    assert marked("首都は京都です", "京都", None) == "首都はnew(京都)です"
+    assert marked("a.b axb", "a.b", "") == "new(a.b) axb"
+    edit = EditRow("a", "<p>", target_new="<b>", after_text=" a <b> & <i>")
+    page = render_html(RunReport(method="ROME", edits=[edit]))
+    assert 'a <mark class="new">&lt;b&gt;</mark> &amp; &lt;i&gt;</blockquote>' in page
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
