@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # More threads than free cores make small matrix products slower, not faster.
-TEST_ENV := OMP_NUM_THREADS=1
+# Workers, and processes of theirs, read the bytecode that the first of them wrote.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # A worker for each core, four at most, each of which loads the default model once.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 

@@ -19,6 +19,7 @@ import yaml
 from lightning_edit.__main__ import main
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.demos import tiny_requests, trained_tiny_model
+from tests.processes import LONG
 
 __all__ = [
     "ROOT",
@@ -27,7 +28,6 @@ __all__ = [
     "metrics_of",
     "printed_command",
     "run_here",
-    "run_python",
 ]
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,12 @@ class TinyWorld:
         lines = [json.dumps(request.to_dict()) for request in tiny_requests(n)]
         self.requests.write_text("\n".join(lines))
         if settings is None:
-            settings = {"layers": [0], "steps": 8, "tokens_per_dimension": 1}
+            settings = {
+                "layers": [0],
+                "steps": 6,
+                "tokens_per_dimension": 1,
+                "context_templates": ["{}", "Yes. {}"],
+            }
         arguments = {**settings, "model": str(self.model), "cache_dir": str(folder / "cache")}
         config = {
             "model": {"class_path": method, "init_args": arguments},
@@ -84,8 +89,16 @@ class TinyWorld:
         ]
 
     def run(self, run: Path, *more: str, verb: str = "fit") -> subprocess.CompletedProcess[str]:
-        """Runs the program in a process of its own."""
-        return run_python("-m", "lightning_edit", *self.arguments(run, *more, verb=verb))
+        """Runs the program as a user does, with as many threads as this process has."""
+        return subprocess.run(
+            [sys.executable, "-m", "lightning_edit", *self.arguments(run, *more, verb=verb)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            capture_output=True,
+            text=True,
+            timeout=LONG,
+            check=False,
+        )
 
 
 def run_here(words: Sequence[str]) -> int:
@@ -101,19 +114,6 @@ def run_here(words: Sequence[str]) -> int:
         return int(end.code or 0)
     finally:
         sys.argv[:] = kept
-
-
-def run_python(*words: str | Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Runs Python from the root of the repository, on one thread."""
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def printed_command(text: str) -> list[str]:

@@ -14,29 +14,26 @@ import yaml
 
 from lightning_edit import MemoryWrite
 from lightning_edit.demos import WORLD, tiny_requests
-from tests.runs import (
-    TinyWorld,
-    assert_same_edit,
-    metrics_of,
-    printed_command,
-    run_here,
-    run_python,
-)
+from tests.processes import run_program
+from tests.runs import TinyWorld, assert_same_edit, metrics_of, printed_command, run_here
 
 # ROME on a tiny model shares directions among its few keys, which it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
 
 
-def interrupted(
-    world: TinyWorld, run: Path, signal_name: str, step: int, place: str
-) -> subprocess.CompletedProcess[str]:
-    return world.run(
-        run,
+def interruption(signal_name: str, step: int, place: str = "between") -> list[str]:
+    return [
         "--trainer.callbacks+=tests.interrupting.Interrupt",
         f"--trainer.callbacks.signal_name={signal_name}",
         f"--trainer.callbacks.step={step}",
         f"--trainer.callbacks.place={place}",
-    )
+    ]
+
+
+def interrupted(
+    world: TinyWorld, run: Path, signal_name: str, step: int, place: str
+) -> subprocess.CompletedProcess[str]:
+    return run_program(world.arguments(run, *interruption(signal_name, step, place)))
 
 
 def committed_steps(run: Path) -> int:
@@ -76,7 +73,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 def test_ctrl_c_in_an_edit_says_how_to_go_on(
     world: TinyWorld, whole_run: Path, tmp_path: Path
 ) -> None:
-    stopped = interrupted(world, tmp_path, "SIGINT", 2, "middle")
+    stopped = world.run(tmp_path, *interruption("SIGINT", 2, "middle"))
     assert stopped.returncode == 1
     for noise in ("Traceback", "litlogger", "eval mode", "LeafSpec", "workers"):
         assert noise not in stopped.stderr
@@ -124,13 +121,7 @@ def test_a_killed_training_of_an_editor_goes_on_to_the_same_end(tmp_path: Path) 
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_here(words(whole)) == 0
-    done = run_python(
-        *("-m", "lightning_edit"),
-        *words(killed),
-        "--trainer.callbacks+=tests.interrupting.Interrupt",
-        "--trainer.callbacks.signal_name=SIGKILL",
-        "--trainer.callbacks.step=5",
-    )
+    done = run_program(words(killed, *interruption("SIGKILL", 5)))
     assert done.returncode == -9, done.stderr
     stopped = torch.load(killed / "last.ckpt", weights_only=True)
     assert stopped["global_step"] == 5

@@ -197,19 +197,22 @@ def write(block: Block) -> None:
         assert not stop.value.code, block.where
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_links_lead_somewhere(page: Path) -> None:
-    for match in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
-        target = match["target"]
-        if target.startswith(("http://", "https://")):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (page.parent / name).resolve() if name else page
-        assert file.exists(), f"{page.name}: `{target}` does not exist"
-        if page.is_relative_to(ROOT / "docs"):
-            assert file.is_relative_to(ROOT / "docs"), f"{page.name}: `{target}` is not in the site"
-        if anchor:
-            assert anchor in anchors(file), f"{page.name}: `{target}` has no such heading"
+def test_links_lead_somewhere(subtests: pytest.Subtests) -> None:
+    for page in PAGES:
+        with subtests.test(page.name):
+            for match in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
+                target = match["target"]
+                if target.startswith(("http://", "https://")):
+                    continue
+                name, _, anchor = target.partition("#")
+                file = (page.parent / name).resolve() if name else page
+                assert file.exists(), f"{page.name}: `{target}` does not exist"
+                if page.is_relative_to(ROOT / "docs"):
+                    assert file.is_relative_to(ROOT / "docs"), (
+                        f"{page.name}: `{target}` is not in the site"
+                    )
+                if anchor:
+                    assert anchor in anchors(file), f"{page.name}: `{target}` has no such heading"
 
 
 def anchors(page: Path) -> set[str]:
@@ -229,34 +232,35 @@ def pages_text() -> str:
     return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
-@pytest.mark.parametrize("name", sorted(lightning_edit.__all__))
-def test_every_public_name_is_described(name: str) -> None:
-    if name == "__version__":
-        return
-    if getattr(lightning_edit, name).__module__.startswith("lightning_edit.modules."):
-        return  # methods are described by the reference, which is made of their docstrings
+def test_every_public_name_and_verb_is_described() -> None:
     # In the text itself, in backticks: a name that only occurs in an example is not described.
     text = FENCE.sub("", pages_text())
-    assert re.search(rf"`{name}\b[^`]*`", text), f"`{name}` is on no page"
+    named = set(re.findall(r"`(?=(\w+)\b[^`]*`)", text))
+    # Methods are described by the reference, which is made of their docstrings.
+    elsewhere = {
+        name
+        for name in set(lightning_edit.__all__) - {"__version__"}
+        if getattr(lightning_edit, name).__module__.startswith("lightning_edit.modules.")
+    }
+    assert set(lightning_edit.__all__) - named - elsewhere == {"__version__"}
+    described = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
+    assert set(VERBS) - described == set()
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS))
-def test_every_verb_is_described(verb: str) -> None:
+def test_every_configuration_is_described_and_parses(
+    workplace: Path, subtests: pytest.Subtests
+) -> None:
     text = FENCE.sub("", pages_text())
-    assert re.search(rf"^\| `{verb}", text, re.MULTILINE), f"no table describes `{verb}`"
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_configuration_is_described_and_parses(path: Path, workplace: Path) -> None:
-    name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
-    # Those of methods say themselves what they are, and `list` shows it.
-    assert path.parent.name == "method" or re.search(
-        rf"`{name}(\.yaml)?`", FENCE.sub("", pages_text())
-    ), f"`{name}` is on no page"
-    base = [] if name == "edit" or path.parent.name == "f_learning" else ["-c", "edit"]
-    with pytest.raises(SystemExit) as stop, restored_logging():
-        main(["fit", *base, "-c", name, "--print_config"])
-    assert not stop.value.code
+    for path in CONFIGS:
+        name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+        base = [] if name == "edit" or path.parent.name == "f_learning" else ["-c", "edit"]
+        with subtests.test(name):
+            # Those of methods say themselves what they are, and `list` shows it.
+            is_described = re.search(rf"`{name}(\.yaml)?`", text)
+            assert is_described or path.parent.name == "method", f"`{name}` is on no page"
+            with pytest.raises(SystemExit) as stop, restored_logging():
+                main(["fit", *base, "-c", name, "--print_config"])
+            assert not stop.value.code
 
 
 def test_every_method_has_a_configuration() -> None:
@@ -267,12 +271,11 @@ def test_every_method_has_a_configuration() -> None:
     assert configured >= {offer.name for offer in offers("methods")}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_make_and_pip_name_what_there_is(page: Path) -> None:
+def test_make_and_pip_name_what_there_is() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = set(project["optional-dependencies"])
-    for block in blocks(page):
+    for block in (block for page in PAGES for block in blocks(page)):
         for line in commands(block) if block.language == "bash" else ():
             words = shlex.split(line, comments=True)
             if words[0] == "make":
@@ -287,17 +290,19 @@ def test_the_first_block_of_the_readme_is_what_a_newcomer_types() -> None:
     assert [line.split("#")[0].strip() for line in commands(first)] == ["make demo", "make test"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_every_block_names_its_language(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(page))
+def test_every_block_names_its_language(subtests: pytest.Subtests) -> None:
+    for page in PAGES:
+        with subtests.test(page.name):
+            text = page.read_text(encoding="utf-8")
+            assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(page))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_code_fits_on_the_page(page: Path) -> None:
-    for block in blocks(page):
-        if block.language == "python":
-            assert max(map(len, block.text.splitlines())) <= 100, block.where
+def test_code_fits_on_the_page(subtests: pytest.Subtests) -> None:
+    for page in PAGES:
+        with subtests.test(page.name):
+            for block in blocks(page):
+                if block.language == "python":
+                    assert max(map(len, block.text.splitlines())) <= 100, block.where
 
 
 def test_blocks_left_out_are_few() -> None:

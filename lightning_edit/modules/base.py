@@ -225,8 +225,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 self.adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
         if self._trainer is not None and self.trainer.state.fn is not None:
             self.target.prepare(self.trainer.state.fn.value)
-        if Processes.running().count > 1 and not any(p.requires_grad for p in self.parameters()):
-            # `ddp` refuses modules that have nothing to train.
+        is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_grouped and not any(p.requires_grad for p in self.parameters()):
+            # `ddp` refuses modules that have nothing to train, in a group of one as well.
             self.anchor = nn.Parameter(torch.zeros((), device=self.model.device))
 
     @override

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import json
 import logging
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_edit.tracing.causal_tracing import TracingResult, TracingSettings
 from lightning_edit.tracing.restoration import KINDS
 from tests.callbacks.foreign import data_of, foreign, quiet_trainer, weights_of
 from tests.modules.helpers import bare_trainer
+from tests.processes import program, run_pair
 from tests.runs import TinyWorld, run_here
 
 FILES = {"causal_tracing.json", "causal_tracing.png"}
@@ -41,6 +43,7 @@ def assert_same(found: TracingResult | None, wanted: TracingResult) -> None:
             torch.testing.assert_close(one.scores[kind], other.scores[kind], rtol=0, atol=1e-6)
 
 
+@functools.cache
 def wanted_of(n: int, samples: int = 2, window: int = 2) -> TracingResult:
     """Traces of the unedited model, without a Trainer."""
     model, tokenizer = trained_tiny_model()
@@ -199,9 +202,9 @@ def test_two_processes_share_the_facts_and_write_the_same_once(tmp_path: Path) -
     one, two = tmp_path / "one", tmp_path / "two"
     words = ["-c", "trainer/trace", "--trainer.callbacks.samples=2"]
     assert run_here(world.arguments(one, *words, verb="validate")) == 0
-    ran = world.run(two, *words, "-c", "trainer/ddp", verb="validate")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("Saved  ") == 1
+    words += ["-c", "trainer/ddp"]
+    ran = run_pair(program, world.arguments(two, *words, verb="validate"))
+    assert "".join(process.stderr for process in ran).count("Saved  ") == 1
     texts = [(run / "causal_tracing.json").read_text(encoding="utf-8") for run in (one, two)]
     first, second = map(json.loads, texts)
     assert [fact["id"] for fact in second["facts"]] == [r.id for r in tiny_requests(3)]

@@ -121,14 +121,14 @@ def test_a_second_fit_is_measured_anew() -> None:
 def test_a_resumed_run_remembers_the_model_as_it_was(tmp_path: Path, kind: str) -> None:
     def run(folder: Path, **settings: Any) -> EditEvaluator:
         ckpt_path = settings.pop("ckpt_path", None)
-        evaluator = EditEvaluator(every_n_steps=1)
+        evaluator = EditEvaluator(every_n_steps=1, max_new_tokens=6)
         keep = (
             EditCheckpoint(str(folder))
             if kind == "editor"
             else ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
         )
         trainer = bare_trainer(
-            max_epochs=1 if kind == "editor" else 4,
+            max_epochs=1 if kind == "editor" else 3,
             callbacks=[evaluator, keep],
             enable_checkpointing=True,
             **settings,

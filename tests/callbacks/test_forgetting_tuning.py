@@ -77,9 +77,8 @@ def test_variants(variant: tuple[Path, type[TuningModule]]) -> None:
     _same(weights_of(model), start, 0.0)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
 def test_variants_resume(
-    variant: tuple[Path, type[TuningModule]], tmp_path: Path, step: int
+    variant: tuple[Path, type[TuningModule]], tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     folder, learns = variant
 
@@ -93,9 +92,11 @@ def test_variants_resume(
         trainer.fit(module, data_of(), ckpt_path=ckpt_path, weights_only=weights_only)
         return module
 
-    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    whole, resumed = run(keep), run(ckpt_path=tmp_path / f"step={step}.ckpt")
-    _same(weights_of(whole.model), weights_of(resumed.model))
+    whole = run(ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1))
+    for step in (1, 2, 3):
+        with subtests.test(step=step):
+            resumed = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+            _same(weights_of(whole.model), weights_of(resumed.model))
 
 
 def test_checkpoints_measure_what_was_trained(

@@ -52,6 +52,15 @@ def fit(folder: Path, curve: RetentionCurve, **trainer: Any) -> FineTune:
     return editor
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RetentionCurve]:
+    """The folder and the curve of a fit."""
+    folder = tmp_path_factory.mktemp("fitted")
+    curve = curve_of(folder, threshold=0.5, max_perplexity_rise=1e6)
+    fit(folder, curve)
+    return folder, curve
+
+
 def by_hand() -> tuple[list[list[bool]], list[float]]:
     """Rows of hits and perplexities of the same sequence, and the unedited perplexity first."""
     editor = editor_of()
@@ -70,9 +79,10 @@ def by_hand() -> tuple[list[list[bool]], list[float]]:
     return rows, costs
 
 
-def test_the_matrix_is_that_of_the_sequence_made_by_hand(tmp_path: Path) -> None:
-    curve = curve_of(tmp_path)
-    fit(tmp_path, curve)
+def test_the_matrix_is_that_of_the_sequence_made_by_hand(
+    fitted: tuple[Path, RetentionCurve],
+) -> None:
+    curve = fitted[1]
     rows, costs = by_hand()
     assert curve.steps == STEPS
     assert curve.held == rows
@@ -85,10 +95,11 @@ def test_the_matrix_is_that_of_the_sequence_made_by_hand(tmp_path: Path) -> None
         assert all(math.isnan(value) for value in full[step:])
 
 
-def test_the_file_holds_the_figures(tmp_path: Path) -> None:
-    curve = curve_of(tmp_path, threshold=0.5, max_perplexity_rise=1e6)
-    fit(tmp_path, curve)
-    found = json.loads((tmp_path / "retention.json").read_text(encoding="utf-8"))
+def test_the_file_holds_the_figures(
+    fitted: tuple[Path, RetentionCurve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, curve = fitted
+    found = json.loads((folder / "retention.json").read_text(encoding="utf-8"))
     assert found == json.loads(json.dumps(curve.summary()))
     assert found["requests"] == [request.id for request in tiny_requests(7)]
     assert found["steps"] == STEPS
@@ -102,19 +113,20 @@ def test_the_file_holds_the_figures(tmp_path: Path) -> None:
     assert found["edits_held"] == max(enough, default=0)
     assert found["perplexity"] == pytest.approx(curve.perplexity)
     # No number of edits is held at a cost that is too high.
-    curve.max_perplexity_rise = -1.0
+    monkeypatch.setattr(curve, "max_perplexity_rise", -1.0)
     assert curve.summary()["edits_held"] == 0
 
 
-def test_the_sequential_test_gives_the_same_curve_and_the_model_back(tmp_path: Path) -> None:
-    fitted, tested = curve_of(tmp_path / "fit"), curve_of(tmp_path / "test")
-    fit(tmp_path / "fit", fitted)
+def test_the_sequential_test_gives_the_same_curve_and_the_model_back(
+    fitted: tuple[Path, RetentionCurve], tmp_path: Path
+) -> None:
+    tested = curve_of(tmp_path / "test", threshold=0.5, max_perplexity_rise=1e6)
     editor = editor_of(test_protocol="sequential")
     kept = snapshot(editor.model)
     trainer = bare_trainer(callbacks=[tested], default_root_dir=tmp_path)
     [found] = trainer.test(editor, datamodule=data_of(), verbose=False)
     assert same(editor.model, kept)
-    assert tested.summary() == fitted.summary()
+    assert tested.summary() == fitted[1].summary()
     assert found["test/retention/held"] == pytest.approx(sum(tested.held[-1]) / 7)
     assert found["test/retention/perplexity"] == pytest.approx(tested.perplexity[-1])
     assert (tmp_path / "test" / "retention.json").is_file()
@@ -248,10 +260,9 @@ def test_takes_its_own_prose(tmp_path: Path) -> None:
         RetentionCurve(text=str(tmp_path / "missing.txt"))
 
 
-def test_draws_what_it_measured(tmp_path: Path) -> None:
+def test_draws_what_it_measured(fitted: tuple[Path, RetentionCurve]) -> None:
     pytest.importorskip("matplotlib")
-    fit(tmp_path, curve_of(tmp_path))
-    assert (tmp_path / "retention.png").read_bytes().startswith(b"\x89PNG")
+    assert (fitted[0] / "retention.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_does_without_a_picture(

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tests import zoo
 from tests.contract.enumeration import HYPERNETWORKS, LEARNERS, quick, quick_editor
 from tests.modules.helpers import bare_trainer, same, snapshot
 
+Trained = Callable[[type[LearningModule[Any]]], tuple[Any, Path]]
 ONE = EditRequest("People in {} speak", "Velmora", "Ostrish")
 
 
@@ -49,14 +52,19 @@ def data_of(n: int = 8, batch_size: int = 2) -> HeldOut:
     )
 
 
-def trained(cls: type[LearningModule[Any]], folder: Path | None = None, **trainer: Any) -> Any:
-    """An editor of the tiny model after four steps, with a checkpoint where there is a folder."""
-    editor = quick_editor(cls)
-    made = bare_trainer(max_epochs=1, **trainer)
-    made.fit(editor, data_of())
-    if folder is not None:
-        made.save_checkpoint(folder / "editor.ckpt")
-    return editor
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """An editor of the tiny model after four steps, whose model nobody edits, and a checkpoint."""
+
+    @functools.cache
+    def of(cls: type[LearningModule[Any]]) -> tuple[Any, Path]:
+        editor, checkpoint = quick_editor(cls), tmp_path_factory.mktemp("trained") / "editor.ckpt"
+        trainer = bare_trainer(max_epochs=1)
+        trainer.fit(editor, data_of())
+        trainer.save_checkpoint(checkpoint)
+        return editor, checkpoint
+
+    return of
 
 
 def tensors_of(editor: LearningModule[Any]) -> dict[str, Tensor]:
@@ -151,20 +159,19 @@ def test_edits_are_low_rank_and_exact_on_every_architecture(
 
 
 def test_a_checkpoint_holds_the_network_alone(
-    learner: type[LearningModule[Any]], tmp_path: Path
+    learner: type[LearningModule[Any]], trained: Trained
 ) -> None:
-    editor = trained(learner, tmp_path)
-    saved = torch.load(tmp_path / "editor.ckpt", weights_only=True)
+    editor, checkpoint = trained(learner)
+    saved = torch.load(checkpoint, weights_only=True)
     assert saved["state_dict"].keys() == {f"network.{n}" for n in editor.network.state_dict()}
     assert saved["lightning_edit"]["editor"]["method"] == learner.__name__
     json.dumps(saved["lightning_edit"]["editor"])
 
 
 def test_a_trained_editor_edits_out_of_its_checkpoint(
-    cls: type[HyperEditModule], tmp_path: Path
+    cls: type[HyperEditModule], trained: Trained, tmp_path: Path
 ) -> None:
-    editor = trained(cls, tmp_path)
-    checkpoint = tmp_path / "editor.ckpt"
+    editor, checkpoint = trained(cls)
     wanted = editor.edit(ONE)
     loaded = quick_editor(cls)
     loaded.load_editor(checkpoint)
@@ -186,10 +193,9 @@ def test_a_trained_editor_edits_out_of_its_checkpoint(
 
 
 def test_edits_one_after_another_are_of_the_edited_model(
-    cls: type[HyperEditModule], tmp_path: Path
+    cls: type[HyperEditModule], trained: Trained
 ) -> None:
-    trained(cls, tmp_path)
-    editor = quick_editor(TrainedEditor, checkpoint=str(tmp_path / "editor.ckpt"))
+    editor = quick_editor(TrainedEditor, checkpoint=str(trained(cls)[1]))
     first, second = tiny_requests(2)
     alone = editor.edit(second)
     bare_trainer(max_epochs=1).fit(editor, EditDataModule(requests=[first]))
@@ -240,7 +246,8 @@ def test_early_stopping_and_loggers_work_as_ever(
 
 
 def test_mixed_precision_trains_too(learner: type[LearningModule[Any]]) -> None:
-    editor = trained(learner, precision="bf16-mixed")
+    editor = quick_editor(learner)
+    bare_trainer(max_epochs=1, precision="bf16-mixed").fit(editor, data_of())
     assert editor.skipped == 0
     assert editor.edit(ONE).norm() < float("inf")
 
@@ -279,10 +286,9 @@ def test_requests_that_cannot_teach_are_refused_by_name(learner: type[LearningMo
 
 
 def test_a_checkpoint_of_something_else_is_refused(
-    cls: type[HyperEditModule], tmp_path: Path
+    cls: type[HyperEditModule], trained: Trained, tmp_path: Path
 ) -> None:
-    trained(cls, tmp_path)
-    checkpoint = tmp_path / "editor.ckpt"
+    checkpoint = trained(cls)[1]
     other, tokenizer = trained_tiny_model()
     with torch.no_grad():
         other.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1.01)
@@ -302,9 +308,9 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 
 def test_the_other_verbs_edit_and_take_it_out_again(
-    learner: type[LearningModule[Any]], tmp_path: Path
+    learner: type[LearningModule[Any]], trained: Trained
 ) -> None:
-    editor: EditModule = trained(learner)
+    editor: EditModule = trained(learner)[0]
     kept = snapshot(editor.model)
     trainer = bare_trainer(limit_val_batches=1.0)
     data = EditDataModule(requests=tiny_requests(2), eval_batch_size=1)
@@ -320,8 +326,10 @@ def test_the_other_verbs_edit_and_take_it_out_again(
     assert same(editor.model, kept)
 
 
-def test_changes_are_factors_where_they_are_small(cls: type[HyperEditModule]) -> None:
-    editor = trained(cls)
+def test_changes_are_factors_where_they_are_small(
+    cls: type[HyperEditModule], trained: Trained
+) -> None:
+    editor = trained(cls)[0]
     edit = editor.edit(ONE)
     ranks = [c.rank for c in edit.changes.values() if isinstance(c, LowRank)]
     longest = len(editor.tokens.prompt(ONE.prompt)) + len(

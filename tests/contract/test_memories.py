@@ -19,7 +19,7 @@ from lightning_edit.evaluation.scoring import continuations, score_targets
 from lightning_edit.models import load_model, load_tokenizer
 from lightning_edit.modules.memory_based.base import MemoryModule
 from tests.contract.enumeration import EDITORS, RememberingEditor, quick_editor
-from tests.runs import run_python
+from tests.processes import run_process
 
 REMEMBERING = [name for name, cls in EDITORS.items() if issubclass(cls, MemoryModule)]
 REMEMBERING.append(RememberingEditor.__name__)
@@ -63,12 +63,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
         edit.apply_(editor.model)
         assert EditMemory.find(editor.model) is not None
         here[name] = answers(editor.model, tokenizer)
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from tests.contract.test_memories import elsewhere\n"
-        "elsewhere(Path(sys.argv[1]))"
-    )
-    done = run_python("-c", code, folder)
+    done = run_process(elsewhere, folder)
     assert done.returncode == 0, done.stderr
     return here, json.loads(done.stdout)
 

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=[*EDITORS, RememberingEditor.__name__])
+# All tests of an editor come together, so that they share what is not changed by being looked at.
+@pytest.fixture(params=[*EDITORS, RememberingEditor.__name__], scope="module")
 def cls(request: pytest.FixtureRequest) -> type[EditModule]:
     return EDITORS.get(request.param, RememberingEditor)
 
@@ -75,6 +77,28 @@ def fit(editor: Any, folder: Path, ckpt_path: Path | None = None, **trainer: Any
     )
     made.fit(editor, datamodule=data_of(), ckpt_path=ckpt_path)
     return made
+
+
+class Fitted(NamedTuple):
+    """An editor after a fit, the folder of its checkpoint, and the steps that it took."""
+
+    editor: Any
+    folder: Path
+    steps: int
+
+
+@pytest.fixture(scope="module")
+def fitted(cls: type[EditModule], tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """What an uninterrupted fit leaves; a test that changes the model must undo that."""
+    editor, folder = quick_editor(cls), tmp_path_factory.mktemp("fitted")
+    return Fitted(editor, folder, fit(editor, folder).global_step)
+
+
+@pytest.fixture(scope="module")
+def edited(cls: type[EditModule]) -> tuple[Any, Any]:
+    """An editor, and its edit of two requests, which is not applied."""
+    editor = quick_editor(cls)
+    return editor, editor.edit(tiny_requests(2))
 
 
 # -- words -----------------------------------------------------------------------------------
@@ -150,10 +174,8 @@ def test_computing_an_edit_leaves_the_model_as_it_was(cls: type[EditModule]) -> 
     assert same_edit(edit, editor.edit(tiny_requests(3)))
 
 
-def test_an_edit_knows_where_it_comes_from(cls: type[EditModule]) -> None:
-    editor = quick_editor(cls)
-    requests = tiny_requests(3)
-    edit = editor.edit(requests)
+def test_an_edit_knows_where_it_comes_from(cls: type[EditModule], edited: tuple[Any, Any]) -> None:
+    edit, requests = edited[1], tiny_requests(2)
     provenance = edit.provenance
     assert provenance.method == cls.__name__
     assert provenance.paper == cls.paper
@@ -170,9 +192,8 @@ def test_an_edit_knows_where_it_comes_from(cls: type[EditModule]) -> None:
         assert math.isfinite(row["loss"])
 
 
-def test_an_edit_makes_its_answer_likelier(cls: type[EditModule]) -> None:
-    editor = quick_editor(cls)
-    request = tiny_requests(2)[1]
+def test_an_edit_makes_its_answer_likelier(edited: tuple[Any, Any]) -> None:
+    editor, request = edited[0], tiny_requests(2)[1]
     edit = editor.edit(request)
 
     def nll() -> float:
@@ -186,10 +207,9 @@ def test_an_edit_makes_its_answer_likelier(cls: type[EditModule]) -> None:
 
 
 def test_applying_and_reverting_is_exact_also_out_of_a_file(
-    cls: type[EditModule], tmp_path: Path
+    edited: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    editor = quick_editor(cls)
-    edit = editor.edit(tiny_requests(2))
+    edit = edited[1]
     edit.save(tmp_path / "edit")
     model = trained_tiny_model()[0]
     before = fingerprint(model)
@@ -204,15 +224,13 @@ def test_applying_and_reverting_is_exact_also_out_of_a_file(
     assert fingerprint(model) == before
 
 
-def test_a_bare_request_is_enough(cls: type[EditModule]) -> None:
-    editor = quick_editor(cls)
-    edit = editor.edit(EditRequest("People in {} speak", "Velmora", "Ostrish"))
+def test_a_bare_request_is_enough(edited: tuple[Any, Any]) -> None:
+    edit = edited[0].edit(EditRequest("People in {} speak", "Velmora", "Ostrish"))
     assert edit.norm() > 0
 
 
-def test_works_without_gradients_around_it(cls: type[EditModule]) -> None:
-    editor = quick_editor(cls)
-    wanted = editor.edit(tiny_requests(2))
+def test_works_without_gradients_around_it(edited: tuple[Any, Any]) -> None:
+    editor, wanted = edited
     with torch.inference_mode():
         found = editor.edit(tiny_requests(2))
     assert same_edit(found, wanted)
@@ -272,10 +290,9 @@ def test_other_architectures_are_edited_or_refused_by_name(
 # -- fit -------------------------------------------------------------------------------------
 
 
-def test_fit_commits_an_edit_a_step(cls: type[EditModule], tmp_path: Path) -> None:
-    editor = quick_editor(cls)
-    trainer = fit(editor, tmp_path)
-    assert trainer.global_step == 3  # five requests in batches of two
+def test_fit_commits_an_edit_a_step(fitted: Fitted, tmp_path: Path) -> None:
+    editor = fitted.editor
+    assert fitted.steps == 3  # five requests in batches of two
     ids = [request.id for request in tiny_requests(5)]
     assert [row["id"] for row in editor.history] == ids
     assert all(row["seconds"] > 0 for row in editor.history)
@@ -291,16 +308,16 @@ def test_fit_commits_an_edit_a_step(cls: type[EditModule], tmp_path: Path) -> No
     model = trained_tiny_model()[0]
     loaded.apply_(model)
     assert fingerprint(model) == edited
-    Edit.load(tmp_path / "delta").revert_(editor.model)
-    assert fingerprint(editor.model) == base
+    model = copy.deepcopy(editor.model)
+    Edit.load(tmp_path / "delta").revert_(model)
+    assert fingerprint(model) == base
 
 
 def test_a_checkpoint_holds_what_changed_as_tensors_and_primitives(
-    cls: type[EditModule], tmp_path: Path
+    cls: type[EditModule], fitted: Fitted
 ) -> None:
-    editor = quick_editor(cls)
-    fit(editor, tmp_path)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    editor = fitted.editor
+    saved = torch.load(fitted.folder / "last.ckpt", weights_only=True)
     announced = {f"model.{name}" for name in editor.edit_optimizer.originals}
     added = (".lora_", "model.edit_memory.")
     assert all(n in announced or any(a in n for a in added) for n in saved["state_dict"])
@@ -310,10 +327,9 @@ def test_a_checkpoint_holds_what_changed_as_tensors_and_primitives(
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    cls: type[EditModule], tmp_path: Path
+    cls: type[EditModule], fitted: Fitted, tmp_path: Path
 ) -> None:
-    whole = quick_editor(cls)
-    fit(whole, tmp_path / "whole")
+    whole = fitted.editor
     for stop in (1, 2):
         folder = tmp_path / str(stop)
         fit(quick_editor(cls), folder, max_steps=stop)
@@ -341,19 +357,21 @@ def test_a_second_fit_goes_on_from_the_first(cls: type[EditModule], tmp_path: Pa
     assert fingerprint(editor.model) == editor.base.sha256
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-def test_the_trainer_may_not_convert_the_weights(cls: type[EditModule], precision: Any) -> None:
+def test_the_trainer_may_not_convert_the_weights(
+    cls: type[EditModule], subtests: pytest.Subtests
+) -> None:
     editor = quick_editor(cls)
     before = weight_hash(editor.model)
-    trainer = bare_trainer(max_epochs=1, precision=precision)
-    with pytest.raises(EditError, match="Give the editor its `dtype` instead"):
-        trainer.fit(editor, datamodule=data_of())
-    assert weight_hash(editor.model) == before
+    for precision in ("bf16-true", "16-true", "64-true"):
+        with subtests.test(precision):
+            trainer = bare_trainer(max_epochs=1, precision=precision)
+            with pytest.raises(EditError, match="Give the editor its `dtype` instead"):
+                trainer.fit(editor, datamodule=data_of())
+            assert weight_hash(editor.model) == before
 
 
-def test_mixed_precision_does_not_round_edits(cls: type[EditModule]) -> None:
-    plain, mixed = quick_editor(cls), quick_editor(cls)
-    bare_trainer(max_epochs=1).fit(plain, datamodule=data_of())
+def test_mixed_precision_does_not_round_edits(cls: type[EditModule], fitted: Fitted) -> None:
+    plain, mixed = fitted.editor, quick_editor(cls)
     bare_trainer(max_epochs=1, precision="bf16-mixed").fit(mixed, datamodule=data_of())
     if plain.automatic_optimization:  # plain training, which the Trainer's precision is meant for
         assert fingerprint(mixed.model) != plain.base.sha256
@@ -369,72 +387,80 @@ def test_mixed_precision_does_not_round_edits(cls: type[EditModule]) -> None:
 # -- the other verbs -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edited", [False, True], ids=["fresh", "edited"])
-def test_measuring_leaves_the_model_as_it_was(
-    cls: type[EditModule], tmp_path: Path, edited: bool
-) -> None:
-    editor = quick_editor(cls)
-    if edited:
-        fit(editor, tmp_path)
-    kept = fingerprint(editor.model)
-    trainer = bare_trainer(inference_mode=False, limit_val_batches=1.0)
-    data = data_of(3)
-    [validated] = trainer.validate(editor, datamodule=data, verbose=False)
-    assert fingerprint(editor.model) == kept
-    assert set(validated) >= {"val/reliability/autoregressive", "val/locality/teacher_forced"}
-    if not edited:
-        assert validated["val/locality/teacher_forced"] == 1.0
-    for protocol in ("independent", "batch", "sequential"):
-        editor.test_protocol = protocol
-        [tested] = trainer.test(editor, datamodule=data, verbose=False)
-        assert fingerprint(editor.model) == kept, protocol
-        assert set(tested) >= {"test/reliability/autoregressive", "test/portability/teacher_forced"}
-    rows: Any = trainer.predict(editor, datamodule=data)
-    assert fingerprint(editor.model) == kept
-    found = [row for batch in rows for row in batch]
-    assert [row["id"] for row in found] == [request.id for request in tiny_requests(3)]
+def measured(verb: str, editor: Any, protocol: str, n: int = 2, ckpt_path: Any = None) -> Any:
+    """What a verb finds, which leaves the model as it was but for a checkpoint that it takes up."""
+    trainer = bare_trainer(
+        inference_mode=False,
+        limit_val_batches=1.0,
+        enable_checkpointing=ckpt_path is not None,
+        callbacks=[] if ckpt_path is None else [EditCheckpoint(str(ckpt_path.parent))],
+    )
+    kept = fingerprint(editor.model) if ckpt_path is None else ""
+    editor.test_protocol = protocol
+    how: dict[str, Any] = {} if verb == "predict" else {"verbose": False}
+    found = getattr(trainer, verb)(editor, datamodule=data_of(n), ckpt_path=ckpt_path, **how)
+    assert ckpt_path or fingerprint(editor.model) == kept, (verb, protocol)
+    return found
+
+
+def assert_told(validated: Any, predicted: Any, n: int) -> None:
+    """Checks that what two of the verbs have found is of these requests."""
+    assert set(validated[0]) >= {"val/reliability/autoregressive", "val/locality/teacher_forced"}
+    found = [row for batch in predicted for row in batch]
+    assert [row["id"] for row in found] == [request.id for request in tiny_requests(n)]
     assert found[0]["before"] == "Dorin."
     assert found[0]["prompt"] == "The capital of Velmora is"
 
 
-def test_the_other_verbs_take_up_a_checkpoint(cls: type[EditModule], tmp_path: Path) -> None:
-    edited = quick_editor(cls)
-    fit(edited, tmp_path)
-    trainer = bare_trainer(
-        inference_mode=False,
-        limit_val_batches=1.0,
-        enable_checkpointing=True,
-        callbacks=[EditCheckpoint(str(tmp_path))],
-    )
-    data = data_of(3)
-    last = tmp_path / "last.ckpt"
+def test_measuring_leaves_the_model_as_it_was(cls: type[EditModule]) -> None:
+    editor = quick_editor(cls)
+    validated = measured("validate", editor, "independent", 3)
+    assert validated[0]["val/locality/teacher_forced"] == 1.0
+    assert_told(validated, measured("predict", editor, "independent", 3), 3)
 
-    def measured(verb: str, editor: Any, ckpt_path: Path | None = None) -> Any:
-        how: dict[str, Any] = {} if verb == "predict" else {"verbose": False}
-        return getattr(trainer, verb)(editor, datamodule=data, ckpt_path=ckpt_path, **how)
 
-    for verb in ("validate", "test", "predict"):
-        for protocol in ("independent", "sequential") if verb == "test" else ("independent",):
-            fresh = quick_editor(cls, test_protocol=protocol)
-            edited.test_protocol = protocol
-            assert measured(verb, fresh, last) == measured(verb, edited), (verb, protocol)
-            found, wanted = snapshot(fresh.model), snapshot(edited.model)
-            if edited.automatic_optimization:
-                # A fit ends with weights that are original + change, to the last bit.
-                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
-            else:
-                assert fingerprint(fresh.model) == fingerprint(edited.model)
-            assert fresh.delta.provenance.request_ids == edited.delta.provenance.request_ids
+def test_the_other_verbs_take_up_a_checkpoint(cls: type[EditModule], fitted: Fitted) -> None:
+    """They measure an edited editor, which stays as it is, and a fresh one that becomes it."""
+    edited = fitted.editor
+    wanted = {("test", "batch"): measured("test", edited, "batch")}
+    for verb, protocol in (
+        ("validate", "independent"),
+        ("test", "independent"),
+        ("test", "sequential"),
+        ("predict", "independent"),
+    ):
+        wanted[verb, protocol] = measured(verb, edited, protocol)
+        fresh = quick_editor(cls)
+        found = measured(verb, fresh, protocol, ckpt_path=fitted.folder / "last.ckpt")
+        assert found == wanted[verb, protocol], (verb, protocol)
+        if edited.automatic_optimization:
+            # A fit ends with weights that are original + change, to the last bit.
+            torch.testing.assert_close(
+                snapshot(fresh.model), snapshot(edited.model), rtol=1e-6, atol=1e-7
+            )
+        else:
+            assert fingerprint(fresh.model) == fingerprint(edited.model)
+        assert fresh.delta.provenance.request_ids == edited.delta.provenance.request_ids
+    assert_told(wanted["validate", "independent"], wanted["predict", "independent"], 2)
+    for protocol in ("independent", "batch", "sequential"):
+        assert_tested(wanted["test", protocol])
+
+
+def assert_tested(tested: Any) -> None:
+    assert set(tested[0]) >= {"test/reliability/autoregressive", "test/portability/teacher_forced"}
 
 
 def test_the_protocols_measure_what_they_are_named_after(cls: type[EditModule]) -> None:
-    requests = tiny_requests(3)
+    requests = tiny_requests(2)
 
     def tested(protocol: Any) -> dict[str, float]:
         trainer = bare_trainer(inference_mode=False)
         editor = quick_editor(cls, test_protocol=protocol)
-        data = EditDataModule(requests=requests, eval_batch_size=3)
+        kept = fingerprint(editor.model)
+        data = EditDataModule(requests=requests, eval_batch_size=2)
         [found] = trainer.test(editor, datamodule=data, verbose=False)
+        assert fingerprint(editor.model) == kept, protocol
+        assert_tested([found])
         return {name.removeprefix("test/"): value for name, value in found.items()}
 
     def by_hand(batches: list[list[EditRequest]], *, together: bool) -> dict[str, float]:

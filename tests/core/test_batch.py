@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,39 +80,43 @@ def _spans(tokens: PromptTokenizer, ids: list[int], text: str) -> list[tuple[int
 # -- the subject's last token ----------------------------------------------------------------
 
 
+SUBJECTS = [
+    ("The capital of Velmora is", "Velmora"),
+    ("Velmora has its capital in", "Velmora"),
+    ("What is the capital of Velmora?", "Velmora"),
+    ('They call it "Velmora" in', "Velmora"),
+    ("They call it “Velmora”, which", "Velmora"),
+    ("Velmora's capital is", "Velmora"),
+    ("The capital (of Velmora) is", "Velmora"),
+    ("Velmora and Velmora again", "Velmora"),
+    ("The flag of Ivory Bay is", "Ivory Bay"),
+    ("法国的首都是", "法国"),
+    ("首都はドリンです", "ドリン"),
+    ("Zoë Kravitz was born in", "Zoë Kravitz"),
+    ("The 🇫🇷 flag is", "🇫🇷"),
+    ("Velmora", "Velmora"),
+    ("  Velmora is", "Velmora"),
+]
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("prefix", ["", "So it is. ", "Velmora here. "])
-@pytest.mark.parametrize(
-    ("text", "subject"),
-    [
-        ("The capital of Velmora is", "Velmora"),
-        ("Velmora has its capital in", "Velmora"),
-        ("What is the capital of Velmora?", "Velmora"),
-        ('They call it "Velmora" in', "Velmora"),
-        ("They call it “Velmora”, which", "Velmora"),
-        ("Velmora's capital is", "Velmora"),
-        ("The capital (of Velmora) is", "Velmora"),
-        ("Velmora and Velmora again", "Velmora"),
-        ("The flag of Ivory Bay is", "Ivory Bay"),
-        ("法国的首都是", "法国"),
-        ("首都はドリンです", "ドリン"),
-        ("Zoë Kravitz was born in", "Zoë Kravitz"),
-        ("The 🇫🇷 flag is", "🇫🇷"),
-        ("Velmora", "Velmora"),
-        ("  Velmora is", "Velmora"),
-    ],
-)
-def test_the_last_token_of_the_subject(name: str, prefix: str, text: str, subject: str) -> None:
+def test_the_last_token_of_the_subject(name: str, subtests: pytest.Subtests) -> None:
     tokens = TOKENIZERS[name]()
-    ids, index = tokens.subject_last(text, subject, prefix)
-    rendered = tokens.render(prefix + text)
-    body = (prefix + text) if prefix + text in rendered else (prefix + text).strip()
-    start = rendered.index(body) + len(body) - len(text.lstrip()) + text.lstrip().index(subject)
-    last = start + len(subject) - 1  # of its characters
-    spans = _spans(tokens, ids, rendered)
-    assert spans[index][0] <= last < spans[index][1]
-    assert all(a > last or a == b for a, b in spans[index + 1 :] if (a, b) != spans[index])
-    assert ids == tokens.prompt(prefix + text)
+    for prefix, (text, subject) in itertools.product(
+        ("", "So it is. ", "Velmora here. "), SUBJECTS
+    ):
+        with subtests.test(prefix + text):
+            ids, index = tokens.subject_last(text, subject, prefix)
+            rendered = tokens.render(prefix + text)
+            body = (prefix + text) if prefix + text in rendered else (prefix + text).strip()
+            start = (
+                rendered.index(body) + len(body) - len(text.lstrip()) + text.lstrip().index(subject)
+            )
+            last = start + len(subject) - 1  # of its characters
+            spans = _spans(tokens, ids, rendered)
+            assert spans[index][0] <= last < spans[index][1]
+            assert all(a > last or a == b for a, b in spans[index + 1 :] if (a, b) != spans[index])
+            assert ids == tokens.prompt(prefix + text)
 
 
 def test_the_first_occurrence_counts() -> None:
@@ -165,9 +170,9 @@ def test_prompt_and_target_are_the_text() -> None:
         assert ids == tokens.tokenizer(f"{request.prompt} {request.target_new}").input_ids
 
 
-@pytest.mark.parametrize(
-    ("prompt", "target", "space"),
-    [
+def test_leading_space() -> None:
+    tokens = PromptTokenizer(tiny_tokenizer())
+    for prompt, target, space in [
         ("The capital is", "Rome", " "),
         ("The capital is", " Rome", ""),
         ("The capital is ", "Rome", ""),
@@ -180,12 +185,9 @@ def test_prompt_and_target_are_the_text() -> None:
         ("首都是", "Rome", " "),
         ("The capital is", "Рим", " "),
         ("The capital is", "로마", " "),
-    ],
-)
-def test_leading_space(prompt: str, target: str, space: str) -> None:
-    tokens = PromptTokenizer(tiny_tokenizer())
-    assert tokens.leading_space(prompt, target) == space
-    assert tokens.tokenizer.decode(tokens.target(prompt, target)) == space + target
+    ]:
+        assert tokens.leading_space(prompt, target) == space, (prompt, target)
+        assert tokens.tokenizer.decode(tokens.target(prompt, target)) == space + target
 
 
 def test_no_special_tokens_in_targets() -> None:

@@ -47,10 +47,14 @@ def _request(**values: Any) -> EditRequest:
 
 
 @pytest.mark.parametrize("name", ["prompt", "subject", "target_new"])
-@pytest.mark.parametrize("value", ["", "  ", "\n", None, 5, ["France"]])
-def test_missing_text(name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=rf"`{name}` is expected to be text.*Write the"):
-        _request(**{name: value})
+def test_missing_text(name: str, subtests: pytest.Subtests) -> None:
+    values: list[Any] = ["", "  ", "\n", None, 5, ["France"]]
+    for value in values:
+        with (
+            subtests.test(repr(value)),
+            pytest.raises(RequestError, match=rf"`{name}` is expected to be text.*Write the"),
+        ):
+            _request(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("target_old", 1990), ("id", 7), ("id", None)])
@@ -72,36 +76,36 @@ def test_bad_rephrases(value: Any) -> None:
         _request(rephrases=value)
 
 
-@pytest.mark.parametrize(
-    ("name", "probe", "message"),
-    [
-        ("locality", Probe("x", "y", "one_hop"), r"kind 'one_hop'; expected one of neighborhood"),
-        ("portability", Probe("x", "y"), r"kind 'neighborhood'; expected one of one_hop"),
-        ("locality", Probe(" "), "a locality probe has an empty prompt"),
-        ("portability", Probe("", "y", "one_hop"), "a portability probe has an empty prompt"),
-        ("portability", Probe("x", " ", "one_hop"), "the portability probe 'x' has no answer"),
-        ("locality", {"prompt": "x"}, "`locality` is expected to be a list of probes"),
-        ("portability", "x", "`portability` is expected to be a list of probes"),
-    ],
-)
-def test_bad_probes(name: str, probe: Any, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        _request(**{name: (probe,)})
+BAD_PROBES = [
+    ("locality", Probe("x", "y", "one_hop"), r"kind 'one_hop'; expected one of neighborhood"),
+    ("portability", Probe("x", "y"), r"kind 'neighborhood'; expected one of one_hop"),
+    ("locality", Probe(" "), "a locality probe has an empty prompt"),
+    ("portability", Probe("", "y", "one_hop"), "a portability probe has an empty prompt"),
+    ("portability", Probe("x", " ", "one_hop"), "the portability probe 'x' has no answer"),
+    ("locality", {"prompt": "x"}, "`locality` is expected to be a list of probes"),
+    ("portability", "x", "`portability` is expected to be a list of probes"),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"prompt": None}, "`prompt` of a probe is expected to be text, but got None"),
-        ({"answer": 1990}, "`answer` of a probe is expected to be text, but got 1990"),
-        ({"kind": 1}, "`kind` of a probe is expected to be text, but got 1"),
-        ({"aliases": "one"}, "`aliases` is expected to be a list of texts"),
-        ({"aliases": [1]}, "`aliases` is expected to be a list of texts"),
-    ],
-)
-def test_probes_of_other_types(values: Any, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        Probe(**{"prompt": "x", **values})
+def test_bad_probes(subtests: pytest.Subtests) -> None:
+    for name, probe, message in BAD_PROBES:
+        with subtests.test(message), pytest.raises(RequestError, match=message):
+            _request(**{name: (probe,)})
+
+
+BAD_FIELDS = [
+    ({"prompt": None}, "`prompt` of a probe is expected to be text, but got None"),
+    ({"answer": 1990}, "`answer` of a probe is expected to be text, but got 1990"),
+    ({"kind": 1}, "`kind` of a probe is expected to be text, but got 1"),
+    ({"aliases": "one"}, "`aliases` is expected to be a list of texts"),
+    ({"aliases": [1]}, "`aliases` is expected to be a list of texts"),
+]
+
+
+def test_probes_of_other_types(subtests: pytest.Subtests) -> None:
+    for values, message in BAD_FIELDS:
+        with subtests.test(message), pytest.raises(RequestError, match=message):
+            Probe(**{"prompt": "x", **values})
 
 
 def test_errors_name_the_request() -> None:
@@ -128,25 +132,26 @@ def test_requests_are_frozen_and_hashable() -> None:
 # -- braces ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prompt", "subject", "expected"),
-    [
-        ("The capital of {} is", "France", "The capital of France is"),
-        ("{", "{", "{"),
-        ("In {} one writes f({}) for", "Rust", "In Rust one writes f({}) for"),
-        ("C writes f({}) for", "C", "C writes f({}) for"),
-        ("A set {1, 2} in {} is", "Python", "A set {1, 2} in Python is"),
-        ("{0} and {name} of {}", "it", "{0} and {name} of it"),
-        ('println!("{}") prints', "println!", 'println!("{}") prints'),
-        ("{} is", "{}", "{} is"),
-        ("{} is", "a{}b", "a{}b is"),
-    ],
-)
-def test_braces(prompt: str, subject: str, expected: str) -> None:
-    request = _request(prompt=prompt, subject=subject)
-    assert request.prompt == expected
-    assert EditRequest.from_dict(request.to_dict()) == request
-    assert dataclasses.replace(request).prompt == expected
+BRACES = [
+    ("The capital of {} is", "France", "The capital of France is"),
+    ("{", "{", "{"),
+    ("In {} one writes f({}) for", "Rust", "In Rust one writes f({}) for"),
+    ("C writes f({}) for", "C", "C writes f({}) for"),
+    ("A set {1, 2} in {} is", "Python", "A set {1, 2} in Python is"),
+    ("{0} and {name} of {}", "it", "{0} and {name} of it"),
+    ('println!("{}") prints', "println!", 'println!("{}") prints'),
+    ("{} is", "{}", "{} is"),
+    ("{} is", "a{}b", "a{}b is"),
+]
+
+
+def test_braces(subtests: pytest.Subtests) -> None:
+    for prompt, subject, expected in BRACES:
+        with subtests.test(prompt):
+            request = _request(prompt=prompt, subject=subject)
+            assert request.prompt == expected
+            assert EditRequest.from_dict(request.to_dict()) == request
+            assert dataclasses.replace(request).prompt == expected
 
 
 # -- ids -------------------------------------------------------------------------------------
@@ -189,10 +194,10 @@ def test_answers() -> None:
 # -- JSON ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("request_", [FULL, _request(), *tiny_requests(24)])
-def test_json_round_trip(request_: EditRequest) -> None:
-    text = json.dumps(request_.to_dict(), ensure_ascii=False)
-    assert EditRequest.from_dict(json.loads(text)) == request_
+def test_json_round_trip() -> None:
+    for request in (FULL, _request(), *tiny_requests(24)):
+        text = json.dumps(request.to_dict(), ensure_ascii=False)
+        assert EditRequest.from_dict(json.loads(text)) == request
 
 
 def test_empty_fields_are_left_out() -> None:
@@ -220,38 +225,38 @@ def test_kinds_have_defaults_in_json() -> None:
     assert request.portability == (Probe("y", "z", "one_hop", ("zz",)),)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"subject": "Spain"}, r"^line 3: Edit request .*does not occur"),
-        ({"target": "x"}, r"^line 3: unknown field `target`. Known fields: prompt, subject"),
-        ({"rephrases": "x"}, r"^line 3: `rephrases` is a list of texts"),
-        ({"rephrases": 5}, r"^line 3: .*`rephrases` is expected to be a list of texts"),
-        ({"target_new": None}, r"^line 3: .*`target_new` is expected to be text, but got None"),
-        ({"target_new": 1990}, r"^line 3: .*`target_new` is expected to be text, but got 1990"),
-        ({"target_old": 1990}, r"^line 3: .*`target_old` is expected to be text, but got 1990"),
-        ({"id": 7}, r"^line 3: .*`id` is expected to be text, but got 7"),
-        ({"locality": "x"}, r"^line 3: `locality` is expected to be a list of probes"),
-        ({"locality": {"prompt": "x"}}, r"^line 3: `locality` is expected to be a list of probes"),
-        ({"locality": 5}, r"^line 3: `locality` is expected to be a list of probes"),
-        ({"locality": ["x"]}, r"^line 3, locality\[0\]: expected a mapping of fields, .*'x'"),
-        ({"locality": [{"prompt": 3}]}, r"^line 3, locality\[0\]: `prompt` of a probe is expec"),
-        ({"locality": [{"answer": "x"}]}, r"^line 3, locality\[0\]: the field `prompt` is missing"),
-        ({"locality": [{"prompt": "x", "text": 1}]}, r"locality\[0\]: unknown field `text`"),
-        ({"portability": [{"prompt": "x"}]}, r"^line 3: .*probe 'x' has no answer"),
-        (
-            {"portability": [{"prompt": "x", "answer": 4}]},
-            r"^line 3, portability\[0\]: `answer` of a probe is expected to be text, but got 4",
-        ),
-        (
-            {"portability": [{"prompt": "x", "answer": "y", "aliases": "z"}]},
-            r"^line 3, portability\[0\]: `aliases` is expected to be a list of texts",
-        ),
-    ],
-)
-def test_bad_records(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        EditRequest.from_dict({**_request().to_dict(), **change}, where="line 3")
+BAD_RECORDS = [
+    ({"subject": "Spain"}, r"^line 3: Edit request .*does not occur"),
+    ({"target": "x"}, r"^line 3: unknown field `target`. Known fields: prompt, subject"),
+    ({"rephrases": "x"}, r"^line 3: `rephrases` is a list of texts"),
+    ({"rephrases": 5}, r"^line 3: .*`rephrases` is expected to be a list of texts"),
+    ({"target_new": None}, r"^line 3: .*`target_new` is expected to be text, but got None"),
+    ({"target_new": 1990}, r"^line 3: .*`target_new` is expected to be text, but got 1990"),
+    ({"target_old": 1990}, r"^line 3: .*`target_old` is expected to be text, but got 1990"),
+    ({"id": 7}, r"^line 3: .*`id` is expected to be text, but got 7"),
+    ({"locality": "x"}, r"^line 3: `locality` is expected to be a list of probes"),
+    ({"locality": {"prompt": "x"}}, r"^line 3: `locality` is expected to be a list of probes"),
+    ({"locality": 5}, r"^line 3: `locality` is expected to be a list of probes"),
+    ({"locality": ["x"]}, r"^line 3, locality\[0\]: expected a mapping of fields, .*'x'"),
+    ({"locality": [{"prompt": 3}]}, r"^line 3, locality\[0\]: `prompt` of a probe is expec"),
+    ({"locality": [{"answer": "x"}]}, r"^line 3, locality\[0\]: the field `prompt` is missing"),
+    ({"locality": [{"prompt": "x", "text": 1}]}, r"locality\[0\]: unknown field `text`"),
+    ({"portability": [{"prompt": "x"}]}, r"^line 3: .*probe 'x' has no answer"),
+    (
+        {"portability": [{"prompt": "x", "answer": 4}]},
+        r"^line 3, portability\[0\]: `answer` of a probe is expected to be text, but got 4",
+    ),
+    (
+        {"portability": [{"prompt": "x", "answer": "y", "aliases": "z"}]},
+        r"^line 3, portability\[0\]: `aliases` is expected to be a list of texts",
+    ),
+]
+
+
+def test_bad_records(subtests: pytest.Subtests) -> None:
+    for change, message in BAD_RECORDS:
+        with subtests.test(str(change)), pytest.raises(RequestError, match=message):
+            EditRequest.from_dict({**_request().to_dict(), **change}, where="line 3")
 
 
 @pytest.mark.parametrize("name", ["prompt", "subject", "target_new"])

@@ -26,8 +26,6 @@ FACTS = [
 BY_ID = {request.id: request for request in FACTS}
 KNOWN: dict[str, list[str]] = json.loads((DATA / "facts_known.json").read_text("utf-8"))
 
-each_fact = pytest.mark.parametrize("request_", FACTS, ids=lambda request: request.id)
-
 
 def _locality(request: EditRequest, kind: str) -> list[Probe]:
     return [probe for probe in request.locality if probe.kind == kind]
@@ -52,76 +50,82 @@ def test_enough_facts_and_relations() -> None:
     assert any(request.is_question for request in FACTS)
 
 
-@each_fact
-def test_the_edit_itself(request_: EditRequest) -> None:
-    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", request_.id)
-    assert request_.target_old
-    assert _words(request_.target_old) != _words(request_.target_new)
-    assert len(request_.target_new.split()) <= 3
-    for text in (request_.prompt, request_.target_old, request_.target_new):
-        assert text == text.strip()
+def test_the_edit_itself(subtests: pytest.Subtests) -> None:
+    for request in FACTS:
+        with subtests.test(request.id):
+            assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", request.id)
+            assert request.target_old
+            assert _words(request.target_old) != _words(request.target_new)
+            assert len(request.target_new.split()) <= 3
+            for text in (request.prompt, request.target_old, request.target_new):
+                assert text == text.strip()
 
 
-@each_fact
-def test_rephrases_name_the_subject_and_leave_the_answer_open(request_: EditRequest) -> None:
-    assert len({*request_.rephrases} - {request_.prompt}) >= 2
-    for rephrase in request_.rephrases:
-        assert request_.subject in rephrase
-        assert rephrase.endswith("?") == request_.is_question
-        assert request_.target_new not in rephrase
-        assert rephrase == rephrase.strip()
+def test_rephrases_name_the_subject_and_leave_the_answer_open(subtests: pytest.Subtests) -> None:
+    for request in FACTS:
+        with subtests.test(request.id):
+            assert len({*request.rephrases} - {request.prompt}) >= 2
+            for rephrase in request.rephrases:
+                assert request.subject in rephrase
+                assert rephrase.endswith("?") == request.is_question
+                assert request.target_new not in rephrase
+                assert rephrase == rephrase.strip()
 
 
-@each_fact
-def test_neighbors_share_the_relation_but_not_the_new_answer(request_: EditRequest) -> None:
-    neighbors = _locality(request_, "neighborhood")
-    assert len({probe.prompt for probe in neighbors}) == len(neighbors) >= 3
-    head, _, tail = _template(request_).partition("{}")
-    for probe in neighbors:
-        assert probe.prompt.startswith(head)
-        assert probe.prompt.endswith(tail)
-        assert request_.subject not in probe.prompt
-        assert _words(probe.answer)
-        assert _words(probe.answer) != _words(request_.target_new)
+def test_neighbors_share_the_relation_but_not_the_new_answer(subtests: pytest.Subtests) -> None:
+    for request in FACTS:
+        with subtests.test(request.id):
+            neighbors = _locality(request, "neighborhood")
+            assert len({probe.prompt for probe in neighbors}) == len(neighbors) >= 3
+            head, _, tail = _template(request).partition("{}")
+            for probe in neighbors:
+                assert probe.prompt.startswith(head)
+                assert probe.prompt.endswith(tail)
+                assert request.subject not in probe.prompt
+                assert _words(probe.answer)
+                assert _words(probe.answer) != _words(request.target_new)
 
 
-@each_fact
-def test_distracting_probes_state_the_new_fact_first(request_: EditRequest) -> None:
-    probes = _locality(request_, "distracting")
-    assert probes
-    head = _template(request_).partition("{}")[0]
-    for probe in probes:
-        stated, _, question = probe.prompt.partition(f" {request_.target_new}. ")
-        assert request_.subject in stated
-        assert question.startswith(head)
-        assert request_.subject not in question
-        assert _words(probe.answer)
-        assert _words(probe.answer) != _words(request_.target_new)
+def test_distracting_probes_state_the_new_fact_first(subtests: pytest.Subtests) -> None:
+    for request in FACTS:
+        with subtests.test(request.id):
+            probes = _locality(request, "distracting")
+            assert probes
+            head = _template(request).partition("{}")[0]
+            for probe in probes:
+                stated, _, question = probe.prompt.partition(f" {request.target_new}. ")
+                assert request.subject in stated
+                assert question.startswith(head)
+                assert request.subject not in question
+                assert _words(probe.answer)
+                assert _words(probe.answer) != _words(request.target_new)
 
 
-@each_fact
-def test_unrelated_probes_are_about_something_else(request_: EditRequest) -> None:
-    assert _locality(request_, "unrelated")
-    for probe in _locality(request_, "unrelated"):
-        assert not {*_words(request_.subject)} - {"the", "of", "a"} & {*_words(probe.prompt)}
-        assert probe.answer
+def test_unrelated_probes_are_about_something_else(subtests: pytest.Subtests) -> None:
+    for request in FACTS:
+        with subtests.test(request.id):
+            assert _locality(request, "unrelated")
+            for probe in _locality(request, "unrelated"):
+                assert not {*_words(request.subject)} - {"the", "of", "a"} & {*_words(probe.prompt)}
+                assert probe.answer
 
 
-@each_fact
-def test_portability_probes_ask_for_what_follows(request_: EditRequest) -> None:
-    assert request_.portability
-    for probe in request_.portability:
-        named = [request_.subject in text for text in (probe.prompt, *probe.answers)]
-        if probe.kind == "one_hop":
-            assert named[0]
-            assert request_.target_new not in probe.answers
-        elif probe.kind == "subject_alias":
-            assert not named[0]
-            assert probe.answer == request_.target_new
-        else:
-            assert not named[0]
-            assert request_.target_new in probe.prompt
-            assert any(answer in request_.subject for answer in probe.answers)
+def test_portability_probes_ask_for_what_follows(subtests: pytest.Subtests) -> None:
+    for request in FACTS:
+        with subtests.test(request.id):
+            assert request.portability
+            for probe in request.portability:
+                named = [request.subject in text for text in (probe.prompt, *probe.answers)]
+                if probe.kind == "one_hop":
+                    assert named[0]
+                    assert request.target_new not in probe.answers
+                elif probe.kind == "subject_alias":
+                    assert not named[0]
+                    assert probe.answer == request.target_new
+                else:
+                    assert not named[0]
+                    assert request.target_new in probe.prompt
+                    assert any(answer in request.subject for answer in probe.answers)
 
 
 def test_all_facts_can_be_edited_together() -> None:

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,20 @@ from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data import EditDataModule, RequestLoader, ResumableRequestLoader
 from tests.data.test_base import people
+from tests.data.two_processes import see
+from tests.processes import run_pair
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("replicas", [1, 2, 3])
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_requests_are_shared_without_repeats_in_equally_many_batches(
-    count: int, replicas: int, batch_size: int
+    count: int, subtests: pytest.Subtests
 ) -> None:
+    for replicas, batch_size in itertools.product((1, 2, 3), (1, 2, 16)):
+        with subtests.test(replicas=replicas, batch_size=batch_size):
+            assert_shared(count, replicas, batch_size)
+
+
+def assert_shared(count: int, replicas: int, batch_size: int) -> None:
     loaders = [RequestLoader(people(count), batch_size, replicas, rank) for rank in range(replicas)]
     shares = [[request for batch in loader for request in batch] for loader in loaders]
     assert sorted(request.id for share in shares for request in share) == [
@@ -188,10 +193,8 @@ def test_a_position_is_used_for_one_pass() -> None:
     assert [len(list(fresh)) for _ in range(2)] == [1, 3]
 
 
-@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("two_processes.py")
-    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
+    run_pair(see, tmp_path)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     everything = [["p0", "p1"], ["p2", "p3"], ["p4"]]
     for rank in range(2):

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def run(folder: Path, verb: str, count: int, **kwargs: Any) -> tuple[Trainer, Wi
     return trainer, witness
 
 
-def main(folder: Path) -> None:
+def see(folder: Path) -> None:
     """Fits, resumes, validates and predicts."""
     trainer, fitted = run(folder, "fit", 5)
     _, resumed = run(folder, "fit", 5, ckpt_path=folder / "2.ckpt")
@@ -93,7 +92,3 @@ def main(folder: Path) -> None:
         "predict": run(folder, "predict", 5)[1].seen,
     }
     (folder / f"{trainer.global_rank}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,14 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forgetting before learning on one process, or on two with whole or with half weights.
 
-Usage: ``python -m torch.distributed.run --standalone --nproc-per-node=2 forget.py FOLDER KIND``,
-where the folder has a task vector in ``vector`` and the kind is ``ddp`` or ``sharded``. Writes
-weights and task vectors beside it.
+The folder has a task vector in ``vector``; weights and task vectors are written beside it.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.demos import trained_tiny_model
 from tests.callbacks.foreign import Foreign, data_of, quiet_trainer
 
-__all__ = ["run"]
+__all__ = ["run", "run_and_save"]
 
 
 class Sharded(Foreign):
@@ -80,7 +77,7 @@ def run(folder: Path, processes: int, strategy: str = "auto") -> dict[str, Tenso
     return found
 
 
-if __name__ == "__main__":
-    weights = run(Path(sys.argv[1]), 2, sys.argv[2])
-    rank = torch.distributed.get_rank()
-    save_file(weights, Path(sys.argv[1], f"weights-{rank}"))
+def run_and_save(folder: Path, strategy: str) -> None:
+    """Forgets as one of two processes, by ``ddp`` or ``sharded``, and saves what this one has."""
+    weights = run(folder, 2, strategy)
+    save_file(weights, folder / f"weights-{torch.distributed.get_rank()}")

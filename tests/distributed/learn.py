@@ -1,14 +1,10 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Trains editors on two processes; each writes the networks that it has in the end.
-
-Usage: ``python -m torch.distributed.run --standalone --nproc-per-node=2 learn.py OUTPUT_FOLDER``
-"""
+"""Trains editors on two processes; each writes the networks that it has in the end."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ import lightning_edit
 from lightning_edit.data import EditDataModule, HeldOut
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 
-__all__ = ["CASES", "learn"]
+__all__ = ["CASES", "learn", "learn_and_save"]
 
 # Name of a case: method and arguments.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,6 +64,6 @@ def learn(case: str, processes: int) -> dict[str, Tensor]:
     return {**tensors, **figures}
 
 
-if __name__ == "__main__":
-    for name in CASES:
-        save_file(learn(name, processes=2), Path(sys.argv[1], f"{name}-{os.environ['RANK']}"))
+def learn_and_save(case: str, folder: Path) -> None:
+    """Learns as one of two processes, and saves what this one has."""
+    save_file(learn(case, processes=2), folder / f"{case}-{os.environ['RANK']}")

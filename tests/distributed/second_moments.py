@@ -1,20 +1,14 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Estimates second moments on two processes; each writes what it has.
-
-Usage: ``python second_moments.py SOURCE TEXT_FILE OUTPUT_FOLDER``
-"""
+"""Estimates second moments on two processes; each writes what it has."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from torch.distributed import FileStore  # type: ignore[attr-defined]
-from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
@@ -24,9 +18,9 @@ from lightning_edit.modules.locate_then_edit.second_moment import second_moments
 from tests import zoo
 
 
-def estimate(rank: int, source: str, text: str, folder: str) -> None:
-    store = FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def estimate(folder: Path, text: str | None) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     model = zoo.build("llama")
     tokens = PromptTokenizer(tiny_tokenizer())
     passes: list[int] = []
@@ -35,7 +29,7 @@ def estimate(rank: int, source: str, text: str, folder: str) -> None:
     ran.register_forward_pre_hook(
         lambda _, args: passes.append(1) if args[0].shape[1] == 64 else None
     )
-    cache = Path(folder, f"cache{rank}")
+    cache = folder / f"cache{rank}"
 
     def run() -> dict[Any, Any]:
         return dict(
@@ -44,7 +38,7 @@ def estimate(rank: int, source: str, text: str, folder: str) -> None:
                 tokens,
                 [0, 2],
                 model_hash="abc",
-                text=text if source == "text" else None,
+                text=text,
                 tokens_per_dimension=100,
                 cache_dir=cache,
                 processes=Processes.running(),
@@ -60,9 +54,4 @@ def estimate(rank: int, source: str, text: str, folder: str) -> None:
     again = run()
     assert all(torch.equal(again[layer], found[layer]) for layer in again)
     found["again"] = len(passes)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    spawn(estimate, tuple(sys.argv[1:4]), nprocs=2)  # type: ignore[no-untyped-call]
+    torch.save(found, folder / f"{rank}.pt")

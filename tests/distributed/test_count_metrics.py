@@ -5,27 +5,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_edit.functional import wilson_interval
+from tests.distributed.count_metrics import count
+from tests.processes import run_pair
 
 
 def test_five_rows_on_two_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("count_metrics.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", script, tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_pair(count, tmp_path)
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rank, result in enumerate(results):
         assert (result["value"], result["n"]) == (0.8, 5)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from lightning_edit import GRACE, SCR, EditModule, MemoryWrite, WeightDelta
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests
 from tests.contract.enumeration import RememberingEditor, quick_editor
-from tests.distributed.edit import CASES, edit
+from tests.distributed.edit import CASES, edit, edit_and_tell
 from tests.modules.helpers import bare_trainer, same_edit
-from tests.runs import TinyWorld, metrics_of, run_python
+from tests.processes import run_pair
+from tests.runs import TinyWorld, metrics_of
 
 # ROME on a tiny model shares directions among its few keys, which it says.
 pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
@@ -38,20 +40,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture(scope="module")
 def two(world: TinyWorld) -> Callable[[str], Path]:
-    """Folder of what two processes did in a case, and in those that run with it."""
-    folders: dict[bool, Path] = {}
+    """Folder of what two processes did in a case."""
+    folder = world.folder / "two"
 
+    @functools.cache
     def folder_of(case: str) -> Path:
-        is_alike = case in ALIKE
-        if is_alike not in folders:
-            folder = world.folder / ("alike" if is_alike else "two")
-            folder.mkdir()
-            script = Path(__file__).with_name("edit.py")
-            cases = [name for name in CASES if (name in ALIKE) == is_alike]
-            done = run_python(script, world.model, folder, *cases)
-            assert done.returncode == 0, done.stderr
-            folders[is_alike] = folder
-        return folders[is_alike]
+        run_pair(edit_and_tell, case, world.model, folder)
+        return folder
 
     return folder_of
 
@@ -72,7 +67,6 @@ def test_two_processes_do_what_one_does(
     assert first["steps"] == one["steps"] == -(-5 // batch_size)
     assert first["history"] == one["history"]
     # A resumed run ends with the very bits of one that was not interrupted.
-    assert one["resumed"] == one["weights"]
     assert first["resumed"] == first["weights"]
     shared, whole = (
         load_file(folder / "delta-0.safetensors") for folder in (two(case) / case, alone)
@@ -121,3 +115,11 @@ def test_an_editor_may_be_older_than_its_group(cls: type[EditModule[Any]]) -> No
                 torch.distributed.destroy_process_group()
         edits.append(editor.committed())
     assert same_edit(*edits)
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_the_second_process(world: TinyWorld, tmp_path: Path) -> None:
+    ran = world.run(tmp_path / "run", "-c", "trainer/ddp")
+    assert ran.returncode == 0, ran.stderr
+    assert "Starting with 2 processes" in ran.stderr
+    assert metrics_of(tmp_path / "run")["reliability/teacher_forced"]["n"] == 5

@@ -10,25 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.learn import CASES, learn
-from tests.runs import run_python
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what two processes learned."""
-    folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("learn.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_python(*launcher, script, folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+from tests.distributed.learn import CASES, learn, learn_and_save
+from tests.processes import run_pair
 
 
 @pytest.mark.filterwarnings("ignore:.*The number of training batches:UserWarning")
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_learn_what_one_does(case: str, two: Path) -> None:
-    first, second = (load_file(two / f"{case}-{rank}") for rank in range(2))
+def test_two_processes_learn_what_one_does(case: str, tmp_path: Path) -> None:
+    run_pair(learn_and_save, case, tmp_path)
+    first, second = (load_file(tmp_path / f"{case}-{rank}") for rank in range(2))
     one = learn(case, processes=1)
     assert first.keys() == second.keys() == one.keys()
     one_by_one = case in ("ke", "mend")

@@ -1,14 +1,10 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Tunes the tiny model by each method on two processes; each writes the changes it committed.
-
-Usage: ``python -m torch.distributed.run --standalone --nproc-per-node=2 tune.py OUTPUT_FOLDER``
-"""
+"""Tunes the tiny model by each method on two processes; each writes the changes it committed."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ import lightning_edit
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 
-__all__ = ["SETTINGS", "tune"]
+__all__ = ["SETTINGS", "tune", "tune_and_save"]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LocFT": {"lr": 5e-3},
@@ -54,6 +50,7 @@ def tune(method: str, processes: int) -> dict[str, Tensor]:
     return {**changes, "loss": trainer.callback_metrics["loss"]}
 
 
-if __name__ == "__main__":
+def tune_and_save(folder: Path) -> None:
+    """Tunes by each method as one of two processes, and saves what this one has."""
     for name in SETTINGS:
-        save_file(tune(name, processes=2), Path(sys.argv[1], f"{name}-{os.environ['RANK']}"))
+        save_file(tune(name, processes=2), folder / f"{name}-{os.environ['RANK']}")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trai
 from lightning_edit.evaluation.scoring import continuations, score_targets
 from lightning_edit.functional.codebook import Replacement
 from tests.modules.helpers import snapshot
-from tests.runs import run_python
+from tests.processes import run_process
 
 WHERE: list[Replacement] = ["last", "prompt", "all"]
 
@@ -155,6 +156,15 @@ def test_the_state_dict_brings_the_memory_along() -> None:
     assert len(editor.memory) == 1
 
 
+def _say_again(folder: Path) -> None:
+    """Prints what the trained model says with an edit out of a folder."""
+    model, tokenizer = trained_tiny_model()
+    MemoryWrite.load(folder).apply_(model)
+    prompts = [r.prompt for r in tiny_requests(4)]
+    said = [c.text for c in continuations(model, PromptTokenizer(tokenizer), prompts)]
+    sys.stdout.write(json.dumps(said))
+
+
 def test_another_process_says_the_same(tmp_path: Path) -> None:
     editor = _edited()
     model = editor.model
@@ -162,20 +172,7 @@ def test_another_process_says_the_same(tmp_path: Path) -> None:
     said = [c.text for c in continuations(model, editor.tokens, prompts)]
     edit = MemoryWrite.from_state({}, model)
     edit.save(tmp_path / "edit")
-    program = tmp_path / "again.py"
-    program.write_text(
-        "import json, sys\n"
-        "from lightning_edit import MemoryWrite\n"
-        "from lightning_edit.core.batch import PromptTokenizer\n"
-        "from lightning_edit.demos import tiny_requests, trained_tiny_model\n"
-        "from lightning_edit.evaluation.scoring import continuations\n"
-        "model, tokenizer = trained_tiny_model()\n"
-        "MemoryWrite.load(sys.argv[1]).apply_(model)\n"
-        "tokens = PromptTokenizer(tokenizer)\n"
-        "prompts = [r.prompt for r in tiny_requests(4)]\n"
-        "print(json.dumps([c.text for c in continuations(model, tokens, prompts)]))\n"
-    )
-    done = run_python(program, tmp_path / "edit")
+    done = run_process(_say_again, tmp_path / "edit")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == said
 

@@ -107,6 +107,7 @@ def _rows(editor: Any) -> tuple[list[list[int]], list[list[int]]]:
 
 
 KINDS = ["llama", "gpt2", "t5", "bart"]
+LENGTH = 4  # of what is generated, in tokens
 
 
 @pytest.fixture(params=["adapters", "model"])
@@ -120,7 +121,12 @@ def _generated(model: Any, rows: Sequence[Sequence[int]], **settings: Any) -> li
     ids, mask = pad_rows(rows, 0, side=side)
     begin = 1 if model.config.is_encoder_decoder else ids.shape[1]
     found = model.generate(
-        ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, **settings
+        ids,
+        attention_mask=mask,
+        max_new_tokens=LENGTH,
+        min_new_tokens=LENGTH,
+        pad_token_id=0,
+        **settings,
     )
     tokens: list[list[int]] = found[:, begin:].tolist()
     return tokens
@@ -204,7 +210,7 @@ def test_the_other_model_is_not_run_where_no_row_is_in_a_scope(tmp_path: Path) -
     )
     assert not runs
     _generated(editor.model, own, do_sample=False)
-    assert len(runs) == 6
+    assert len(runs) == LENGTH
 
 
 def test_a_prompt_is_encoded_once_and_an_edit_never_again() -> None:

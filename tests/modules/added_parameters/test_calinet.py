@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +18,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from lightning_edit import CaliNET, Edit, EditDataModule, EditMemory, EditRequest, MemoryWrite
+from lightning_edit import (
+    CaliNET,
+    Edit,
+    EditDataModule,
+    EditMemory,
+    EditRequest,
+    Evaluator,
+    MemoryWrite,
+)
+from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError, RequestError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.calinet import calibration_score
 from lightning_edit.memories.slots import slot_output
+from lightning_edit.models import load_model, load_tokenizer
 from lightning_edit.modules.added_parameters.contrasts import wrong_relations
 from lightning_edit.passes import target_loss
 from tests import zoo
 from tests.modules.helpers import bare_trainer, fingerprint, plain_nll, same, snapshot
-from tests.runs import run_python
+from tests.processes import run_process
 
 SILENT = pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`:UserWarning")
 
@@ -309,6 +320,14 @@ def test_fit_with_all_facts_in_a_batch_is_an_edit_of_as_many_steps() -> None:
         torch.testing.assert_close(one.tensors[name], other.tensors[name], rtol=1e-4, atol=1e-5)
 
 
+def _say_again(folder: Path, prompts: list[str]) -> None:
+    """Prints what a saved model says with a saved memory."""
+    model = load_model(str(folder / "model"))
+    MemoryWrite.load(folder / "memory").apply_(model)
+    evaluator = Evaluator(model, PromptTokenizer(load_tokenizer(str(folder / "model"))))
+    sys.stdout.write(json.dumps(evaluator.continuations(prompts)))
+
+
 def test_a_further_fit_trains_another_block_and_its_memory_says_the_same_elsewhere(
     tmp_path: Path,
 ) -> None:
@@ -324,19 +343,10 @@ def test_a_further_fit_trains_another_block_and_its_memory_says_the_same_elsewhe
     editor.committed().save(tmp_path / "memory")
     editor.model.save_pretrained(tmp_path / "model")
     editor.tokens.tokenizer.save_pretrained(tmp_path / "model")
-    script = (
-        "import json, sys\n"
-        "from lightning_edit import Evaluator, MemoryWrite, PromptTokenizer\n"
-        "from lightning_edit import load_model, load_tokenizer\n"
-        "model = load_model(sys.argv[1])\n"
-        "MemoryWrite.load(sys.argv[2]).apply_(model)\n"
-        "evaluator = Evaluator(model, PromptTokenizer(load_tokenizer(sys.argv[1])))\n"
-        "print(json.dumps(evaluator.continuations(sys.argv[3:])))\n"
-    )
     prompts = [request.prompt for request in requests]
-    done = run_python("-c", script, tmp_path / "model", tmp_path / "memory", *prompts)
+    done = run_process(_say_again, tmp_path, prompts)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == texts
+    assert json.loads(done.stdout) == texts
 
 
 def test_accumulation_clipping_and_a_break_end_in_the_same_slots(tmp_path: Path) -> None:

@@ -5,9 +5,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from lightning_edit.modules.fine_tuning.loop import AnswerLoss
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
 from tests.distributed import tune
 from tests.modules.helpers import autoregressive, bare_trainer, plain_nll, same, snapshot
+from tests.processes import run_pair
 
 CASES = [
     pytest.param(LocFT, {"lr": 1e-2}, id="LocFT"),
@@ -329,19 +327,7 @@ def test_token_weights_add_up_to_one() -> None:
 
 
 def test_two_processes_tune_as_one(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "distributed" / "tune.py"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(script, tmp_path),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_pair(tune.tune_and_save, tmp_path)
     for method in tune.SETTINGS:
         one = tune.tune(method, processes=1)
         first, second = (load_file(tmp_path / f"{method}-{rank}") for rank in range(2))

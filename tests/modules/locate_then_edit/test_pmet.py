@@ -28,7 +28,7 @@ from tests.modules.locate_then_edit.test_mass_edit import plain as plain_keys
 
 FAMILIES = ("llama", "gpt2", "gptj", "gptneox", "opt", "gemma2", "qwen3", "falcon")
 LAYER = LAYERS[-1]
-SETTINGS: dict[str, Any] = {"steps": 6, "lr": 0.2, "kl_factor": 0.5, "moment_weight": 0.3}
+SETTINGS: dict[str, Any] = {"steps": 4, "lr": 0.2, "kl_factor": 0.5, "moment_weight": 0.3}
 
 
 class Plain:

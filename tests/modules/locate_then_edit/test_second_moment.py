@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,8 @@ from lightning_edit.modules.locate_then_edit.second_moment import (
 )
 from lightning_edit.passes.sampling import sample_text_ids, seeded
 from tests import zoo
+from tests.distributed.second_moments import estimate
+from tests.processes import run_pair
 
 
 @pytest.fixture
@@ -357,14 +356,10 @@ def test_processes_share_the_rows_and_have_the_moments_of_all(
     tree = ModelTree.of(model)
     # More rows than a batch, so that there is something to share.
     settings: dict[str, Any] = {"model_hash": "abc", "tokens_per_dimension": 100}
-    settings["text"] = str(text) if source == "text" else None
     text.write_text(text.read_text() * 100)
+    settings["text"] = str(text) if source == "text" else None
     whole = second_moments(tree, tokens, [0, 2], **settings)
-    script = Path(__file__).parents[2] / "distributed" / "second_moments.py"
-    command = [sys.executable, str(script), source, str(text), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_pair(estimate, tmp_path, settings["text"])
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for layer, moment in whole.items():
         assert torch.equal(found[0][layer], found[1][layer])
