@@ -32,11 +32,11 @@ from torch.nn.functional import cross_entropy
 def plain_step(editor: Any, request: Any) -> Tensor:
     """The loss of one edit, with its gradient left in the network's parameters."""
     from lightning_edit.core.batch import EditBatch
-    from lightning_edit.functional.ultra_edit import row_moments
-    from lightning_edit.modules.meta_learning.lessons import Lesson
+    from lightning_edit.core.processes import Processes
+    from lightning_edit.modules.meta_learning.training_batch import TrainingBatch
 
     model, network = editor.model, editor.network
-    lesson = Lesson.from_requests([request], editor.tokens)
+    batch = TrainingBatch.from_requests([request], editor.tokens)
 
     def logits_of(batch: EditBatch, weights: dict[str, Tensor]) -> Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -62,11 +62,11 @@ def plain_step(editor: Any, request: Any) -> Tensor:
         module = site.module(model)
         hooks.append(module.register_forward_hook(keep))
         hooks.append(module.register_full_backward_hook(keep_gradient))
-    torch.autograd.backward(nll_of(logits_of(lesson.inner, {}), lesson.inner.labels))
+    torch.autograd.backward(nll_of(logits_of(batch.inner, {}), batch.inner.labels))
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        before = logits_of(lesson.locality, {}).log_softmax(-1)
+        before = logits_of(batch.locality, {}).log_softmax(-1)
     weights = dict(model.named_parameters())
     places: dict[str, int] = {}
     for site, edit_lr in zip(editor.sites, network.edit_lr, strict=True):
@@ -75,11 +75,11 @@ def plain_step(editor: Any, request: Any) -> Tensor:
         places[key] += 1
         u, d = (rows.flatten(0, 1) for rows in seen[site.name])
         used = u.any(1) & d.any(1)
-        network.by_shape[key].update(row_moments(torch.cat([u[used], d[used]], 1)))
+        network.by_shape[key].learn(u[used], d[used], Processes())
         u, d = network.by_shape[key](u[used], d[used], matrix)
         weights[site.name] = weights[site.name] - edit_lr * (d.T @ u)
-    edit = nll_of(logits_of(lesson.outer, weights), lesson.outer.labels)
-    after = logits_of(lesson.locality, weights).log_softmax(-1)
+    edit = nll_of(logits_of(batch.outer, weights), batch.outer.labels)
+    after = logits_of(batch.locality, weights).log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1).mean()
     loss = 0.1 * edit + kl
     torch.autograd.backward(loss)
@@ -88,9 +88,9 @@ def plain_step(editor: Any, request: Any) -> Tensor:
 
 def our_step(editor: Any, request: Any) -> Tensor:
     """The same."""
-    from lightning_edit.modules.meta_learning.replicas import Replicas
+    from lightning_edit.core.processes import Processes
 
-    loss, _ = editor.lesson_loss([request], Replicas())
+    loss, _ = editor.edit_loss([request], Processes())
     torch.autograd.backward(loss)
     found: Tensor = loss.detach()
     return found

@@ -20,8 +20,8 @@ from torch import nn
 import lightning_edit
 from lightning_edit import MEND, SERAC, EditDataModule, EditModule, TrainedEditor
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.modules.meta_learning.base import LearningModule
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
+from lightning_edit.modules.meta_learning.training import Trainable
 from tests.modules.helpers import bare_trainer
 
 __all__ = [
@@ -76,7 +76,9 @@ class RememberingEditor(TrainedEditor):
 
 
 #: Editors that ``fit`` trains.
-LEARNERS: dict[str, type[LearningModule[Any]]] = public_classes(LearningModule)
+LEARNERS: dict[str, Any] = {
+    name: cls for name, cls in public_classes(EditModule).items() if issubclass(cls, Trainable)
+}
 #: Those whose edits are of weights.
 HYPERNETWORKS: dict[str, type[HyperEditModule]] = public_classes(HyperEditModule)
 #: Editors whose edits ``fit`` commits.

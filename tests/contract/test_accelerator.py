@@ -23,7 +23,6 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations
-from lightning_edit.modules.meta_learning.base import LearningModule
 from tests.contract.enumeration import (
     CONFIGS,
     EDITORS,
@@ -54,7 +53,7 @@ def cls(request: pytest.FixtureRequest) -> type[EditModule]:
 
 
 @pytest.fixture(params=LEARNERS)
-def learner(request: pytest.FixtureRequest) -> type[LearningModule[Any]]:
+def learner(request: pytest.FixtureRequest) -> Any:
     return LEARNERS[request.param]
 
 
@@ -211,9 +210,7 @@ def test_one_process_of_a_group_edits_as_one_alone(cls: type[EditModule]) -> Non
     assert_close(edits[1], edits[0], 1e-3)
 
 
-def test_a_network_trained_there_edits_here(
-    learner: type[LearningModule[Any]], tmp_path: Path
-) -> None:
+def test_a_network_trained_there_edits_here(learner: Any, tmp_path: Path) -> None:
     edits = []
     for accelerator in ("cpu", ACCELERATOR):
         editor = quick_editor(learner)

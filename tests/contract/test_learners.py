@@ -24,18 +24,17 @@ from lightning_edit.core.errors import ArtifactError, EditError, RequestError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule, HeldOut
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.modules.meta_learning.base import LearningModule
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from tests import zoo
 from tests.contract.enumeration import HYPERNETWORKS, LEARNERS, quick, quick_editor
 from tests.modules.helpers import bare_trainer, same, snapshot
 
-Trained = Callable[[type[LearningModule[Any]]], tuple[Any, Path]]
+Trained = Callable[[Any], tuple[Any, Path]]
 ONE = EditRequest("People in {} speak", "Velmora", "Ostrish")
 
 
 @pytest.fixture(params=LEARNERS)
-def learner(request: pytest.FixtureRequest) -> type[LearningModule[Any]]:
+def learner(request: pytest.FixtureRequest) -> Any:
     return LEARNERS[request.param]
 
 
@@ -57,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """An editor of the tiny model after four steps, whose model nobody edits, and a checkpoint."""
 
     @functools.cache
-    def of(cls: type[LearningModule[Any]]) -> tuple[Any, Path]:
+    def of(cls: Any) -> tuple[Any, Path]:
         editor, checkpoint = quick_editor(cls), tmp_path_factory.mktemp("trained") / "editor.ckpt"
         trainer = bare_trainer(max_epochs=1)
         trainer.fit(editor, data_of())
@@ -67,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return of
 
 
-def tensors_of(editor: LearningModule[Any]) -> dict[str, Tensor]:
+def tensors_of(editor: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in editor.network.state_dict().items()}
 
 
@@ -78,7 +77,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def test_training_moves_the_network_and_leaves_the_model_alone(
-    learner: type[LearningModule[Any]],
+    learner: Any,
 ) -> None:
     editor = quick_editor(learner)
     model, before = snapshot(editor.model), tensors_of(editor)
@@ -101,7 +100,7 @@ def test_training_moves_the_network_and_leaves_the_model_alone(
     }
 
 
-def test_numbers_it_begins_with_come_from_its_seed(learner: type[LearningModule[Any]]) -> None:
+def test_numbers_it_begins_with_come_from_its_seed(learner: Any) -> None:
     torch.manual_seed(1)
     one = tensors_of(quick_editor(learner))
     torch.manual_seed(2)
@@ -111,7 +110,7 @@ def test_numbers_it_begins_with_come_from_its_seed(learner: type[LearningModule[
 
 
 def test_an_editor_that_was_never_trained_edits_nothing_or_says_so(
-    learner: type[LearningModule[Any]],
+    learner: Any,
 ) -> None:
     editor = quick_editor(learner)
     if editor.is_ready:
@@ -159,7 +158,7 @@ def test_edits_are_low_rank_and_exact_on_every_architecture(
 
 
 def test_a_checkpoint_holds_the_network_alone(
-    learner: type[LearningModule[Any]], trained: Trained
+    learner: Any, trained: Trained
 ) -> None:
     editor, checkpoint = trained(learner)
     saved = torch.load(checkpoint, weights_only=True)
@@ -205,7 +204,7 @@ def test_edits_one_after_another_are_of_the_edited_model(
 
 
 def test_a_resumed_training_ends_as_one_that_was_not_interrupted(
-    learner: type[LearningModule[Any]], tmp_path: Path
+    learner: Any, tmp_path: Path
 ) -> None:
     def saving(name: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / name, save_last=True, every_n_train_steps=1, save_top_k=0)
@@ -228,9 +227,7 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(
     assert_equal(tensors_of(resumed), tensors_of(whole))
 
 
-def test_early_stopping_and_loggers_work_as_ever(
-    learner: type[LearningModule[Any]], tmp_path: Path
-) -> None:
+def test_early_stopping_and_loggers_work_as_ever(learner: Any, tmp_path: Path) -> None:
     trainer = bare_trainer(
         max_epochs=3,
         limit_val_batches=1.0,
@@ -245,7 +242,7 @@ def test_early_stopping_and_loggers_work_as_ever(
     assert {*learner.figures, "skipped", "val/loss"} <= set(header)
 
 
-def test_mixed_precision_trains_too(learner: type[LearningModule[Any]]) -> None:
+def test_mixed_precision_trains_too(learner: Any) -> None:
     editor = quick_editor(learner)
     bare_trainer(max_epochs=1, precision="bf16-mixed").fit(editor, data_of())
     assert editor.skipped == 0
@@ -253,11 +250,9 @@ def test_mixed_precision_trains_too(learner: type[LearningModule[Any]]) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_what_is_not_finite_is_left_out_counted_and_told(
-    learner: type[LearningModule[Any]], accumulate: int
-) -> None:
+def test_what_is_not_finite_is_left_out_counted_and_told(learner: Any, accumulate: int) -> None:
     editor = quick_editor(learner)
-    usual = editor.token_loss
+    usual = editor.objective.token_loss
     calls = 0
 
     def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -266,7 +261,7 @@ def test_what_is_not_finite_is_left_out_counted_and_told(
         losses: Tensor = usual(logits, targets)
         return losses * float("nan") if calls == 2 else losses
 
-    editor.token_loss = token_loss
+    editor.objective.token_loss = token_loss
     trainer = bare_trainer(max_epochs=1, accumulate_grad_batches=accumulate)
     with pytest.warns(UserWarning, match="1 steps were left out because"):
         trainer.fit(editor, data_of())
@@ -274,7 +269,7 @@ def test_what_is_not_finite_is_left_out_counted_and_told(
     assert all(bool(tensor.isfinite().all()) for tensor in tensors_of(editor).values())
 
 
-def test_requests_that_cannot_teach_are_refused_by_name(learner: type[LearningModule[Any]]) -> None:
+def test_requests_that_cannot_teach_are_refused_by_name(learner: Any) -> None:
     editor = quick_editor(learner, train_on="rephrase")
     request = tiny_requests(1)[0]
     for lacking, message in (
@@ -308,7 +303,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 
 def test_the_other_verbs_edit_and_take_it_out_again(
-    learner: type[LearningModule[Any]], trained: Trained
+    learner: Any, trained: Trained
 ) -> None:
     editor: EditModule = trained(learner)[0]
     kept = snapshot(editor.model)

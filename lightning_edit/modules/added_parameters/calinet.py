@@ -32,7 +32,7 @@ from lightning_edit.memories.slots import CalibrationSlots
 from lightning_edit.modules.added_parameters.contrasts import wrong_relations
 from lightning_edit.modules.fine_tuning.loop import AnswerLoss, LightningLoop, OptimizerChoice
 from lightning_edit.modules.memory_based.base import MemoryModule
-from lightning_edit.modules.meta_learning.lessons import TrainOn
+from lightning_edit.modules.meta_learning.training_batch import TrainOn
 from lightning_edit.modules.targets import MemoryTarget, Target
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.target_loss import MAX_ROWS, row_means, target_nll

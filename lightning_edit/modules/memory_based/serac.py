@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 from typing_extensions import override
 
@@ -21,6 +22,7 @@ from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.evaluation.scoring import score_targets
@@ -30,16 +32,42 @@ from lightning_edit.memories.scope import ScopeMemory
 from lightning_edit.memories.scope_encoder import FolderEncoder
 from lightning_edit.models import load_tokenizer, resolve_model
 from lightning_edit.modules.memory_based.base import MemoryModule
-from lightning_edit.modules.meta_learning.base import LearningModule
-from lightning_edit.modules.meta_learning.lessons import Lesson, TrainOn
-from lightning_edit.modules.meta_learning.replicas import Replicas
+from lightning_edit.modules.meta_learning.checkpoints import (
+    EditorCheckpoint,
+    read_editor,
+    take_network,
+)
+from lightning_edit.modules.meta_learning.objectives import Objective, WeightedSum
+from lightning_edit.modules.meta_learning.training import EditorTraining, is_ready, zero_loss
+from lightning_edit.modules.meta_learning.training_batch import TrainingBatch, TrainOn
 from lightning_edit.modules.targets import MemoryTarget, Target
 from lightning_edit.passes.target_loss import target_logits
 
 __all__ = ["SERAC"]
 
 
-class SERAC(LearningModule[MemoryWrite], MemoryModule):
+class NetworkState:
+    """What a run that goes on has to know of the networks beside their weights."""
+
+    def __init__(self) -> None:
+        #: The networks; there once the model is.
+        self.network: nn.Module | None = None
+        #: Whether they have been trained, and since the memory took note of them.
+        self.is_trained = False
+        self.has_moved = False
+
+    def edit_state(self) -> dict[str, Any]:
+        """Whether the networks were trained, and the hash of what they came to."""
+        is_known = self.is_trained and self.network is not None
+        weights = weight_hash(cast(nn.Module, self.network)) if is_known else None
+        return {"is_trained": self.is_trained, "weights": weights}
+
+    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``edit_state`` returned; the networks are loaded by others."""
+        self.is_trained = self.has_moved = bool(state["is_trained"])
+
+
+class SERAC(MemoryModule):
     """Semi-parametric editing: a scope classifier, and a counterfactual model that reads the edit.
 
     An edit is kept as text; no gradient is taken and no weight written. A prompt q is compared with
@@ -136,7 +164,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         max_entries: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, max_entries=max_entries, **kwargs)
+        super().__init__(model, layers, max_entries, **kwargs)
         for name, value, kinds in (
             ("distance", distance, get_args(Distance)),
             ("train_on", train_on, get_args(TrainOn)),
@@ -156,7 +184,6 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
             )
         if scale <= 0:
             raise ValueError(f"`scale` is expected to be above 0, but got {scale}.")
-        self.automatic_optimization = not pretrained
         self.encoder = encoder
         self.counterfactual = counterfactual
         self.distance: Distance = distance
@@ -173,13 +200,16 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         self.cross_negatives = cross_negatives
         self.lr = lr
         self.encoder_lr = encoder_lr
-        self.edit_weight = edit_weight
-        self.scope_weight = scope_weight
         self.seed = seed
-        #: Whether the networks have been trained.
-        self.is_trained = False
-        self._is_stale = False  # whether they were since the memory took note of them
-        self._tokenizer: Any = None
+        #: What is trained; there once the model is.
+        self.network: Any = None
+        self.objective: Objective = WeightedSum(edit_weight, scope_weight)
+        self.network_training = EditorTraining[MemoryWrite](self.figures)
+        self.val_losses = self.network_training.losses  # moves to other devices with the editor
+        self.network_state = NetworkState()
+        self.parts += [self.network_training, self.network_state]
+        if not pretrained:
+            self.fit_by(self.network_training)
         self._made: tuple[ScopeMemory, ...] = ()  # out of sight of Lightning
 
     @property
@@ -189,19 +219,11 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
     # -- a model -------------------------------------------------------------------------------
 
-    @override
-    def adopt(self, model: Any, tokenizer: Any) -> None:
-        self._check_tokenizer(tokenizer)
-        self._tokenizer = tokenizer
-        super().adopt(model, tokenizer)
-        self.network = self.scopes.network
-        if self.pretrained:
-            self.network.requires_grad_(False)
-
-    def _check_tokenizer(self, tokenizer: Any) -> None:
+    def _check_tokenizer(self) -> None:
         """Checks that the counterfactual model reads the base's tokens."""
         if self.counterfactual is None:
             return
+        tokenizer = self.tokens.tokenizer
         other = load_tokenizer(self.counterfactual, cache_dir=self.cache_dir)
         if other.get_vocab() != tokenizer.get_vocab():
             raise ModelError(
@@ -212,8 +234,9 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
     @override
     def build_memory(self, tree: ModelTree) -> ScopeMemory:
-        break_ids = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
-        special = set(self._tokenizer.all_special_ids)
+        tokenizer = self.tokens.tokenizer
+        break_ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        special = set(tokenizer.all_special_ids)
         where = self.counterfactual
         return ScopeMemory(
             encoder=self.encoder,
@@ -235,7 +258,14 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
     @override
     def make_target(self, tree: ModelTree) -> Target[MemoryWrite]:
-        return MemoryTarget(tree.model, self._memory_for(tree))
+        """A memory, whose networks are what is trained."""
+        self._check_tokenizer()
+        memory = self._memory_for(tree)
+        target = MemoryTarget(tree.model, memory)
+        self.network = self.network_state.network = memory.network
+        if self.pretrained:
+            self.network.requires_grad_(False)
+        return target
 
     def _memory_for(self, tree: ModelTree) -> ScopeMemory:
         found = EditMemory.find(tree.model)
@@ -245,7 +275,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         if found is None:
             memory.prepare(tree.model)
             if isinstance(memory.network.encoder, FolderEncoder):
-                memory.network.encoder.take_tokenizer(self._tokenizer)
+                memory.network.encoder.take_tokenizer(self.tokens.tokenizer)
             self._made = (memory,)
             return memory
         # What it was trained to be is no setting of this editor.
@@ -253,9 +283,15 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         found.check_kind(type(memory).__name__, memory.settings)
         return cast(ScopeMemory, found)
 
-    @override
+    # -- trained networks --------------------------------------------------------------------
+
     def check_ready(self) -> None:
-        if not (self.pretrained or self.is_trained):
+        """Checks that the networks can edit.
+
+        Raises:
+            EditError: If they were never trained, and are to be.
+        """
+        if not (self.pretrained or self.network_state.is_trained):
             raise EditError(
                 "This SERAC was never trained: its classifier knows no scopes. Train it with "
                 "`Trainer.fit`, load a trained one with `load_editor(checkpoint)` or "
@@ -263,8 +299,41 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
                 "`counterfactual` need no training."
             )
 
-    @override
-    def take_editor(self, saved: Mapping[str, Any], where: str, *, any_base: bool) -> None:
+    @property
+    def is_ready(self) -> bool:
+        """Whether the networks can edit."""
+        return is_ready(self)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out because a loss or a gradient was not finite."""
+        return self.network_training.skipped
+
+    def trained_for(self) -> list[str]:
+        """Names of the parameters that the networks belong to: they change none."""
+        return []
+
+    def load_editor(self, checkpoint: str | Path, *, any_base: bool = False) -> None:
+        """Takes over networks that were trained before.
+
+        Args:
+            checkpoint: A checkpoint of a fit with the same settings.
+            any_base: Edit a model with other weights than those they were trained with.
+
+        Raises:
+            ArtifactError: If it is no such checkpoint, belongs to another model, or the memory
+                holds edits that were made by other networks.
+        """
+        self.take_editor(read_editor(checkpoint), str(checkpoint), any_base=any_base)
+
+    def take_editor(self, saved: EditorCheckpoint, where: str, *, any_base: bool) -> None:
+        """Takes over a checkpoint in memory; see ``load_editor``.
+
+        Args:
+            saved: What ``read_editor`` has read.
+            where: Its name in errors.
+            any_base: As in ``load_editor``.
+        """
         known = saved["lightning_edit"]["edit_state"].get("weights")
         if len(self.scopes) and known != self.scopes.settings["weights"]:
             raise ArtifactError(
@@ -272,7 +341,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
                 f"than those in `{where}`. Use the checkpoint that they were made with, or take "
                 "them out with `EditMemory.find(model).detach_()`."
             )
-        super().take_editor(saved, where, any_base=any_base)
+        take_network(self, self.network, [], saved, where, any_base=any_base)
         self.scopes.note_weights()
         self.session.target = MemoryTarget(self.model, self.scopes)  # with these networks
 
@@ -282,9 +351,9 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
     def compute_edit(self, batch: EditBatch) -> MemoryWrite:
         self.check_ready()
         memory, requests, tokens = self.scopes, batch.requests, batch.tokens
-        if self._is_stale:
+        if self.network_state.has_moved:
             memory.note_weights()
-            self._is_stale = False
+            self.network_state.has_moved = False
         texts = [self._text(request, tokens) for request in requests]
         prompts = [tokens.prompt(request.prompt) for request in requests]
         targets = [tokens.target(r.prompt, r.target_new) for r in requests]
@@ -352,20 +421,8 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
     # -- fit -----------------------------------------------------------------------------------
 
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        if len(self.scopes) and not self.pretrained:
-            raise EditError(
-                f"The memory holds {len(self.scopes)} edits, whose embeddings the networks as they "
-                "are have made, and training would change them. Take the edits out "
-                "(`editor.remove([id])`) and make them again afterwards."
-            )
-
-    @override
-    def configure_optimizers(self) -> Any:
-        if self.pretrained:
-            return super().configure_optimizers()
+    def network_optimizer(self) -> Any:
+        """Adam, with a learning rate each for the encoder and the counterfactual model."""
         parts = (
             (self.network.encoder, self.encoder_lr),
             (self.network.counterfactual, self.lr),
@@ -376,22 +433,14 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         ]
         return Adam(groups)
 
-    @override
-    def training_step(self, batch: list[EditRequest], batch_idx: int) -> Any:
-        loss = self._kind.training_step(self, batch, batch_idx)
-        if not self.pretrained:
-            self.is_trained = self._is_stale = True
-        return loss
-
-    @override
-    def lesson_loss(
-        self, requests: Sequence[EditRequest], replicas: Replicas | None = None
+    def edit_loss(
+        self, requests: Sequence[EditRequest], processes: Processes | None = None
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of the counterfactual model and that of the classifier on some requests.
 
         Args:
             requests: With rephrases and locality probes.
-            replicas: The processes that train together, each of which takes its share of the
+            processes: Those that train together, each of which takes its share of the
                 counterfactual model's rows; None to only look.
 
         Returns:
@@ -402,15 +451,22 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
 
         Raises:
             RequestError: If a request lacks a rephrase or a locality probe.
+            EditError: If edits are remembered, and the networks are to be trained.
         """
-        turn = self.current_epoch if replicas is not None else 0
-        lesson = Lesson.from_requests(requests, self.tokens, train_on=self.train_on, turn=turn)
-        owners = lesson.outer_owners
+        if processes is not None:
+            self._check_nothing_remembered()
+        turn = self.current_epoch if processes is not None else 0
+        batch = TrainingBatch.from_requests(
+            requests, self.tokens, train_on=self.train_on, turn=turn
+        )
+        if processes is not None:
+            self.network_state.is_trained = self.network_state.has_moved = True
+        owners = batch.outer_owners
         texts = [self._text(request, self.tokens) for request in requests]
-        asked, others = _prompts(lesson.outer), _prompts(lesson.locality)
-        one = replicas or Replicas()
-        mine = range(one.rank, len(asked), one.count)
-        part = self._answer_loss(lesson.outer, [texts[i] for i in owners], asked, mine)
+        asked, others = _prompts(batch.outer), _prompts(batch.locality)
+        one = processes or Processes()
+        mine = one.share(len(asked))
+        part = self._answer_loss(batch.outer, [texts[i] for i in owners], asked, mine)
         nll = one.total(part.detach())
         with self.memory.off():
             found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
@@ -424,10 +480,11 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
             outside = torch.cat([outside, near[~is_own]])
         scope = scope_loss(inside, outside)
         # Processes average their gradients, whereas `nll` is a sum over shares.
-        loss = self.edit_weight * one.count * part + self.scope_weight * scope
-        value = self.edit_weight * nll + self.scope_weight * scope.detach()
+        edit_weight, scope_weight = self.objective.weights(self.network)
+        loss = edit_weight * one.count * part + scope_weight * scope
+        value = edit_weight * nll + scope_weight * scope.detach()
         if not one.agree(bool(value.isfinite())):
-            return self._nothing(), {}
+            return zero_loss(self.network), {}
         loss = loss - loss.detach() + value
         hits, misses = (torch.exp(-d) > self.threshold for d in (inside, outside))
         return loss, {
@@ -437,6 +494,14 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
             "recall": float(hits.float().mean()),
             "specificity": 1 - float(misses.float().mean()),
         }
+
+    def _check_nothing_remembered(self) -> None:
+        if len(self.scopes):
+            raise EditError(
+                f"The memory holds {len(self.scopes)} edits, whose embeddings the networks as they "
+                "are have made, and training would change them. Take the edits out "
+                "(`editor.remove([id])`) and make them again afterwards."
+            )
 
     def _answer_loss(
         self,
@@ -451,7 +516,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
             The sum over the tokens of some rows, as a share of the mean over those of all.
         """
         if not mine:
-            return self._nothing()
+            return zero_loss(self.network)
         separator = self.scopes.settings["separator"]
         targets = [row[row != IGNORE_INDEX].tolist() for row in outer.labels]
         rows = [[*texts[i], *separator, *prompts[i]] for i in mine]
@@ -459,37 +524,7 @@ class SERAC(LearningModule[MemoryWrite], MemoryModule):
         batch = EditBatch.from_ids(rows, [targets[i] for i in mine], outer.tokens).to(device)
         with self.memory.off(), self.network.counterfactual.answering(self.model) as other:
             logits, labels = target_logits(ModelTree.of(other), batch)
-        return self.token_loss(logits, labels).sum() / sum(map(len, targets))
-
-    # -- what depends on who trains ------------------------------------------------------------
-
-    @property
-    def _kind(self) -> Any:
-        """The base whose steps and checkpoints are meant."""
-        return MemoryModule if self.pretrained else LearningModule
-
-    @override
-    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        self._kind.validation_step(self, batch, batch_idx)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._kind.on_validation_epoch_end(self)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._kind.on_save_checkpoint(self, checkpoint)
-
-    @override
-    def edit_state(self) -> dict[str, Any]:
-        weights = weight_hash(self.network) if self.is_trained else None
-        return {**super().edit_state(), "is_trained": self.is_trained, "weights": weights}
-
-    @override
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
-        super().load_edit_state(state)
-        self.is_trained = bool(state["is_trained"])
-        self._is_stale = not self.pretrained  # Lightning loads the networks
+        return self.objective.token_loss(logits, labels).sum() / sum(map(len, targets))
 
 
 def _prompts(batch: EditBatch) -> list[list[int]]:

@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import WeightSite
+from lightning_edit.core.processes import Processes
 from lightning_edit.functional.malmen import malmen_block
 from lightning_edit.functional.mend import mend_block
-from lightning_edit.functional.ultra_edit import Normalizer, merge_normalizers, normalize
+from lightning_edit.functional.ultra_edit import (
+    Normalizer,
+    merge_normalizers,
+    normalize,
+    row_moments,
+)
 
 __all__ = ["FactorNetwork", "MALMENBlock", "MENDBlock", "members", "shape_key"]
 
@@ -50,7 +57,7 @@ class MENDBlock(nn.Module):
 
 
 class MALMENBlock(nn.Module):
-    """A layer of MALMEN: A normal, B zeros, scale and shift of each matrix behind the ReLU.
+    """A layer of MALMEN: A normal, B zeros, scale and shift of each matrix after the ReLU.
 
     Args:
         features: F.
@@ -124,10 +131,29 @@ class FactorNetwork(nn.Module):
         return self.eps is None or int(self.total) >= 2
 
     @torch.no_grad()
-    def update(self, moments: Normalizer) -> None:
-        """Adds the statistics of further rows; none are added where there is no row."""
+    def learn(self, inputs: Tensor, gradients: Tensor, processes: Processes) -> None:
+        """Has the statistics take in further rows; where there is none, they stay as they are.
+
+        Args:
+            inputs: [N, I].
+            gradients: [N, O].
+            processes: Those that take in rows of their own at the same time.
+
+        Raises:
+            EditError: If a process has a single row, and ``biased_variance`` its variance.
+        """
+        own = row_moments(torch.cat([inputs, gradients], 1))
+        for part in processes.parts(torch.cat([own.total[None], own.mean, own.squares])):
+            self._update(Normalizer(part[0], *part[1:].chunk(2)))
+
+    def _update(self, moments: Normalizer) -> None:
         if not moments.total:
             return
+        if self.biased_variance and int(moments.total) == 1:
+            raise EditError(
+                "A pass has a single row, which has no variance, as `biased_variance` would have "
+                "it. Turn that off, or raise `micro_batch_size` or the number of requests."
+            )
         merged = merge_normalizers(
             Normalizer(self.total, self.mean, self.squares),
             moments,

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""What enters edited projections and the gradients behind them, and passes with edits beside them.
+"""What enters edited projections, the gradients at their outputs, and passes with edits acting.
 
 Weights get no gradient and are never written: a gradient is taken at the output of a projection,
 and an edit u vᵀ adds (x v) uᵀ to that output.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.processes import Processes
 from lightning_edit.passes.gradient_passes import recorded
 from lightning_edit.passes.target_loss import row_means, target_nll, target_places
 
@@ -30,7 +31,6 @@ __all__ = [
     "Factors",
     "Positions",
     "as_change",
-    "beside",
     "capture",
     "edited",
     "grouped",
@@ -53,6 +53,14 @@ class FactorRows:
     inputs: Tensor
     gradients: Tensor
     requests: Tensor
+
+    def joined(self, processes: Processes) -> Self:
+        """The rows of all processes, in the order of their requests."""
+        if processes.count == 1:
+            return self
+        parts = [processes.joined(rows) for rows in (self.inputs, self.gradients, self.requests)]
+        order = torch.argsort(parts[2], stable=True)
+        return type(self)(*(part[order] for part in parts))
 
 
 @dataclass(frozen=True)
@@ -172,18 +180,21 @@ def grouped(u: Tensor, v: Tensor, groups: Tensor, count: int) -> Factors:
 def edited(
     model: nn.Module,
     sites: Sequence[WeightSite],
-    factors: Mapping[str, Factors],
+    factors: Mapping[str, Factors] | None,
     edits: Tensor | None = None,
 ) -> Iterator[None]:
-    """Has edits act on the outputs of projections inside a ``with`` block.
+    """Context manager: edits act on the outputs of projections.
 
     Args:
         model: The model; its weights stay as they are.
         sites: Projections.
-        factors: Edits by the parameter's name; gradients flow to them.
+        factors: Edits by the parameter's name, to which gradients flow; None for no edit.
         edits: For each row of the passes to come, which edit acts on it, [B] int64; the only one
             there is when None.
     """
+    if factors is None:
+        yield
+        return
     handles = []
     for site in sites:
         u, v = factors[site.name].u, factors[site.name].v
@@ -210,18 +221,6 @@ def edited(
 def stacked(one: Factors, other: Factors) -> Factors:
     """Edits that add up: the factors of both."""
     return Factors(torch.cat([one.u, other.u], 1), torch.cat([one.v, other.v], 1))
-
-
-@contextmanager
-def beside(
-    model: nn.Module, sites: Sequence[WeightSite], factors: Mapping[str, Factors] | None
-) -> Iterator[None]:
-    """Has one edit act on all passes inside a ``with`` block; nothing where it is None."""
-    if factors is None:
-        yield
-        return
-    with edited(model, sites, factors):
-        yield
 
 
 def as_change(site: WeightSite, u: Tensor, v: Tensor) -> Change:

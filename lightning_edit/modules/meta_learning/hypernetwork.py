@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,28 +20,38 @@ from lightning_edit.core.change import Change
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, StackKind, WeightSite
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.projections import projection_sites
 from lightning_edit.core.request import EditRequest
-from lightning_edit.modules.meta_learning.base import LearningModule
+from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.meta_learning.checkpoints import (
+    EditorCheckpoint,
+    read_editor,
+    take_network,
+)
 from lightning_edit.modules.meta_learning.factors import (
     FactorRows,
     Factors,
     Positions,
     as_change,
-    beside,
     capture,
     edited,
 )
-from lightning_edit.modules.meta_learning.judging import Part, Verdict, judge
-from lightning_edit.modules.meta_learning.lessons import Lesson, TrainOn, shared_weights
-from lightning_edit.modules.meta_learning.replicas import Replicas
+from lightning_edit.modules.meta_learning.objectives import Objective, WeightedSum
+from lightning_edit.modules.meta_learning.training import EditorTraining, is_ready
+from lightning_edit.modules.meta_learning.training_batch import TrainOn, shared_weights
+from lightning_edit.modules.meta_learning.training_loss import BatchLoss, TrainingLoss
+from lightning_edit.modules.targets import Target, WeightTarget
 from lightning_edit.passes.target_loss import target_probabilities
 
-__all__ = ["HyperEditModule"]
+__all__ = ["HyperEditModule", "check_counts"]
 
 
-class HyperEditModule(LearningModule[WeightDelta]):
+class HyperEditModule(EditModule[WeightDelta]):
     """Base of editors with a network that makes edits of weights out of gradients.
+
+    ``fit`` trains the network, ``edit`` makes an edit by it, and ``TrainedEditor`` has ``fit``
+    commit those of a trained one.
 
     The language model is frozen: neither is it written, nor do its weights get gradients. A step
     takes the factors of the edits' gradients, lets the network make edits of them, and has these
@@ -48,7 +59,8 @@ class HyperEditModule(LearningModule[WeightDelta]):
     gradient with respect to the edits is then handed to the network as that of Σ ⟨gradient, edit⟩,
     which is the same gradient.
 
-    A subclass writes ``build``, ``transform`` and ``configure_optimizers``.
+    A subclass writes ``build``, ``transform`` and ``network_optimizer``. It may be trained for an
+    ``objective`` or by a ``training_loss`` of its own, which are objects.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -70,10 +82,15 @@ class HyperEditModule(LearningModule[WeightDelta]):
             [`EditModule`][lightning_edit.EditModule].
     """
 
+    #: Names of the figures that ``edit_loss`` gives.
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "kl")
-    #: Which rows the network gets, and at which places locality is judged.
-    positions: Positions = "all"
-    locality_positions: Positions = "all"
+    #: Projections to edit where the user names none.
+    default_modules: ClassVar[tuple[str, ...]] = ("mlp_in", "mlp_out")
+    #: Which rows the network gets, and at which places locality counts.
+    positions: ClassVar[Positions] = "all"
+    locality_positions: ClassVar[Positions] = "all"
+    #: Whose mean loss a gradient is of: that of the tokens of an ``edit``, or of a ``pass``.
+    gradient_of: ClassVar[Literal["edit", "pass"]] = "edit"
 
     def __init__(
         self,
@@ -90,34 +107,38 @@ class HyperEditModule(LearningModule[WeightDelta]):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        for name, number in (
-            ("edits_at_once", edits_at_once),
-            ("micro_batch_size", micro_batch_size),
-        ):
-            if number is not None and number < 1:
-                raise ValueError(f"`{name}` is expected to be at least 1, but got {number}.")
+        check_counts(edits_at_once=edits_at_once, micro_batch_size=micro_batch_size)
         if isinstance(modules, Mapping) and layers is not None:
             raise ValueError(
                 "`modules` gives each projection its layers, and `layers` gives others. Leave "
                 "`layers` out, or list the projections only."
             )
-        self.projections = modules if modules is not None else self.default_projections()
+        self.projections = modules if modules is not None else list(self.default_modules)
         self.stacks: list[StackKind] = stacks if stacks is not None else ["encoder", "decoder"]
         self.edits_at_once = edits_at_once
         self.micro_batch_size = micro_batch_size
         self.train_on: TrainOn = train_on
-        self.edit_weight = edit_weight
-        self.locality_weight = locality_weight
         self.seed = seed
         self.sites: list[WeightSite] = []
+        #: What is trained; there once the model is.
+        self.network: Any = None
+        self.objective: Objective = WeightedSum(edit_weight, locality_weight)
+        self.training_loss: TrainingLoss = BatchLoss()
+        self.network_training = EditorTraining[WeightDelta](self.figures, edits_at_once)
+        self.val_losses = self.network_training.losses  # moves to other devices with the editor
+        self.parts.append(self.network_training)
+        self.fit_by(self.network_training)
 
     # -- the method ----------------------------------------------------------------------------
 
     @abstractmethod
-    def build(self, sites: Sequence[WeightSite], generator: torch.Generator) -> nn.Module:
+    def build(
+        self, tree: ModelTree, sites: Sequence[WeightSite], generator: torch.Generator
+    ) -> nn.Module:
         """Makes the network for some matrices.
 
         Args:
+            tree: The model that they are of.
             sites: The matrices, in the model's order.
             generator: Of all random numbers that it begins with.
         """
@@ -129,7 +150,7 @@ class HyperEditModule(LearningModule[WeightDelta]):
         requests: Sequence[EditRequest],
         groups: Tensor,
         count: int,
-        replicas: Replicas | None,
+        processes: Processes | None,
     ) -> dict[str, Factors]:
         """Makes edits of the factors of gradients.
 
@@ -138,43 +159,32 @@ class HyperEditModule(LearningModule[WeightDelta]):
             requests: The requests.
             groups: The edit that each request belongs to, [len(requests)] int64.
             count: G, the number of edits.
-            replicas: The processes that train together, whose rows statistics take in; None
-                outside training, when statistics stay as they are.
+            processes: Those that have such rows, all of which statistics take in; None outside
+                training, when statistics stay as they are.
 
         Returns:
             Factors [G, n, O] and [G, n, I] by the parameter's name.
         """
 
-    def default_projections(self) -> list[str]:
-        """Projections to edit where the user names none."""
-        return ["mlp_in", "mlp_out"]
+    @abstractmethod
+    def network_optimizer(self) -> Any:
+        """What steps the network: an optimizer, or all that Lightning accepts in its place."""
 
-    @override
-    def check_ready(self) -> None:
-        if not all(getattr(part, "is_ready", True) for part in self.network.modules()):
-            raise EditError(
-                "This editor has no statistics yet by which it could normalize gradients: it was "
-                "never trained. Train it with `Trainer.fit`, or load a trained one with "
-                "`load_editor(checkpoint)` or `TrainedEditor(checkpoint=...)`."
-            )
+    def token_weights(self, batch: EditBatch, groups: Tensor) -> Tensor:
+        """How much each target token counts in the loss whose gradient is taken.
 
-    def inner_weights(self, batch: EditBatch, groups: Tensor) -> Tensor:
-        """How much each target token counts in the loss whose gradient is taken, [B, T]."""
+        Args:
+            batch: The requests, B of them.
+            groups: The edit that each belongs to, [B] int64.
+
+        Returns:
+            [B, T] float32.
+        """
+        if self.gradient_of == "pass":
+            groups = torch.arange(len(batch), device=groups.device) // self.micro_batch_size
         return shared_weights(batch.labels != IGNORE_INDEX, groups)
 
-    def weights_now(self) -> tuple[float, float]:
-        """Weights of the loss of the new answers and of the divergence."""
-        return self.edit_weight, self.locality_weight
-
-    def added_loss(self, edit: Tensor, divergence: Tensor) -> Tensor | None:
-        """A further term with parameters of its own, given both losses; none by default."""
-        return None
-
-    # -- a model -------------------------------------------------------------------------------
-
-    @override
-    def trained_for(self) -> list[str]:
-        return [site.name for site in self.sites]
+    # -- a model -----------------------------------------------------------------------------
 
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
@@ -184,18 +194,88 @@ class HyperEditModule(LearningModule[WeightDelta]):
     def edited_names(self, tree: ModelTree) -> list[str]:
         return [site.name for site in self._sites_of(tree)]
 
+    @override
+    def make_target(self, tree: ModelTree) -> Target[WeightDelta]:
+        """The weights of the projections, for which a network is built."""
+        self.sites = self._sites_of(tree)
+        network = self.build(tree, self.sites, torch.Generator().manual_seed(self.seed))
+        self.network = network.to(next(tree.model.parameters()).device)
+        return WeightTarget(tree.model, self.trained_for(), trainable=False)
+
     def _sites_of(self, tree: ModelTree) -> list[WeightSite]:
         return projection_sites(
             tree, self.projections, self.layers, self.default_layers, self.stacks
         )
 
-    @override
-    def adopt(self, model: Any, tokenizer: Any) -> None:
-        super().adopt(model, tokenizer)
-        model.requires_grad_(False)
-        self.sites = self._sites_of(self.tree)
-        network = self.build(self.sites, torch.Generator().manual_seed(self.seed))
-        self.network = network.to(next(model.parameters()).device)
+    # -- a trained network -------------------------------------------------------------------
+
+    def check_ready(self) -> None:
+        """Checks that the network can edit.
+
+        Raises:
+            EditError: If it has no statistics yet.
+        """
+        if not all(getattr(part, "is_ready", True) for part in self.network.modules()):
+            raise EditError(
+                "This editor has no statistics yet by which it could normalize gradients: it was "
+                "never trained. Train it with `Trainer.fit`, or load a trained one with "
+                "`load_editor(checkpoint)` or `TrainedEditor(checkpoint=...)`."
+            )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the network can edit."""
+        return is_ready(self)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out because a loss, a gradient or a factor was not finite."""
+        return self.network_training.skipped
+
+    def trained_for(self) -> list[str]:
+        """Names of the parameters that the network belongs to."""
+        return [site.name for site in self.sites]
+
+    def load_editor(self, checkpoint: str | Path, *, any_base: bool = False) -> None:
+        """Takes over a network that was trained before.
+
+        Args:
+            checkpoint: A checkpoint of a fit of the same method with the same settings.
+            any_base: Edit a model with other weights than those it was trained with.
+
+        Raises:
+            ArtifactError: If it is no such checkpoint, or belongs to another model.
+        """
+        self.take_editor(read_editor(checkpoint), str(checkpoint), any_base=any_base)
+
+    def take_editor(self, saved: EditorCheckpoint, where: str, *, any_base: bool) -> None:
+        """Takes over a checkpoint in memory; see ``load_editor``.
+
+        Args:
+            saved: What ``read_editor`` has read.
+            where: Its name in errors.
+            any_base: As in ``load_editor``.
+        """
+        take_network(self, self.network, self.trained_for(), saved, where, any_base=any_base)
+
+    def edit_loss(
+        self, requests: Sequence[EditRequest], processes: Processes | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of edits of some requests: new answers said, everything else left alone.
+
+        Args:
+            requests: With rephrases and locality probes.
+            processes: Those that train together, each of which takes its share; statistics go on.
+                None to only look.
+
+        Returns:
+            A scalar whose gradient is that of the network, and the figures ``loss``, ``edit`` (in
+            nats) and ``kl``; no figures and a loss of zero where something was not finite.
+
+        Raises:
+            RequestError: If a request lacks a rephrase or a locality probe.
+        """
+        return self.training_loss.of(self, requests, processes)
 
     # -- edits ---------------------------------------------------------------------------------
 
@@ -208,7 +288,7 @@ class HyperEditModule(LearningModule[WeightDelta]):
             tree,
             self.sites,
             batch,
-            self.inner_weights(batch, groups),
+            self.token_weights(batch, groups),
             chosen=range(len(batch)),
             size=self.micro_batch_size,
             positions=self.positions,
@@ -234,131 +314,19 @@ class HyperEditModule(LearningModule[WeightDelta]):
         ]
         return edit
 
-    # -- fit -----------------------------------------------------------------------------------
 
-    @override
-    def lesson_loss(
-        self, requests: Sequence[EditRequest], replicas: Replicas | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of edits of some requests: new answers said, everything else left alone.
+def check_counts(**counts: int | None) -> None:
+    """Checks that arguments are at least 1, or None.
 
-        Args:
-            requests: With rephrases and locality probes.
-            replicas: The processes that train together, each of which takes its share; statistics
-                go on. None to only look.
+    Raises:
+        ValueError: If one is not.
 
-        Returns:
-            A scalar whose gradient is that of the network, and the figures ``loss``, ``edit`` (in
-            nats) and ``kl``; no figures and a loss of zero where something was not finite.
-
-        Raises:
-            RequestError: If a request lacks a rephrase or a locality probe.
-        """
-        if replicas is None:
-            self.check_ready()
-        one = replicas or Replicas()
-        part = self._part(requests, replicas)
-        factors = self._edits(part, replicas)
-        found = None if factors is None else self._verdict(part, factors, one)
-        if factors is None or found is None:
-            return self._nothing(), {}
-        edit_weight, locality_weight = self.weights_now()
-        value = edit_weight * found.edit + locality_weight * found.kl
-        loss = self._pull(factors, found.gradients, one)
-        loss = loss - loss.detach() + value
-        added = self.added_loss(found.edit, found.kl)
-        if added is not None:
-            loss = loss + added
-        return loss, {
-            "loss": float(loss.detach()),
-            "edit": float(found.edit),
-            "kl": float(found.kl),
-        }
-
-    def _part(self, requests: Sequence[EditRequest], replicas: Replicas | None) -> Part:
-        """Requests as the network is trained on them, and the share of this process."""
-        one = replicas or Replicas()
-        turn = self.current_epoch if replicas is not None else 0
-        lesson = Lesson.from_requests(
-            requests,
-            self.tokens,
-            train_on=self.train_on,
-            turn=turn,
-            answers_needed=self.locality_positions == "answers",
-        ).to(next(self.model.parameters()).device)
-        groups, count = self._groups(len(requests))
-        together = self.edits_at_once is None
-        mine = [
-            i
-            for i, group in enumerate(groups.tolist())
-            if (i if together else group) % one.count == one.rank
-        ]
-        return Part(lesson, requests, groups, count, mine)
-
-    def _edits(
-        self, part: Part, replicas: Replicas | None, carried: Mapping[str, Factors] | None = None
-    ) -> dict[str, Factors] | None:
-        """The network's edits of a part of a training; None where something is not finite."""
-        one = replicas or Replicas()
-        # Gradients of float16 passes would leave its range, for which only the loss is scaled.
-        with torch.autocast(part.groups.device.type, enabled=False):
-            with beside(self.model, self.sites, carried):
-                rows, _ = capture(
-                    self.tree,
-                    self.sites,
-                    part.lesson.inner,
-                    self.inner_weights(part.lesson.inner, part.groups),
-                    chosen=part.mine,
-                    size=self.micro_batch_size,
-                    positions=self.positions,
-                )
-            if self.edits_at_once is None:
-                rows = {name: one.gathered(row) for name, row in rows.items()}
-            sums = [row.inputs.sum() + row.gradients.sum() for row in rows.values()]
-            if not one.agree(bool(torch.stack(sums).isfinite().all())):
-                return None
-            return self.transform(rows, part.requests, part.groups, part.count, replicas)
-
-    def _verdict(
-        self,
-        part: Part,
-        factors: Mapping[str, Factors],
-        one: Replicas,
-        carried: Mapping[str, Factors] | None = None,
-    ) -> Verdict | None:
-        """What becomes of a part's texts with edits; None where something is not finite."""
-        kind = part.groups.device.type
-        mixed = torch.is_autocast_enabled(kind)
-        rounded = mixed and torch.get_autocast_dtype(kind) == torch.bfloat16
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=rounded):
-            found = judge(
-                self.tree,
-                self.sites,
-                part,
-                factors,
-                token_loss=self.token_loss,
-                weights=self.weights_now(),
-                positions=self.locality_positions,
-                size=self.micro_batch_size,
-                carried=carried,
-            )
-        found = Verdict(one.total(found.edit), one.total(found.kl), found.gradients)
-        sums = [found.edit, found.kl, *(gradient.sum() for gradient in found.gradients)]
-        return found if one.agree(bool(torch.stack(sums).isfinite().all())) else None
-
-    def _pull(
-        self, factors: Mapping[str, Factors], gradients: Sequence[Tensor], one: Replicas
-    ) -> Tensor:
-        """Σ ⟨gradient, edit⟩, whose gradient is the network's."""
-        ends = [tensor for found in factors.values() for tensor in (found.u, found.v)]
-        pull = torch.zeros((), device=ends[0].device)
-        for end, gradient in zip(ends, gradients, strict=True):
-            if end.requires_grad:
-                pull = pull + (end * gradient).sum()
-        # Processes average their gradients, whereas the loss is a sum over shares.
-        return one.count * pull if pull.requires_grad else self._nothing()
-
-    def _groups(self, requests: int) -> tuple[Tensor, int]:
-        device = next(self.model.parameters()).device
-        size = self.edits_at_once or requests
-        return torch.arange(requests, device=device) // size, -(-requests // size)
+    Examples:
+        >>> check_counts(rank=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: `rank` is expected to be at least 1, but got 0.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"`{name}` is expected to be at least 1, but got {count}.")

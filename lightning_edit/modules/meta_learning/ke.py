@@ -16,18 +16,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_edit.core.batch import EditBatch, pad_rows
-from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.evaluator import Evaluation, Evaluator
 from lightning_edit.functional.ke import ke_factors
 from lightning_edit.functional.label_smoothing import smoothed_nll
+from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, Positions, grouped
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
-from lightning_edit.modules.meta_learning.lessons import TrainOn
-from lightning_edit.modules.meta_learning.replicas import Replicas
+from lightning_edit.modules.meta_learning.objectives import Objective
+from lightning_edit.modules.meta_learning.training_batch import TrainOn
 
 __all__ = ["KE"]
 
@@ -97,6 +98,67 @@ class KENetwork(nn.Module):
         return [head(read) for head in self.heads]
 
 
+class BoundedDivergence(Objective):
+    """KE's: label-smoothed NLL under the constraint KL ≤ m; the loss is a · NLL + b α (KL − m).
+
+    α and m are the network's ``multiplier`` and ``margin``.
+
+    Args:
+        edit: a.
+        kept: b.
+        smoothing: ε of the label smoothing.
+    """
+
+    def __init__(self, edit: float, kept: float, smoothing: float) -> None:
+        self.edit = edit
+        self.kept = kept
+        self.smoothing = smoothing
+
+    @override
+    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return smoothed_nll(logits, targets, self.smoothing)
+
+    @override
+    def weights(self, network: nn.Module) -> tuple[float, float]:
+        return self.edit, self.kept * float(cast(KENetwork, network).multiplier.detach())
+
+    @override
+    def added(self, network: nn.Module, edit: Tensor, kept: Tensor) -> Tensor:
+        own = cast(KENetwork, network)
+        # α KL is in the loss already, as far as the edits go.
+        weighted = self.kept * own.multiplier
+        return weighted * (kept - own.margin) - weighted.detach() * kept
+
+
+class MarginSchedule:
+    """Has m shrink after each validation of a fit in which nearly all edits are said.
+
+    Args:
+        min_margin: Where it shrinks no further.
+    """
+
+    def __init__(self, min_margin: float) -> None:
+        self.min_margin = min_margin
+        #: Share of the edits of a validation that are said.
+        self.flipped = MeanMetric()
+
+    def update(self, found: Evaluation) -> None:
+        """Takes note of whether an edit is said whole."""
+        said = [probe.exact for probe in found.probes if probe.metric == "reliability"]
+        self.flipped.update(torch.tensor(said, dtype=torch.float32))
+
+    def step(self, editor: EditModule[Any]) -> None:
+        """Shrinks and logs the margin of an editor's network."""
+        flipped = float(self.flipped.compute())
+        self.flipped.reset()
+        if editor.trainer.state.fn != "fit" or editor.trainer.sanity_checking:
+            return
+        margin = cast(KENetwork, editor.network).margin
+        if flipped > WELL_FLIPPED:
+            margin.copy_((TIGHTER * margin).clamp(min=self.min_margin))
+        editor.log("margin", margin.clone(), sync_dist=True)  # equal already
+
+
 class KE(HyperEditModule):
     """Reads an edit as text, and learns which parts of its gradient to take.
 
@@ -128,6 +190,7 @@ class KE(HyperEditModule):
             model are read if False, and are in no checkpoint.
         train_on: What the edited model has to answer: ``both`` prompt and rephrase, or one of them.
         edit_weight: Weight of the loss of the new answers.
+        locality_weight: Weight of α (KL − m).
         kwargs: Further arguments of ``HyperEditModule``, such as ``modules``.
 
     References:
@@ -135,7 +198,13 @@ class KE(HyperEditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.08164"
-    locality_positions: Positions = "answers"
+    default_modules: ClassVar[tuple[str, ...]] = (
+        "attention_in",
+        "attention_out",
+        "mlp_in",
+        "mlp_out",
+    )
+    locality_positions: ClassVar[Positions] = "answers"
 
     def __init__(
         self,
@@ -153,9 +222,10 @@ class KE(HyperEditModule):
         train_embeddings: bool = False,
         train_on: TrainOn = "both",
         edit_weight: float = 1.0,
+        locality_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, train_on=train_on, edit_weight=edit_weight, **kwargs)
+        super().__init__(model, layers, train_on=train_on, **kwargs)
         if self.edits_at_once != 1:
             raise ValueError(
                 f"`edits_at_once` is expected to be 1, since KE makes one edit at a time, but got "
@@ -167,24 +237,23 @@ class KE(HyperEditModule):
         self.lr = lr
         self.multiplier_lr = multiplier_lr
         self.margin = margin
-        self.min_margin = min_margin
-        self.smoothing = smoothing
         self.warmup_steps = warmup_steps
         self.train_embeddings = train_embeddings
-        self.flipped = MeanMetric()  # share of the edits of a validation that are said
+        self.objective = BoundedDivergence(edit_weight, locality_weight, smoothing)
+        schedule = MarginSchedule(min_margin)
+        self.network_training.schedule = schedule
+        self.flipped = schedule.flipped  # moves to other devices with the editor
         self._said: dict[str, str] = {}
-
-    @override
-    def default_projections(self) -> list[str]:
-        return ["attention_in", "attention_out", "mlp_in", "mlp_out"]
 
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
         return list(range(len(tree.blocks)))
 
     @override
-    def build(self, sites: Sequence[WeightSite], generator: torch.Generator) -> nn.Module:
-        table = cast(Any, self.tree.input_embeddings).weight.detach().float()
+    def build(
+        self, tree: ModelTree, sites: Sequence[WeightSite], generator: torch.Generator
+    ) -> nn.Module:
+        table = cast(Any, tree.input_embeddings).weight.detach().float()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
             return KENetwork(
@@ -197,7 +266,7 @@ class KE(HyperEditModule):
             )
 
     @override
-    def configure_optimizers(self) -> Any:
+    def network_optimizer(self) -> Any:
         network = self.network
         learned = [p for name, p in network.named_parameters() if name != "multiplier"]
         climbing: dict[str, Any] = {
@@ -222,39 +291,19 @@ class KE(HyperEditModule):
         }
 
     @override
-    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return smoothed_nll(logits, targets, self.smoothing)
-
-    @override
-    def weights_now(self) -> tuple[float, float]:
-        return self.edit_weight, self.locality_weight * float(self.network.multiplier.detach())
-
-    @override
-    def added_loss(self, edit: Tensor, divergence: Tensor) -> Tensor:
-        # α KL is in the loss already, as far as the edits go.
-        weighted = self.locality_weight * self.network.multiplier
-        added = weighted * (divergence - self.network.margin)
-        found: Tensor = added - weighted.detach() * divergence
-        return found
-
-    @override
-    def compute_edit(self, batch: EditBatch) -> WeightDelta:
-        if len(batch) > 1:
-            raise EditError(
-                f"KE makes one edit at a time, but got {len(batch)} requests. Set "
-                "`data.batch_size=1`, or edit them one after another."
-            )
-        return super().compute_edit(batch)
-
-    @override
     def transform(
         self,
         rows: Mapping[str, FactorRows],
         requests: Sequence[EditRequest],
         groups: Tensor,
         count: int,
-        replicas: Replicas | None,
+        processes: Processes | None,
     ) -> dict[str, Factors]:
+        if count < len(requests):
+            raise EditError(
+                f"KE makes one edit at a time, but got {len(requests)} requests. Set "
+                "`data.batch_size=1`, or edit them one after another."
+            )
         ids = [self.tokens.tokenizer(text)["input_ids"] for text in self.conditions(requests)]
         tokens, mask = pad_rows([row[:LONGEST] for row in ids], self.tokens.pad_id)
         table: Any = self.network.embeddings or self.tree.input_embeddings
@@ -291,20 +340,3 @@ class KE(HyperEditModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self._said = known  # the model stays the same all along
         return [f"{r.target_old or known[r.id]} >> {r.target_new} || {r.prompt}" for r in requests]
-
-    @override
-    def note(self, found: Evaluation) -> None:
-        said = [probe.exact for probe in found.probes if probe.metric == "reliability"]
-        self.flipped.update(torch.tensor(said, dtype=torch.float32))
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        flipped = float(self.flipped.compute())
-        self.flipped.reset()
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
-            return
-        margin = self.network.margin
-        if flipped > WELL_FLIPPED:
-            margin.copy_((TIGHTER * margin).clamp(min=self.min_margin))
-        self.log("margin", margin.clone(), sync_dist=True)  # equal already

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from typing_extensions import override
 
-from lightning_edit.core.locator import WeightSite
+from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.mend import mend_factors
-from lightning_edit.functional.ultra_edit import row_moments
 from lightning_edit.modules.meta_learning.factor_network import (
     FactorNetwork,
     MENDBlock,
@@ -23,8 +23,7 @@ from lightning_edit.modules.meta_learning.factor_network import (
     shape_key,
 )
 from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, grouped
-from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
-from lightning_edit.modules.meta_learning.replicas import Replicas
+from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule, check_counts
 
 __all__ = ["MEND"]
 
@@ -101,9 +100,7 @@ class MEND(HyperEditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        for name, number in (("rank", rank), ("blocks", blocks)):
-            if number < 1:
-                raise ValueError(f"`{name}` is expected to be at least 1, but got {number}.")
+        check_counts(rank=rank, blocks=blocks)
         self.rank = rank
         self.blocks = blocks
         self.lr = lr
@@ -113,7 +110,9 @@ class MEND(HyperEditModule):
         self.descent = descent
 
     @override
-    def build(self, sites: Sequence[WeightSite], generator: torch.Generator) -> nn.Module:
+    def build(
+        self, tree: ModelTree, sites: Sequence[WeightSite], generator: torch.Generator
+    ) -> nn.Module:
         networks = {
             key: FactorNetwork(
                 MENDBlock,
@@ -129,7 +128,7 @@ class MEND(HyperEditModule):
         return MENDNetwork(networks, len(sites), self.edit_lr)
 
     @override
-    def configure_optimizers(self) -> Any:
+    def network_optimizer(self) -> Any:
         return Adam(
             [
                 {"params": list(self.network.by_shape.parameters()), "lr": self.lr},
@@ -144,7 +143,7 @@ class MEND(HyperEditModule):
         requests: Sequence[EditRequest],
         groups: Tensor,
         count: int,
-        replicas: Replicas | None,
+        processes: Processes | None,
     ) -> dict[str, Factors]:
         found: dict[str, Factors] = {}
         places: dict[str, int] = {}
@@ -152,11 +151,8 @@ class MEND(HyperEditModule):
             own, key = rows[site.name], shape_key(site)
             network, matrix = self.network.by_shape[key], places.setdefault(key, 0)
             places[key] += 1
-            if replicas is not None:
-                moments = row_moments(torch.cat([own.inputs, own.gradients], 1))
-                shares = [moments] if self.edits_at_once is None else replicas.moments(moments)
-                for share in shares:
-                    network.update(share)
+            if processes is not None:
+                network.learn(own.inputs, own.gradients, processes)
             inputs, gradients = network(own.inputs, own.gradients, matrix)
             u, v = mend_factors(inputs, gradients, edit_lr, descent=self.descent)
             found[site.name] = grouped(u, v, groups[own.requests], count)

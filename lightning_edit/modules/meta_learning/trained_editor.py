@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from typing_extensions import override
@@ -13,7 +15,8 @@ from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.meta_learning.base import LearningModule, read_editor
+from lightning_edit.modules.meta_learning.checkpoints import read_editor
+from lightning_edit.modules.meta_learning.training import Trainable
 from lightning_edit.modules.targets import Target
 
 __all__ = ["TrainedEditor"]
@@ -62,6 +65,10 @@ class TrainedEditor(EditModule[Any]):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.11309"
+    unused_arguments: ClassVar[Mapping[str, str]] = {
+        "layers": "they are those that the editor was trained to edit, and the checkpoint knows "
+        "them. Leave them out."
+    }
 
     def __init__(
         self,
@@ -71,19 +78,14 @@ class TrainedEditor(EditModule[Any]):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        if self.layers is not None:
-            raise ValueError(
-                "`layers` are those that the editor was trained to edit, and the checkpoint knows "
-                "them. Leave them out."
-            )
         self.checkpoint = checkpoint
         self.any_base = any_base
         self.network: Any = None
         # In a tuple, out of sight of Lightning, for which it would be a part of this module.
-        self._trained: tuple[LearningModule[Any], ...] = ()
+        self._trained: tuple[EditModule[Any], ...] = ()
 
     @property
-    def trained(self) -> LearningModule[Any]:
+    def trained(self) -> EditModule[Any]:
         """The editor out of the checkpoint; there once the model is."""
         return self._trained[0]
 
@@ -96,7 +98,7 @@ class TrainedEditor(EditModule[Any]):
         """What the trained editor edits: weights, or a memory."""
         saved = read_editor(self.checkpoint)
         about = saved["lightning_edit"]["editor"]
-        methods = {cls.__name__: cls for cls in _subclasses(LearningModule)}
+        methods = {cls.__name__: cls for cls in _trainable(EditModule)}
         if about["method"] not in methods:
             raise ArtifactError(
                 f"`{self.checkpoint}` was written by {about['method']}, which is not imported. "
@@ -118,8 +120,9 @@ class TrainedEditor(EditModule[Any]):
         return edit
 
 
-def _subclasses(cls: Any) -> list[Any]:
-    found: list[Any] = []
+def _trainable(cls: Any) -> Iterator[Any]:
+    """All methods below a class that are trained before they edit."""
+    if issubclass(cls, Trainable) and not inspect.isabstract(cls):
+        yield cls
     for one in cls.__subclasses__():
-        found += [one, *_subclasses(one)]
-    return found
+        yield from _trainable(one)

@@ -25,6 +25,7 @@ from lightning_edit import (
     TrainedEditor,
 )
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError, RequestError
+from lightning_edit.core.processes import Processes
 from lightning_edit.demos import (
     WORLD,
     tiny_model,
@@ -34,12 +35,11 @@ from lightning_edit.demos import (
 )
 from lightning_edit.evaluation.scoring import continuations
 from lightning_edit.functional.scope import chosen_edits, scope_distances, scope_loss
-from lightning_edit.modules.meta_learning.replicas import Replicas
 from tests import zoo
 from tests.modules.helpers import bare_trainer, fingerprint, plain_nll, same, same_edit, snapshot
 
 
-def _lessons() -> list[list[EditRequest]]:
+def _batches() -> list[list[EditRequest]]:
     """Every fact with every answer of its relation but its own and that of `tiny_requests`.
 
     Flags have too few colors for that.
@@ -71,11 +71,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         use_all_negatives=True,
         cross_negatives=True,
     )
-    lessons: Any = DataLoader(_lessons(), batch_size=None)  # type: ignore[arg-type]
-    figures = [editor.lesson_loss(_lessons()[0])[1]]
+    batches: Any = DataLoader(_batches(), batch_size=None)  # type: ignore[arg-type]
+    figures = [editor.edit_loss(_batches()[0])[1]]
     trainer = bare_trainer(max_epochs=20)
-    trainer.fit(editor, lessons, lessons)
-    figures.append(editor.lesson_loss(_lessons()[0])[1])
+    trainer.fit(editor, batches, batches)
+    figures.append(editor.edit_loss(_batches()[0])[1])
     path = tmp_path_factory.mktemp("serac") / "serac.ckpt"
     trainer.save_checkpoint(path)
     return path, figures
@@ -177,7 +177,7 @@ def test_the_loss_is_that_of_the_plain_formulas(
     settings |= {"use_all_negatives": negatives == "all", "cross_negatives": negatives == "cross"}
     editor = SERAC.from_model(*trained_tiny_model(), **settings)
     requests, tokens = tiny_requests(3), editor.tokens
-    loss, figures = editor.lesson_loss(requests)
+    loss, figures = editor.edit_loss(requests)
 
     def place(ids: list[int]) -> Tensor:
         found: Tensor = editor.network.encoder.encode(editor.model, [ids])[0]
@@ -235,9 +235,9 @@ def test_every_architecture_is_trained_and_the_base_is_left_alone(kind: str) -> 
     kept = snapshot(model)
     editor = SERAC.from_model(model, tiny_tokenizer(), width=16, lr=1e-2, encoder_lr=1e-2)
     requests = tiny_requests(4)
-    before = editor.lesson_loss(requests)[1]
+    before = editor.edit_loss(requests)[1]
     bare_trainer(max_epochs=8).fit(editor, EditDataModule(requests=requests, batch_size=4))
-    after = editor.lesson_loss(requests)[1]
+    after = editor.edit_loss(requests)[1]
     assert after["edit"] < 0.8 * before["edit"]
     assert after["scope"] < before["scope"]
     assert same(model, kept)
@@ -436,10 +436,10 @@ def test_parts_out_of_folders_need_no_training(encoder: Path, tmp_path: Path) ->
 
 def test_an_encoder_out_of_a_folder_is_trained_too(encoder: Path, tmp_path: Path) -> None:
     editor = SERAC.from_model(*trained_tiny_model(), encoder=str(encoder), encoder_lr=1e-2)
-    before = editor.lesson_loss(tiny_requests(4))[1]
+    before = editor.edit_loss(tiny_requests(4))[1]
     trainer = bare_trainer(max_epochs=6)
     trainer.fit(editor, EditDataModule(requests=tiny_requests(4), batch_size=4))
-    assert editor.lesson_loss(tiny_requests(4))[1]["scope"] < before["scope"]
+    assert editor.edit_loss(tiny_requests(4))[1]["scope"] < before["scope"]
     edit = editor.edit(tiny_requests(2))
     edit.save(tmp_path / "edit")
     model, _ = trained_tiny_model()
@@ -517,6 +517,6 @@ def test_an_edit_that_leaves_no_room_for_its_prompt_is_refused() -> None:
 def test_a_training_on_several_rephrases_takes_them_in_turn() -> None:
     editor = SERAC.from_model(*trained_tiny_model(), train_on="rephrase")
     requests = tiny_requests(2)
-    first = editor.lesson_loss(requests, Replicas())[1]
+    first = editor.edit_loss(requests, Processes())[1]
     turned = [replace(r, rephrases=r.rephrases[1:]) for r in requests]
-    assert editor.lesson_loss(turned)[1]["edit"] != first["edit"]
+    assert editor.edit_loss(turned)[1]["edit"] != first["edit"]

@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_edit import KE, EditDataModule, EditRequest
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.processes import Processes
 from lightning_edit.data import HeldOut
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.ke import ke_factors
-from lightning_edit.modules.meta_learning.replicas import Replicas
 from tests import zoo
 from tests.modules.helpers import bare_trainer
 from tests.modules.meta_learning.test_mend import PlainMEND
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form(kind: str) -> None:
     edit, kl = (torch.stack(part).mean() for part in zip(*terms, strict=True))
     wanted = edit + editor.network.multiplier * (kl - 0.25)
     wanted_gradients = torch.autograd.grad(wanted, list(editor.network.parameters()))
-    loss, figures = editor.lesson_loss(requests, Replicas())
+    loss, figures = editor.edit_loss(requests, Processes())
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert figures["kl"] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
     found = torch.autograd.grad(loss, list(editor.network.parameters()))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_edit import MALMEN, EditRequest
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.processes import Processes
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.modules.meta_learning.factor_network import CHUNK
-from lightning_edit.modules.meta_learning.replicas import Replicas
 from tests import zoo
 from tests.modules.meta_learning.test_mend import PlainMEND, shaken
 
@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form(kind: str) -> None:
     plain = PlainMALMEN(editor)  # type: ignore[arg-type]
     wanted = plain.loss(requests)
     wanted_gradients = torch.autograd.grad(wanted, list(editor.network.parameters()))
-    loss, _ = editor.lesson_loss(requests, Replicas())
+    loss, _ = editor.edit_loss(requests, Processes())
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
     found = torch.autograd.grad(loss, list(editor.network.parameters()))
     for a, b in zip(found, wanted_gradients, strict=True):
@@ -118,8 +118,8 @@ def test_passes_change_the_scale_of_gradients_and_nothing_else() -> None:
         editor = MALMEN.from_model(
             *trained_tiny_model(), rank=4, edit_lr=1e-2, normalize=False, micro_batch_size=size
         )
-        editor.inner_weights = lambda batch, groups: (batch.labels != -100) / 1.0  # type: ignore
-        return editor.lesson_loss(tiny_requests(6), Replicas())[0].item()
+        editor.token_weights = lambda batch, groups: (batch.labels != -100) / 1.0  # type: ignore
+        return editor.edit_loss(tiny_requests(6), Processes())[0].item()
 
     assert loss_of(2) == pytest.approx(loss_of(6), rel=1e-4)
 
@@ -130,7 +130,7 @@ def test_many_rows_go_through_in_parts_with_the_same_gradient(
     def gradients() -> list[Tensor]:
         editor = MALMEN.from_model(*trained_tiny_model(), rank=4, edit_lr=1e-2)
         shaken(editor)  # type: ignore[arg-type]
-        loss, _ = editor.lesson_loss(tiny_requests(6), Replicas())
+        loss, _ = editor.edit_loss(tiny_requests(6), Processes())
         return list(torch.autograd.grad(loss, list(editor.network.parameters())))
 
     wanted = gradients()
@@ -145,7 +145,7 @@ def test_biased_statistics_are_the_authors_and_need_two_rows() -> None:
         editor = MALMEN.from_model(
             *trained_tiny_model(), rank=4, biased_variance=biased, micro_batch_size=size
         )
-        editor.lesson_loss(tiny_requests(6), Replicas())
+        editor.edit_loss(tiny_requests(6), Processes())
         [network] = editor.network.by_shape.values()
         found: Tensor = network.squares[:128]  # of inputs, which no scale of a loss changes
         return found
@@ -156,7 +156,7 @@ def test_biased_statistics_are_the_authors_and_need_two_rows() -> None:
     assert bool((squares(3, biased=True) > squares(6, biased=True)).any())
     editor = MALMEN.from_model(*trained_tiny_model(), rank=4, biased_variance=True)
     with pytest.raises(EditError, match="has no variance"):
-        editor.lesson_loss([EditRequest_with_one_token()], Replicas())
+        editor.edit_loss([EditRequest_with_one_token()], Processes())
 
 
 def EditRequest_with_one_token() -> EditRequest:  # noqa: N802
@@ -180,10 +180,10 @@ def test_a_sequence_of_edits_is_each_on_top_of_those_before() -> None:
         model, tokenizer, sequence=2, discount=0.5, shift_penalty=0.1, **settings
     )
     requests = tiny_requests(4)
-    loss, figures = editor.lesson_loss(requests, Replicas())
+    loss, figures = editor.edit_loss(requests, Processes())
     found = torch.autograd.grad(loss, list(editor.network.parameters()), allow_unused=True)
 
-    def judged(asked: list[EditRequest], edits: list[Any]) -> float:
+    def loss_of(asked: list[EditRequest], edits: list[Any]) -> float:
         """Losses of requests in a model with edits written into it."""
         plain = PlainMALMEN(MALMEN.from_model(trained_tiny_model()[0], tokenizer, **settings))  # type: ignore[arg-type]
         weights = {
@@ -200,9 +200,9 @@ def test_a_sequence_of_edits_is_each_on_top_of_those_before() -> None:
     first = written.edit(requests[:2])
     first.apply_(written.model)
     second = written.edit(requests[2:])
-    wanted = judged(requests[:2], [first]) / 2
-    wanted += judged(requests[2:], [first, second]) / 2
-    wanted += 0.5 * judged(requests[:2], [first, second]) / 2
+    wanted = loss_of(requests[:2], [first]) / 2
+    wanted += loss_of(requests[2:], [first, second]) / 2
+    wanted += 0.5 * loss_of(requests[:2], [first, second]) / 2
     wanted += 0.1 * (first.norm() ** 2 + second.norm() ** 2)
     assert loss.item() == pytest.approx(wanted, rel=1e-3)
     assert figures["loss"] == pytest.approx(wanted, rel=1e-3)
@@ -211,7 +211,7 @@ def test_a_sequence_of_edits_is_each_on_top_of_those_before() -> None:
         for parameter, gradient in zip(editor.network.parameters(), found, strict=True):
             if gradient is not None:
                 parameter.sub_(1e-6 * gradient / (gradient.norm() + 1e-12))
-    later, _ = editor.lesson_loss(requests, Replicas())
+    later, _ = editor.edit_loss(requests, Processes())
     assert later.item() < loss.item()
 
 
@@ -220,7 +220,7 @@ def test_a_sequence_of_one_is_an_edit_as_ever_and_divides_batches_itself() -> No
     for settings in ({}, {"sequence": 2, "discount": 0.0, "shift_penalty": 0.0}):
         arguments: dict[str, Any] = {"rank": 4, "edit_lr": 1e-2, **settings}
         editor = MALMEN.from_model(*trained_tiny_model(), **arguments)
-        losses.append(editor.lesson_loss(tiny_requests(1), Replicas())[0].item())
+        losses.append(editor.edit_loss(tiny_requests(1), Processes())[0].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     with pytest.raises(ValueError, match="Leave `edits_at_once` out"):
         MALMEN(sequence=2, edits_at_once=2)

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from lightning_edit import MEND, EditRequest, Probe
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import EditError, LocatorError
+from lightning_edit.core.processes import Processes
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.modules.meta_learning.replicas import Replicas
 from tests import zoo
 from tests.modules.helpers import plain_nll
 
@@ -138,7 +138,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form_on_any_architecture(kind
     plain = PlainMEND(editor)
     wanted = plain.loss(requests)
     wanted_gradients = torch.autograd.grad(wanted, list(editor.network.parameters()))
-    loss, figures = editor.lesson_loss(requests, Replicas())
+    loss, figures = editor.edit_loss(requests, Processes())
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert figures["loss"] == pytest.approx(0.1 * figures["edit"] + figures["kl"], rel=1e-5)
     found = torch.autograd.grad(loss, list(editor.network.parameters()))
@@ -154,7 +154,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form_on_any_architecture(kind
 
 def test_an_edit_after_training_is_the_plain_one_of_rank_tokens() -> None:
     editor = shaken(MEND.from_model(*trained_tiny_model(), layers=[3], rank=4))
-    editor.lesson_loss(tiny_requests(4), Replicas())
+    editor.edit_loss(tiny_requests(4), Processes())
     network = editor.network.by_shape["32x128"]
     kept = {name: tensor.clone() for name, tensor in network.named_buffers()}
     [request] = tiny_requests(1)
@@ -262,7 +262,7 @@ def test_figures_are_those_of_the_authors_code(
     model, tokenizer = default_model
     editor = MEND.from_model(model, tokenizer, descent=False, rank=64, **CASES[case])
     assert [site.name for site in editor.sites] == inputs["inner_params"]
-    loss, found = editor.lesson_loss([FRANCE], Replicas())
+    loss, found = editor.edit_loss([FRANCE], Processes())
     assert found["edit"] == pytest.approx(figures["l_edit"], rel=1e-3)
     assert found["kl"] == pytest.approx(figures["l_loc"], rel=1e-3, abs=1e-6)
     assert found["loss"] == pytest.approx(figures["l_total"], rel=1e-3)

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a model's answers with edits beside its weights, and where edits should go."""
+"""Losses of edits while they act on a model, and the gradient of these losses at the edits."""
 
 # Shapes: G edits, O outputs and I inputs of a projection, N tokens, V vocabulary.
 
@@ -14,37 +14,17 @@ from torch import Tensor
 
 from lightning_edit.core.batch import IGNORE_INDEX
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.metrics import kl_divergence
-from lightning_edit.modules.meta_learning.factors import Factors, Positions, beside, edited
-from lightning_edit.modules.meta_learning.lessons import Lesson, shared_weights
+from lightning_edit.modules.meta_learning.factors import Factors, Positions, edited
+from lightning_edit.modules.meta_learning.training_batch import GroupedRequests, shared_weights
 from lightning_edit.passes.gradient_passes import output_below, skipped
 from lightning_edit.passes.target_loss import all_places, place_logits, target_places
 
-__all__ = ["Part", "Verdict", "judge"]
+__all__ = ["EditLosses", "edit_losses"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Requests that are edited by one step, and what this process does of it.
-
-    Args:
-        lesson: The requests as tokens.
-        requests: The requests.
-        groups: The edit that each belongs to, [len(requests)] int64.
-        count: G, the number of edits.
-        mine: Places of the requests that this process runs.
-    """
-
-    lesson: Lesson
-    requests: Sequence[EditRequest]
-    groups: Tensor
-    count: int
-    mine: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Verdict:
+class EditLosses:
     """How edits do: this process's part of the mean over edits of the mean over tokens.
 
     Args:
@@ -58,32 +38,32 @@ class Verdict:
     gradients: list[Tensor]
 
 
-def judge(
+def edit_losses(
     tree: ModelTree,
     sites: Sequence[WeightSite],
-    part: Part,
+    asked: GroupedRequests,
     factors: Mapping[str, Factors],
     *,
     token_loss: Callable[[Tensor, Tensor], Tensor],
     weights: tuple[float, float],
     positions: Positions,
     size: int,
-    carried: Mapping[str, Factors] | None = None,
-) -> Verdict:
+    earlier: Mapping[str, Factors] | None = None,
+) -> EditLosses:
     """Reads the losses of edits in passes, and their gradient.
 
     Args:
         tree: The model; it stays as it is.
         sites: The edited projections.
-        part: The requests.
+        asked: The requests, and which of them this process runs.
         factors: Edits [G, n, O] and [G, n, I] by the parameter's name.
         token_loss: Loss of each token, [N], from logits [N, V] and tokens [N].
         weights: Of the loss of the new answers and of the divergence.
         positions: Whether the divergence is taken at ``all`` tokens or at those of ``answers``.
         size: Requests in a pass.
-        carried: Edits that stand in the model already, one by name.
+        earlier: An edit that was made before, and acts as well.
     """
-    lesson, groups = part.lesson, part.groups
+    batch, groups = asked.batch, asked.groups
     leaves = {
         name: Factors(*(t.detach().requires_grad_(t.requires_grad) for t in (f.u, f.v)))
         for name, f in factors.items()
@@ -91,38 +71,38 @@ def judge(
     flat = [t for found in leaves.values() for t in (found.u, found.v)]
     learned = [t for t in flat if t.requires_grad]
     totals = {id(t): torch.zeros_like(t) for t in flat}
-    owners = torch.tensor(lesson.outer_owners, device=groups.device)
-    outer_weights = shared_weights(lesson.outer.labels != IGNORE_INDEX, groups[owners])
-    mask = lesson.locality.attention_mask.bool()
+    owners = torch.tensor(batch.outer_owners, device=groups.device)
+    outer_weights = shared_weights(batch.outer.labels != IGNORE_INDEX, groups[owners])
+    mask = batch.locality.attention_mask.bool()
     if positions == "answers" or tree.is_encoder_decoder:
-        mask = lesson.locality.labels != IGNORE_INDEX
+        mask = batch.locality.labels != IGNORE_INDEX
     locality_weights = shared_weights(mask, groups)
     edit = torch.zeros((), device=groups.device)
     divergence = torch.zeros((), device=groups.device)
     places = all_places if positions == "all" else target_places
-    for start in range(0, len(part.mine), size):
-        chosen = list(part.mine[start : start + size])
-        probes = lesson.locality.select(chosen)
+    for start in range(0, len(asked.mine), size):
+        chosen = list(asked.mine[start : start + size])
+        probes = batch.locality.select(chosen)
         where = places(tree, probes)
         with torch.no_grad(), output_below(tree, sites) as below:
             before = place_logits(tree, probes, where)
         if tree.is_encoder_decoder:  # what its decoder attends to may be edited, too
             below = {}
-        with beside(tree.model, sites, carried):
+        with edited(tree.model, sites, earlier):
             with edited(tree.model, sites, leaves, groups[chosen]), skipped(below):
                 after = place_logits(tree, probes, where)
-            asked = [i for i, owner in enumerate(lesson.outer_owners) if owner in set(chosen)]
-            outer = lesson.outer.select(asked)
-            with edited(tree.model, sites, leaves, groups[owners[asked]]):
+            rows = [i for i, owner in enumerate(batch.outer_owners) if owner in set(chosen)]
+            outer = batch.outer.select(rows)
+            with edited(tree.model, sites, leaves, groups[owners[rows]]):
                 logits = place_logits(tree, outer, target_places(tree, outer))
-        shares = locality_weights[chosen][mask[chosen]] / part.count
+        shares = locality_weights[chosen][mask[chosen]] / asked.count
         kl = (shares * kl_divergence(before, after)).sum()
         is_target = outer.labels != IGNORE_INDEX
         losses = token_loss(logits, outer.labels[is_target])
-        nll = (outer_weights[asked][is_target] / part.count * losses).sum()
+        nll = (outer_weights[rows][is_target] / asked.count * losses).sum()
         edit, divergence = edit + nll.detach(), divergence + kl.detach()
         if learned:
             loss = weights[0] * nll + weights[1] * kl
             for leaf, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                 totals[id(leaf)] += gradient
-    return Verdict(edit, divergence, [totals[id(t)] for t in flat])
+    return EditLosses(edit, divergence, [totals[id(t)] for t in flat])

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""What an editor is taught with: edits, what has to follow from them, and what has to stay."""
+"""What an editor is trained on: edits, what has to follow from them, and what has to stay."""
 
 # Shapes: B rows, T positions.
 
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.errors import RequestError
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, Probe
 
-__all__ = ["Lesson", "TrainOn", "shared_weights"]
+__all__ = ["GroupedRequests", "TrainOn", "TrainingBatch", "shared_weights"]
 
 TrainOn = Literal["rephrase", "prompt", "both"]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingBatch:
     """A batch of requests as an editor is trained on them.
 
     Args:
@@ -96,6 +97,29 @@ class Lesson:
             self.outer_owners,
             self.locality.to(device),
         )
+
+
+@dataclass(frozen=True)
+class GroupedRequests:
+    """Requests of one step: which edit answers each, and which this process runs.
+
+    Args:
+        requests: The requests.
+        batch: The same as tokens.
+        groups: The edit that each belongs to, [len(requests)] int64.
+        count: G, the number of edits.
+        processes: Those that share the step.
+        mine: Places of the requests that this process runs.
+        in_training: Whether statistics go on, or the edits are only looked at.
+    """
+
+    requests: Sequence[EditRequest]
+    batch: TrainingBatch
+    groups: Tensor
+    count: int
+    processes: Processes
+    mine: Sequence[int]
+    in_training: bool
 
 
 def _probe(request: EditRequest, turn: int, answer_needed: bool) -> Probe:
