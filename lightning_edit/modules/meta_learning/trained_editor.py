@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+import lightning_edit
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
@@ -98,7 +99,7 @@ class TrainedEditor(EditModule[Any]):
         """What the trained editor edits: weights, or a memory."""
         saved = read_editor(self.checkpoint)
         about = saved["lightning_edit"]["editor"]
-        methods = {cls.__name__: cls for cls in _trainable(EditModule)}
+        methods = _methods(about["method"])
         if about["method"] not in methods:
             raise ArtifactError(
                 f"`{self.checkpoint}` was written by {about['method']}, which is not imported. "
@@ -118,6 +119,13 @@ class TrainedEditor(EditModule[Any]):
     def compute_edit(self, batch: EditBatch) -> Edit:
         edit: Edit = self.trained.compute_edit(batch)
         return edit
+
+
+def _methods(name: str) -> dict[str, Any]:
+    """Methods that are trained before they edit, by name: all that are imported, and one more."""
+    if name in lightning_edit.__all__:
+        getattr(lightning_edit, name)  # public names are imported on first use
+    return {cls.__name__: cls for cls in _trainable(EditModule)}
 
 
 def _trainable(cls: Any) -> Iterator[Any]:
