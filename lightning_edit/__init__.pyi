@@ -65,6 +65,7 @@ from .modules.memory_based.serac import SERAC as SERAC
 from .modules.meta_learning.ke import KE as KE
 from .modules.meta_learning.malmen import MALMEN as MALMEN
 from .modules.meta_learning.mend import MEND as MEND
+from .modules.meta_learning.rledit import RLEdit as RLEdit
 from .modules.meta_learning.trained_editor import TrainedEditor as TrainedEditor
 
 __all__: list[str]

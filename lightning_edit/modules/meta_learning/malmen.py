@@ -50,7 +50,8 @@ class MALMEN(HyperEditModule):
         biased_variance: Let the statistics add variances as the authors' code does, which
             overstates them and depends on ``micro_batch_size``.
         sequence: Edits that follow one another in training, each on top of those before it: a
-            batch of the data is divided into so many. Above 1 it is RLEdit.
+            batch of the data is divided into so many. Above 1 it is trained as
+            [`RLEdit`][lightning_edit.RLEdit] is.
         discount: How much an earlier edit of the sequence counts at each later one, for each edit
             in between.
         back_depth: Edits of the sequence, the latest first, that count at each.

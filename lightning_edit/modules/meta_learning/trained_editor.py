@@ -24,7 +24,7 @@ __all__ = ["TrainedEditor"]
 
 
 class TrainedEditor(EditModule[Any]):
-    """Has ``fit`` commit the edits of a trained KE, MEND, MALMEN or SERAC.
+    """Has ``fit`` commit the edits of a trained KE, MEND, MALMEN, RLEdit or SERAC.
 
     What was trained, and with which settings, is in the checkpoint. Edits are those of the trained
     editor: of weights, low-rank where they are small, or of a memory. A batch of requests makes

@@ -89,7 +89,7 @@ class SequenceLoss(TrainingLoss):
     """Edits that follow one another, each on top of those before it.
 
     After the t-th edit, the requests of it and of those before count, the j-th before it by γʲ:
-    L = Σ_t (1/n Σ_j γʲ L(t − j) + λ ‖ΔW_t‖²). Edits reach one another by the model alone: the
+    L = 1/n Σ_t (Σ_j γʲ L(t − j) + λ ‖ΔW_t‖²). Edits reach one another by the model alone: the
     gradient of each is its own.
 
     Args:
@@ -141,7 +141,7 @@ class SequenceLoss(TrainingLoss):
                 if not age:  # what is shown is how edits do right after they are made
                     figures["edit"] += share * edit
                     figures["kl"] += share * kl
-            penalty = self.shift_penalty * _squared_norm(factors)
+            penalty = self.shift_penalty / turns * _squared_norm(factors)
             loss = loss + penalty
             figures["loss"] += float(penalty.detach())
             earlier = _on_top(earlier, factors)
