@@ -69,8 +69,12 @@ def test_a_sequence_of_edits_is_each_on_top_of_those_before() -> None:
 
 def test_a_sequence_of_one_edit_is_trained_as_malmen_is() -> None:
     losses = []
-    for cls, more in ((MALMEN, {}), (RLEdit, {"sequence": 1, "shift_penalty": 0.0})):
-        editor = cls.from_model(*trained_tiny_model(), **SETTINGS, **more)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (MALMEN, {}),
+        (RLEdit, {"sequence": 1, "shift_penalty": 0.0}),
+    ]
+    for cls, more in cases:
+        editor = cls.from_model(*trained_tiny_model(), **{**SETTINGS, **more})
         loss, _ = editor.edit_loss(tiny_requests(3), Processes())
         gradients = torch.autograd.grad(loss, list(editor.network.parameters()))
         losses.append((loss.detach(), *gradients))
@@ -80,10 +84,9 @@ def test_a_sequence_of_one_edit_is_trained_as_malmen_is() -> None:
 
 def test_how_far_back_requests_count_is_bounded() -> None:
     def loss_of(**more: Any) -> float:
-        editor = RLEdit.from_model(
-            *trained_tiny_model(), **SETTINGS, sequence=3, shift_penalty=0.0, **more
-        )
-        return editor.edit_loss(tiny_requests(3), Processes())[0].item()
+        settings = {**SETTINGS, "sequence": 3, "shift_penalty": 0.0, **more}
+        editor = RLEdit.from_model(*trained_tiny_model(), **settings)
+        return float(editor.edit_loss(tiny_requests(3), Processes())[1]["loss"])
 
     assert loss_of(back_depth=1) == pytest.approx(loss_of(discount=0.0), rel=1e-6)
     assert loss_of(back_depth=2) < loss_of(back_depth=3)
