@@ -20,7 +20,6 @@ from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
-from lightning_edit.core.processes import Processes
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory

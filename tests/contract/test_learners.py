@@ -157,9 +157,7 @@ def test_edits_are_low_rank_and_exact_on_every_architecture(
     )
 
 
-def test_a_checkpoint_holds_the_network_alone(
-    learner: Any, trained: Trained
-) -> None:
+def test_a_checkpoint_holds_the_network_alone(learner: Any, trained: Trained) -> None:
     editor, checkpoint = trained(learner)
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["state_dict"].keys() == {f"network.{n}" for n in editor.network.state_dict()}
@@ -302,9 +300,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         TrainedEditor(str(checkpoint), layers=[1])
 
 
-def test_the_other_verbs_edit_and_take_it_out_again(
-    learner: Any, trained: Trained
-) -> None:
+def test_the_other_verbs_edit_and_take_it_out_again(learner: Any, trained: Trained) -> None:
     editor: EditModule = trained(learner)[0]
     kept = snapshot(editor.model)
     trainer = bare_trainer(limit_val_batches=1.0)

@@ -93,7 +93,7 @@ def test_bad_probes(subtests: pytest.Subtests) -> None:
             _request(**{name: (probe,)})
 
 
-BAD_FIELDS = [
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "`prompt` of a probe is expected to be text, but got None"),
     ({"answer": 1990}, "`answer` of a probe is expected to be text, but got 1990"),
     ({"kind": 1}, "`kind` of a probe is expected to be text, but got 1"),
@@ -225,7 +225,7 @@ def test_kinds_have_defaults_in_json() -> None:
     assert request.portability == (Probe("y", "z", "one_hop", ("zz",)),)
 
 
-BAD_RECORDS = [
+BAD_RECORDS: list[tuple[dict[str, Any], str]] = [
     ({"subject": "Spain"}, r"^line 3: Edit request .*does not occur"),
     ({"target": "x"}, r"^line 3: unknown field `target`. Known fields: prompt, subject"),
     ({"rephrases": "x"}, r"^line 3: `rephrases` is a list of texts"),

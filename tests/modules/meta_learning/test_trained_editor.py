@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 from lightning_edit import MEND
 from tests.contract.enumeration import trained_editor
-from tests.runs import run_python
+
+ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
 import sys
@@ -18,5 +23,6 @@ print(type(editor.trained).__name__, len(editor.edit(tiny_requests(1))))
 
 
 def test_the_method_of_a_checkpoint_need_not_be_imported_before() -> None:
-    done = run_python("-c", SCRIPT, trained_editor("trained", MEND))
+    words = [sys.executable, "-c", SCRIPT, trained_editor("trained", MEND)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["MEND", "9"], done.stderr
