@@ -91,7 +91,9 @@ class Study:
         rate = self.options.lr if kind is FullTuning else self.options.lora_lr
         # Only a model that has learned to stop can be read by what it writes.
         end = self.options.autoregressive
-        editor = kind.from_model(self.model, self.tokenizer, lr=rate, end_token=end)
+        editor = kind.from_model(
+            self.model, self.tokenizer, preset="smollm2", lr=rate, end_token=end
+        )
         trainer = Trainer(
             max_epochs=epochs or self.options.epochs,
             accelerator="cpu",

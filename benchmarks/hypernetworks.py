@@ -104,7 +104,7 @@ def editor_and_requests(rank: int) -> tuple[Any, list[Any]]:
 
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     requests = [r for r in Facts(limit=20).requests if r.rephrases and r.locality]
-    return MEND.from_model(model, tokenizer, rank=rank), requests
+    return MEND.from_model(model, tokenizer, preset="smollm2", rank=rank), requests
 
 
 def take(side: str, editor: Any, optimizer: Any, request: Any) -> tuple[float, float]:
@@ -146,7 +146,13 @@ def time_malmen(editor: Any, facts: int) -> float:
 
     requests = list(Facts().requests)
     few = [requests[i % len(requests)] for i in range(facts)]
-    malmen = MALMEN.from_model(editor.model, editor.tokens.tokenizer, normalize=False, rank=1920)
+    malmen = MALMEN.from_model(
+        editor.model,
+        editor.tokens.tokenizer,
+        preset="smollm2",
+        layers=[27, 28, 29],  # those of MEND
+        normalize=False,
+    )
     began = time.process_time()
     malmen.edit(EditBatch.from_requests(few, editor.tokens))
     return time.process_time() - began

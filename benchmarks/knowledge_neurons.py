@@ -70,7 +70,7 @@ def main() -> None:
     from lightning_edit import KN, Facts, load_model, load_tokenizer
 
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    editor = KN.from_model(model, tokenizer, steps=POINTS)
+    editor = KN.from_model(model, tokenizer, preset="smollm2", steps=POINTS)
     tree = editor.tree
     model.requires_grad_(False)
     projections = [tree.mlp_out(i).module(model) for i in range(len(tree.blocks))]

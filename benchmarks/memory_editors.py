@@ -41,8 +41,8 @@ from lightning_edit.modules.memory_based.base import MemoryModule
 # A small share of the matrix: how many of its entries a copy may change does not show in its use.
 EDITORS: dict[str, tuple[type[MemoryModule], dict[str, Any]]] = {
     "GRACE": (GRACE, {}),
-    "WISE": (WISE, {"keep_ratio": 0.01}),
-    "WISE, 10 a copy": (WISE, {"keep_ratio": 0.01, "copy_size": 10, "merged_copies": 1}),
+    "WISE": (WISE, {"keep_ratio": 0.01, "copy_size": 500, "merged_copies": 2}),
+    "WISE, 10 a copy": (WISE, {"keep_ratio": 0.01}),
     "TPatcher": (TPatcher, {}),
     "CaliNET": (CaliNET, {}),
     "SERAC": (SERAC, {"pretrained": True}),
@@ -157,7 +157,7 @@ def main() -> None:
     print("editor | edits | without | with | ratio")
     for name in arguments.editors:
         cls, settings = EDITORS[name]
-        editor = cls.from_model(model, tokenizer, **settings)
+        editor = cls.from_model(model, tokenizer, preset="smollm2", **settings)
         fill: Any = answering if name.endswith("answering") else noise
         ratios[name], base[name] = {}, {}
         for count in arguments.counts:

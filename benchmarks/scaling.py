@@ -72,14 +72,14 @@ def measure(
     model: Any
     if model_name == "tiny":
         model, tokenizer = tiny_model(), tiny_tokenizer()
-        layers = [1] if method == "ROME" else [0, 1, 2]
+        place: dict[str, Any] = {"layers": [1] if method == "ROME" else [0, 1, 2]}
     else:
         model, tokenizer = le.load_model(model_name), le.load_tokenizer(model_name)
-        layers = [5] if method == "ROME" else [4, 5, 6, 7, 8]
+        place = {"preset": "smollm2"}
     contexts: Any = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
     settings: dict[str, Any] = {"context_templates": contexts, "steps": 5}
     model = model.to(device)
-    editor: Any = getattr(le, method).from_model(model, tokenizer, layers=layers, **settings)
+    editor: Any = getattr(le, method).from_model(model, tokenizer, **place, **settings)
     for site in editor.sites(editor.tree):
         editor.second_moment(site.layer)
     requests = requests_of(max(counts))

@@ -43,8 +43,9 @@ def main() -> None:
         return le.MEMIT.from_model(
             model,
             tokenizer,
+            preset="smollm2",
             layers=LAYERS,
-            clamp_norm_factor=0.75,
+            steps=20,  # as in the figures of docs/editing.md
             moment_weight=options.moment_weight,
             second_moment_text=options.text,
             tokens_per_dimension=multiple,

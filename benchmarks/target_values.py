@@ -113,10 +113,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model("smollm2").requires_grad_(False)
-    editor: Any = ROME.from_model(model, load_tokenizer("smollm2"), layers=[options.layer])
+    editor: Any = ROME.from_model(
+        model, load_tokenizer("smollm2"), preset="smollm2", layers=[options.layer]
+    )
     templates = editor.templates
     requests = Facts(known_to=None).requests[: max(options.counts)]
-    settings = TargetValueSettings(steps=options.steps, stop_loss=0.0)
+    settings = replace(editor.settings, steps=options.steps, stop_loss=0.0)
     short = replace(settings, steps=min(3, settings.steps))
     half = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 

@@ -25,40 +25,31 @@ import time
 from dataclasses import replace
 from typing import Any
 
-EDITORS = (
-    *("ft_m", "lora", "rome", "rome_bf16", "r_rome", "memit", "memit_bf16"),
-    *("emmet", "alpha_edit", "alpha_edit_bf16", "kn", "ultra_edit"),
-    *("grace", "wise", "t_patcher", "calinet", "scr"),
-)
-SPREAD = {"layers": [4, 5, 6, 7, 8], "steps": 25, "clamp_norm_factor": 0.75}
+# Presets of the default model; `EDITORS` has some of them in bfloat16 as well.
+PRESETS = {
+    "ft_m": ("FineTune", "ft_m"),
+    "lora": ("LoRA", "smollm2"),
+    "rome": ("ROME", "smollm2"),
+    "r_rome": ("RROME", "smollm2"),
+    "memit": ("MEMIT", "smollm2"),
+    "emmet": ("EMMET", "smollm2"),
+    "alpha_edit": ("AlphaEdit", "smollm2"),
+    "kn": ("KN", "smollm2"),
+    "ultra_edit": ("UltraEdit", "smollm2"),
+    "grace": ("GRACE", "smollm2"),
+    "wise": ("WISE", "smollm2"),
+    "t_patcher": ("TPatcher", "smollm2"),
+    "calinet": ("CaliNET", "smollm2"),
+    "scr": ("SCR", "smollm2"),
+}
+EDITORS = (*PRESETS, "rome_bf16", "memit_bf16", "alpha_edit_bf16")
 
 
 def build(name: str, model: Any, tokenizer: Any) -> Any:
     import lightning_edit as le
 
-    # 25 passes and 21 contexts, as the peer's configuration has them.
-    rank_one = {"layers": [5], "steps": 25, "weight_decay": 1e-3, "clamp_norm_factor": 1.5}
-    plans: dict[str, tuple[Any, dict[str, Any]]] = {
-        "ft_m": (
-            le.FineTune,
-            {"layers": [21], "objective": "target_new", "steps": 25, "norm_constraint": None},
-        ),
-        "lora": (le.LoRA, {"steps": 70}),
-        "rome": (le.ROME, rank_one),
-        "r_rome": (le.RROME, rank_one),
-        "memit": (le.MEMIT, SPREAD),
-        "emmet": (le.EMMET, {**SPREAD, "layers": [5]}),
-        "alpha_edit": (le.AlphaEdit, SPREAD),
-        "kn": (le.KN, {}),
-        "ultra_edit": (le.UltraEdit, {}),
-        "grace": (le.GRACE, {}),
-        "wise": (le.WISE, {"steps": 40, "act_ratio": 0.7}),
-        "t_patcher": (le.TPatcher, {}),
-        "calinet": (le.CaliNET, {}),
-        "scr": (le.SCR, {}),
-    }
-    editor, settings = plans[name.removesuffix("_bf16")]
-    return editor.from_model(model, tokenizer, **settings)
+    method, preset = PRESETS[name.removesuffix("_bf16")]
+    return getattr(le, method).from_model(model, tokenizer, preset=preset)
 
 
 def measure(name: str) -> dict[str, Any]:

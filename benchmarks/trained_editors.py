@@ -62,8 +62,7 @@ def main() -> None:
     print(f"editor | {' | '.join(METRICS)} | seconds a fact ({len(requests)} facts)")
     if arguments.baselines:
         measure("unedited", None)
-        settings: dict[str, Any] = {"layers": [21], "objective": "target_new", "steps": 15}
-        measure("FT", FineTune.from_model(model, tokenizer, lr=5e-4, **settings))
+        measure("FT", FineTune.from_model(model, tokenizer, preset="ft_m", steps=15))
     for item in arguments.editors:
         name, _, checkpoint = item.partition("=")
         at_once = int(name.partition("@")[2] or 1)

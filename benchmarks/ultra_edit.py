@@ -122,7 +122,7 @@ def main() -> None:
     from lightning_edit.passes.gradient_passes import probabilities_now
 
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    editor = UltraEdit.from_model(model, tokenizer, modules=arguments.modules)
+    editor = UltraEdit.from_model(model, tokenizer, preset="smollm2", modules=arguments.modules)
     requests = list(Facts(limit=arguments.facts).requests)
     editor.edit(requests[:2])  # hashes the base, once
 

@@ -64,6 +64,7 @@ ROOMS = {
         "models",
         "optim",
         "passes",
+        "presets",
     },
     "callbacks": {
         "core",
@@ -76,8 +77,17 @@ ROOMS = {
         "report",
         "tracing",
     },
-    "artifacts": {"core", "models", "modules", "rendering", "report"},
-    "cli": {"__about__", "artifacts", "checkpoints", "core", "modules", "rendering", "report"},
+    "artifacts": {"core", "models", "modules", "presets", "rendering", "report"},
+    "cli": {
+        "__about__",
+        "artifacts",
+        "checkpoints",
+        "core",
+        "modules",
+        "presets",
+        "rendering",
+        "report",
+    },
 }
 # Packages that a room may import at all, and those among them only where they are needed.
 PACKAGES = {

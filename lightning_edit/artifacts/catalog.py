@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import get_args
 
 from lightning_edit.artifacts.outcomes import Offer, OfferKind, SavedEdit
+from lightning_edit.presets import config_folder
 
-__all__ = ["config_folder", "find_edit", "offers", "saved_edits"]
+__all__ = ["find_edit", "offers", "saved_edits"]
 
 ARTIFACT = "delta_config.json"
 
@@ -79,13 +80,6 @@ def find_edit(folder: str | Path) -> Path:
     inner = folder / "delta"
     is_run = not (folder / ARTIFACT).is_file() and (inner / ARTIFACT).is_file()
     return inner if is_run else folder
-
-
-def config_folder() -> Path:
-    """The folder of the configurations that come with the package."""
-    here = Path(__file__).parents[1]
-    # In a wheel they lie in the package, in a checkout beside it.
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 
 def _saved_edit(path: Path) -> SavedEdit:

@@ -16,10 +16,10 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from lightning_edit.artifacts.catalog import config_folder
 from lightning_edit.modules.base import EditModule
+from lightning_edit.presets import config_folder
 
-__all__ = ["EditParser", "find_config"]
+__all__ = ["EditParser"]
 
 _YAML_SOURCE = '"<unicode string>"'
 # What jsonargparse says beside the matter, when none of the types of an option fits.
@@ -43,25 +43,6 @@ class EditParser(LightningArgumentParser):
         program = verb.prog.replace(" [options]", "")
         sys.stderr.write(f"{program}: {message}\nAll options: {program} --help\n")
         return self.exit(2)
-
-
-def find_config(name: str) -> str:
-    """The file of a configuration: as named, or else the packaged one of that name.
-
-    Args:
-        name: A path, or a packaged configuration such as ``method/rome.yaml``.
-
-    Examples:
-        >>> Path(find_config("method/rome.yaml")).name
-        'rome.yaml'
-    """
-    if Path(name).is_file():
-        return name
-    folder = config_folder()
-    for candidate in (name, f"{name}.yaml", name.removeprefix("configs/")):
-        if (folder / candidate).is_file():
-            return str(folder / candidate)
-    return name
 
 
 def _plain(message: str) -> str:

@@ -21,9 +21,10 @@ from typing_extensions import override
 import lightning_edit
 from lightning_edit.__about__ import __version__
 from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint
-from lightning_edit.cli.parsing import EditParser, find_config
+from lightning_edit.cli.parsing import EditParser
 from lightning_edit.core.errors import EditError
 from lightning_edit.modules.base import EditModule
+from lightning_edit.presets import find_config
 
 __all__ = ["EditCLI", "main"]
 

@@ -37,6 +37,7 @@ from lightning_edit.modules.protocols import EditProtocol, ProtocolName, make_pr
 from lightning_edit.modules.session import EditSession
 from lightning_edit.modules.targets import Target, WeightTarget, relative_norm
 from lightning_edit.optim import E, EditOptimizer
+from lightning_edit.presets import load_preset
 
 __all__ = ["DType", "EditModule"]
 
@@ -148,13 +149,20 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     # -- a model -----------------------------------------------------------------------------
 
     @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, **settings: Any) -> Self:
+    def from_model(
+        cls, model: Any, tokenizer: Any, *, preset: str | None = None, **settings: Any
+    ) -> Self:
         """An editor of a model that is in memory already.
 
         Args:
             model: A Hugging Face language model. It is edited in place, not copied.
             tokenizer: Its fast tokenizer.
-            settings: Further arguments of the editor.
+            preset: The model whose settings to take from the method's file in ``configs/method``,
+                such as ``smollm2``; the class's own defaults, those of its paper, when None.
+            settings: Further arguments of the editor. They overrule the preset's.
+
+        Raises:
+            ValueError: If the method has no such preset.
 
         Examples:
             >>> from lightning_edit import ROME
@@ -166,6 +174,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             >>> edit.revert_(model)
         """
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if preset is not None:
+            settings = load_preset(cls.__name__, preset) | settings
         module = cls(model=name or type(model).__name__, **settings)
         module.adopt(model, tokenizer)
         return module

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "malmen": ("MALMEN", {"rank": 4, "edit_lr": 0.01, "micro_batch_size": 2}),
     "malmen_apart": ("MALMEN", {"rank": 4, "edit_lr": 0.01, "edits_at_once": 2}),
     "rledit": ("RLEdit", {"rank": 4, "edit_lr": 0.01, "micro_batch_size": 2, "sequence": 2}),
-    "ke": ("KE", {"layers": [3], "hidden": 8, "condition": 16}),
+    "ke": ("KE", {"layers": [3], "hidden": 8, "condition": 16, "warmup_steps": 0}),
     "serac": ("SERAC", {"width": 16, "rank": 2, "cross_negatives": True}),
 }
 

@@ -63,7 +63,7 @@ class LoRATuning(TuningModule):
         layers: list[int] | None = None,
         target_modules: list[str] | None = None,
         rank: int = 8,
-        alpha: float = 16.0,
+        alpha: float = 32.0,
         seed: int = 0,
         lr: float = 1e-3,
         **kwargs: Any,

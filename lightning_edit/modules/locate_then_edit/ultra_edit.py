@@ -50,8 +50,8 @@ class UltraEdit(EditModule):
 
     Give it many requests at once (the paper: 100), since the normalizer knows only what it has
     seen. The size of V goes by the sizes of the model and of its activations, so ``lr`` must be
-    found for each model: the paper has 1e-6 for models of 7 billion parameters, and the default
-    suits the default model.
+    found for each model: the paper has 1e-6 for models of 7 billion parameters, and the preset of
+    the default model 1e-4.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -83,7 +83,7 @@ class UltraEdit(EditModule):
         model: str = "smollm2",
         layers: list[int] | None = None,
         modules: list[str] | dict[str, list[int]] | None = None,
-        lr: float = 1e-4,
+        lr: float = 1e-6,
         ridge: float = 1.0,
         micro_batch_size: int = 10,
         eps: float = torch.finfo(torch.float32).eps,

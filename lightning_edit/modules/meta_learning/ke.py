@@ -218,7 +218,7 @@ class KE(HyperEditModule):
         margin: float = 1e-3,
         min_margin: float = 1e-5,
         smoothing: float = 0.1,
-        warmup_steps: int = 0,
+        warmup_steps: int = 1000,
         train_embeddings: bool = False,
         train_on: TrainOn = "both",
         edit_weight: float = 1.0,

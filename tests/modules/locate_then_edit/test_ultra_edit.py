@@ -25,7 +25,7 @@ FAMILIES = ("llama", "gpt2", "gptneox", "opt", "falcon", "gemma2", "t5", "bart")
 
 def editor_of(model: Any, **settings: Any) -> UltraEdit:
     """An editor of a single projection a layer."""
-    settings = {"modules": ["mlp_out"], **settings}
+    settings = {"modules": ["mlp_out"], "lr": 1e-4, **settings}
     return UltraEdit.from_model(model, tiny_tokenizer(), **settings)
 
 

@@ -230,7 +230,7 @@ FRANCE = EditRequest(
 DANIELLE = EditRequest(
     "The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "Old English"
 )
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "A_norm_off_lr+1e-4": {"normalize": False, "edit_lr": 1e-4},
     "A_norm_off_lr-1e-4": {"normalize": False, "edit_lr": -1e-4},
     "A_norm_off_lr-1e-2": {"normalize": False, "edit_lr": -1e-2},

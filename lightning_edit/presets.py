@@ -1,0 +1,97 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations that come with the package, and the settings of a method for a model in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["config_folder", "find_config", "load_preset", "presets_of"]
+
+
+def config_folder() -> Path:
+    """The folder of the configurations that come with the package."""
+    here = Path(__file__).parent
+    # In a wheel they lie in the package, in a checkout beside it.
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def find_config(name: str) -> str:
+    """The file of a configuration: as named, or else the packaged one of that name.
+
+    Args:
+        name: A path, or a packaged configuration such as ``method/rome.yaml``.
+
+    Examples:
+        >>> Path(find_config("method/rome.yaml")).name
+        'rome.yaml'
+    """
+    if Path(name).is_file():
+        return name
+    folder = config_folder()
+    for candidate in (name, f"{name}.yaml", name.removeprefix("configs/")):
+        if (folder / candidate).is_file():
+            return str(folder / candidate)
+    return name
+
+
+def presets_of(method: str) -> dict[str, Path]:
+    """Files in ``configs/method`` with settings of a method.
+
+    Args:
+        method: Name of its class.
+
+    Returns:
+        Name of each preset to its file. It is named after its model, ``init_args.model``; a further
+        form of a method, which has a file of its own, after that file.
+
+    Examples:
+        >>> {name: path.name for name, path in presets_of("FineTune").items()}
+        {'smollm2': 'fine_tune.yaml', 'ft_l': 'ft_l.yaml', 'ft_m': 'ft_m.yaml'}
+    """
+    folder = config_folder() / "method"
+    found = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        section = _editor_in(path)
+        if section["class_path"].rpartition(".")[2] == method:
+            is_form = path.stem.replace("_", "") != method.lower()
+            file = path.relative_to(folder).with_suffix("").as_posix()
+            found[file if is_form else section["init_args"]["model"]] = path
+    return found
+
+
+def load_preset(method: str, name: str) -> dict[str, Any]:
+    """Settings of a method that suit a model.
+
+    Args:
+        method: Name of its class.
+        name: The model they suit, or a further form of the method: a name in ``presets_of``.
+
+    Returns:
+        The editor's arguments, without the model.
+
+    Raises:
+        ValueError: If the method has no such preset; the message names those that it has.
+
+    Examples:
+        >>> load_preset("ROME", "smollm2")
+        {'steps': 25, 'weight_decay': 0.001, 'clamp_norm_factor': 1.5}
+    """
+    presets = presets_of(method)
+    if name not in presets:
+        there = ", ".join(f"`{one}`" for one in presets) or "none"
+        raise ValueError(
+            f"{method} has no preset `{name}`; there is {there}. Choose one, or leave it out and "
+            "give the settings themselves."
+        )
+    settings: dict[str, Any] = _editor_in(presets[name])["init_args"]
+    return {key: value for key, value in settings.items() if key != "model"}
+
+
+def _editor_in(path: Path) -> dict[str, Any]:
+    """The section of a configuration that describes the editor."""
+    import yaml
+
+    section: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    return section
