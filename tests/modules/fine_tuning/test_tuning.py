@@ -32,7 +32,7 @@ from tests.processes import run_pair
 CASES = [
     pytest.param(LocFT, {"lr": 1e-2}, id="LocFT"),
     pytest.param(FullTuning, {"lr": 2e-3}, id="FullTuning"),
-    pytest.param(LoRATuning, {"lr": 2e-2}, id="LoRATuning"),
+    pytest.param(LoRATuning, {"lr": 2e-2, "alpha": 16.0}, id="LoRATuning"),
 ]
 
 
@@ -372,7 +372,10 @@ def test_goldens_of_full_and_lora_tuning(goldens: Path, default_model: tuple[Any
             assert norms[name] == pytest.approx(norm, rel=2e-3)
 
         lora = LoRATuning.from_model(
-            model, tokenizer, optimizer=functools.partial(AdamW, lr=1e-3, weight_decay=0.0)
+            model,
+            tokenizer,
+            alpha=16.0,
+            optimizer=functools.partial(AdamW, lr=1e-3, weight_decay=0.0),
         )
         for site, layer in zip(lora.adapter.sites, lora.adapter.layers, strict=True):
             a_RI = layer.lora_A["default"].weight
