@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from lightning_edit import ROME, WeightDelta, load_model
-from lightning_edit.artifacts.verbs import export
+from lightning_edit.artifacts import export
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 

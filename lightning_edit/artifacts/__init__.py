@@ -1,3 +1,15 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
 """What can be done with saved edits."""
+
+# At once, not on first use: a verb and its file share a name, and the verb is to be found by it.
+# The files import what needs torch when a verb runs.
+
+from lightning_edit.artifacts.apply import apply
+from lightning_edit.artifacts.catalog import list_
+from lightning_edit.artifacts.diff import diff
+from lightning_edit.artifacts.export import export
+from lightning_edit.artifacts.report import report
+from lightning_edit.artifacts.revert import revert
+
+__all__ = ["apply", "diff", "export", "list_", "report", "revert"]

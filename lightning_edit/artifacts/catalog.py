@@ -6,17 +6,43 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 from lightning_edit.artifacts.outcomes import Offer, OfferKind, SavedEdit
 from lightning_edit.presets import config_folder
 
-__all__ = ["find_edit", "offers", "saved_edits"]
+__all__ = ["find_edit", "list_", "offers", "saved_edits"]
 
 ARTIFACT = "delta_config.json"
+
+
+def list_(
+    folder: str | None = None,
+    what: Literal["methods", "metrics", "data", "callbacks", "models", "configs", "all"] = "all",
+) -> list[Offer] | list[SavedEdit]:
+    """Lists what the package offers, or the saved edits in a folder with their requests.
+
+    Args:
+        folder: A saved edit, the folder of a run, or one that holds many runs. By default what
+            the package offers is listed.
+        what: What of the package to list.
+
+    Returns:
+        One entry for each thing or edit.
+
+    Raises:
+        ArtifactError: If there is no such folder.
+
+    Examples:
+        >>> [offer.name for offer in list_(what="models")][0]
+        'smollm2'
+    """
+    if folder is not None:
+        return saved_edits(folder)
+    return offers(None if what == "all" else what)
 
 
 def offers(what: OfferKind | None = None) -> list[Offer]:
@@ -93,6 +119,8 @@ def _saved_edit(path: Path) -> SavedEdit:
     except ArtifactError as error:
         return SavedEdit(path, date=created, problem=str(error))
     texts, run_date = _run_of(path)
+    entries = config["entries"]
+    texts = {**_remembered(entries), **texts}
     return SavedEdit(
         path,
         str(config.get("method", "")),
@@ -101,7 +129,15 @@ def _saved_edit(path: Path) -> SavedEdit:
         config.get("norm"),
         tuple(config["parameters"]),
         run_date or created,
+        memory=str(config.get("memory", {}).get("kind", "")),
+        entries=tuple(entry["id"] for entry in entries),
     )
+
+
+def _remembered(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Requests in words by id, as a memory keeps them."""
+    kept = {i: request for entry in entries for i, request in entry.get("requests", {}).items()}
+    return {i: f"{r.get('prompt', '')} → {r.get('target', '')}" for i, r in kept.items()}
 
 
 def _run_of(path: Path) -> tuple[dict[str, str], str]:

@@ -1,123 +1,82 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Two edits, two models, or an edit and a model, compared parameter by parameter."""
-
-# Shapes: M rows and N columns of a parameter, S columns of a sketch.
+"""Two edits, two models, or an edit and a model, compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from lightning_edit.artifacts.outcomes import Comparison, ParameterRow
+from lightning_edit.artifacts.entry_rows import entry_rows, memory_as_found, memory_change
+from lightning_edit.artifacts.outcomes import Comparison
+from lightning_edit.artifacts.parameter_rows import differing_parameters, parameter_rows
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.memory import MemoryWrite
 
-__all__ = ["compare_edits", "compare_models", "compare_with_model", "numerical_rank"]
-
-# Singular values that together hold less of a change's norm than this do not count.
-TOLERANCE = 1e-3
-MAX_RANK = 64
+__all__ = ["compare_edits", "compare_models", "compare_with_model"]
 
 
 def compare_edits(
-    one: WeightDelta, other: WeightDelta, names: tuple[str, str] = ("first", "second")
+    one: Edit, other: Edit, names: tuple[str, str] = ("first", "second")
 ) -> Comparison:
-    """Compares two edits.
+    """Compares two edits, of weights parameter by parameter, of memories entry by entry.
 
     Args:
         one: The first edit.
-        other: The second edit.
+        other: The second edit; it may be of another kind.
         names: How to call them.
 
+    Raises:
+        ArtifactError: If they are of weights of different shapes.
+
     Examples:
+        >>> import torch
         >>> change = LowRank(torch.ones(2, 1), torch.ones(3, 1))
         >>> [row] = compare_edits(WeightDelta({"w": change}), WeightDelta({"w": change}) * -1).rows
         >>> row.rank_first, round(row.cosine, 4)
         (1, -1.0)
     """
-    rows = []
-    for name in dict.fromkeys((*one.changes, *other.changes)):
-        original = one.originals.get(name, other.originals.get(name))
-        norm = None if original is None else float(torch.linalg.vector_norm(original.float()))
-        first = _figures(one, name, norm)
-        second = _figures(other, name, norm)
-        cosine = None
-        if name in one.changes and name in other.changes:
-            if one.changes[name].shape != other.changes[name].shape:
-                raise ArtifactError(
-                    f"`{name}` has the shape {list(one.changes[name].shape)} in {names[0]} and "
-                    f"{list(other.changes[name].shape)} in {names[1]}: they belong to different "
-                    "models. Compare edits of one model."
-                )
-            cosine = _cosine(one.dense(name), other.dense(name))
-        rows.append(
-            ParameterRow(
-                name, first[0], second[0], first[1], second[1], first[2], second[2], cosine
-            )
-        )
     ids, others = one.provenance.request_ids, other.provenance.request_ids
     return Comparison(
         *names,
-        tuple(rows),
+        tuple(parameter_rows(_of_weights(one), _of_weights(other), names)),
         tuple(i for i in ids if i not in set(others)),
         tuple(i for i in others if i not in set(ids)),
         tuple(i for i in ids if i in set(others)),
-        tuple(_base_notes(one, other)),
+        tuple(_notes(one, other)),
+        tuple(entry_rows(_of_memory(one), _of_memory(other))),
     )
 
 
 def compare_with_model(
-    edit: WeightDelta, model: nn.Module, names: tuple[str, str] = ("edit", "model")
+    edit: Edit, model: nn.Module, names: tuple[str, str] = ("edit", "model")
 ) -> Comparison:
-    """Compares an edit with what became of a model, at the parameters that the edit changes.
+    """Compares an edit with what became of a model, where the edit changes it.
 
     Args:
-        edit: An edit that keeps its originals.
+        edit: An edit; one of weights has to keep its originals.
         model: Of the same architecture.
         names: How to call them.
 
     Raises:
         ArtifactError: If the edit lacks originals, or the model lacks a parameter.
     """
-    missing = [name for name in edit.changes if name not in edit.originals]
-    if missing:
-        raise ArtifactError(
-            f"The edit in {names[0]} does not keep the originals of {', '.join(missing[:3])}, "
-            "with which a model is compared. Write the edited model (`apply`) and compare two "
-            "models instead."
-        )
-    parameters = dict(model.named_parameters())
-    changes: dict[str, LowRank | Tensor] = {}
-    holds = True
-    for name in edit.changes:
-        if name not in parameters or parameters[name].shape != edit.changes[name].shape:
-            raise ArtifactError(
-                f"The model {names[1]} has no `{name}` of the shape "
-                f"{list(edit.changes[name].shape)}, which the edit in {names[0]} changes. Name a "
-                f"model like {edit.provenance.base.id or 'its base'}."
-            )
-        found = parameters[name].detach().cpu()
-        changes[name] = found.float() - edit.originals[name].float()
-        holds = holds and edit.wrote(name, found)
-    became = WeightDelta(changes, originals=edit.originals)
-    compared = compare_edits(edit, became, names)
-    if all(row.norm_second == 0 for row in compared.rows):
-        note = "The model has its original weights here: the edit is not in it."
-    elif holds:
-        note = "The edit is in the model."
-    else:
-        note = "The model has neither its original weights here nor those of this edit alone."
-    return Comparison(*names, compared.rows, notes=(note,))
+    if isinstance(edit, MemoryWrite):
+        found, note = memory_as_found(model, edit)
+        return Comparison(*names, notes=(note,), entries=tuple(entry_rows(edit, found)))
+    delta = _of_weights(edit)
+    became, note = _weights_as_found(model, delta, names)
+    return Comparison(*names, tuple(parameter_rows(delta, became, names)), notes=(note,))
 
 
 def compare_models(
     one: nn.Module, other: nn.Module, names: tuple[str, str] = ("first", "second")
 ) -> Comparison:
-    """The change from one model to another, at the parameters that differ.
+    """The change from one model to another, at the parameters and entries that differ.
 
     Args:
         one: The model before.
@@ -127,27 +86,7 @@ def compare_models(
     Raises:
         ArtifactError: If the models differ in more than the values of their parameters.
     """
-    before, after = dict(one.named_parameters()), dict(other.named_parameters())
-    for name in (*before, *after):
-        shapes = [list(side[name].shape) if name in side else None for side in (before, after)]
-        if shapes[0] != shapes[1]:
-            raise ArtifactError(
-                f"{names[0]} and {names[1]} differ in more than values: `{name}` is "
-                f"{shapes[0] or 'not there'} in the one and {shapes[1] or 'not there'} in the "
-                "other. Compare models of one architecture."
-            )
-    rows = []
-    for name, original in before.items():
-        whole = original.detach().float()
-        change = after[name].detach().float() - whole
-        if not bool(change.any()):
-            continue
-        delta = WeightDelta({name: change})
-        size = float(torch.linalg.vector_norm(whole))
-        norm, relative, rank = _figures(delta, name, size)
-        rows.append(
-            ParameterRow(name, norm_second=norm, relative_second=relative, rank_second=rank)
-        )
+    rows = tuple(differing_parameters(one, other, names))
     kinds = [next(model.parameters()).dtype for model in (one, other)]
     notes = []
     if kinds[0] != kinds[1]:
@@ -155,64 +94,60 @@ def compare_models(
         notes.append(f"The weights are {kinds_text}: part of the change is rounding.")
     if not rows:
         notes.append("All parameters are equal.")
-    return Comparison(*names, tuple(rows), notes=tuple(notes))
+    entries = entry_rows(None, memory_change(one, other))
+    return Comparison(*names, rows, notes=tuple(notes), entries=tuple(entries))
 
 
-def numerical_rank(matrix_MN: Tensor, limit: int = MAX_RANK) -> int | None:
-    """Number of singular values that hold a matrix up to 0.1 % of its norm; None above a limit.
-
-    A sketch of a few random columns tells, so that large matrices need no decomposition.
-
-    Args:
-        matrix_MN: Shape [M, N].
-        limit: Largest rank to find out.
-
-    Examples:
-        >>> numerical_rank(torch.ones(500, 1) @ torch.ones(1, 400)), numerical_rank(torch.eye(400))
-        (1, None)
-
-    References:
-        Finding structure with randomness, arXiv 0909.4061, algorithm 4.1.
-    """
-    whole = torch.linalg.vector_norm(matrix_MN)
-    if whole == 0:
-        return 0
-    generator = torch.Generator(matrix_MN.device).manual_seed(0)
-    width = min(limit + 8, *matrix_MN.shape)
-    sketch_NS = torch.randn(matrix_MN.shape[1], width, generator=generator, device=matrix_MN.device)
-    basis_MS, _ = torch.linalg.qr(matrix_MN @ sketch_NS)
-    projected_SN = basis_MS.T @ matrix_MN
-    outside = torch.linalg.vector_norm(matrix_MN - basis_MS @ projected_SN)
-    values_S = torch.linalg.svdvals(projected_SN.double())
-    tails_S = values_S.square().flip(0).cumsum(0).flip(0).sqrt()
-    rank = int(((tails_S.square() + outside.double() ** 2).sqrt() > TOLERANCE * whole).sum())
-    is_whole = width == min(matrix_MN.shape)
-    return rank if rank <= limit and (is_whole or outside < TOLERANCE * whole) else None
+def _of_weights(edit: Edit) -> WeightDelta:
+    return edit if isinstance(edit, WeightDelta) else WeightDelta({})
 
 
-def _figures(
-    delta: WeightDelta, name: str, size: float | None
-) -> tuple[float | None, float | None, int | None]:
-    """Norm, relative norm and rank of the change of one parameter."""
-    change = delta.changes.get(name)
-    if change is None:
-        return None, None, None
-    dense = delta.dense(name)
-    norm = float(torch.linalg.vector_norm(dense))
-    if isinstance(change, LowRank):
-        rank: int | None = change.rank
-    else:
-        rank = numerical_rank(dense) if dense.ndim == 2 else None
-    return norm, norm / size if size else None, rank
+def _of_memory(edit: Edit) -> MemoryWrite | None:
+    return edit if isinstance(edit, MemoryWrite) else None
 
 
-def _cosine(one: Tensor, other: Tensor) -> float | None:
-    norms = torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)
-    return float((one * other).sum() / norms) if norms > 0 else None
+def _weights_as_found(
+    model: nn.Module, edit: WeightDelta, names: tuple[str, str]
+) -> tuple[WeightDelta, str]:
+    """What became of the parameters that an edit changes, and what that says in words."""
+    missing = [name for name in edit.changes if name not in edit.originals]
+    if missing:
+        raise ArtifactError(
+            f"The edit in {names[0]} does not keep the originals of {', '.join(missing[:3])}, "
+            "with which a model is compared. Write the edited model (`apply`) and compare two "
+            "models instead."
+        )
+    parameters = dict(model.named_parameters())
+    changes: dict[str, LowRank | Tensor] = {}
+    holds, is_base = True, True
+    for name in edit.changes:
+        if name not in parameters or parameters[name].shape != edit.changes[name].shape:
+            raise ArtifactError(
+                f"The model {names[1]} has no `{name}` of the shape "
+                f"{list(edit.changes[name].shape)}, which the edit in {names[0]} changes. Name a "
+                f"model like {edit.provenance.base.id or 'its base'}."
+            )
+        found = parameters[name].detach().cpu()
+        changes[name] = change = found.float() - edit.originals[name].float()
+        is_base = is_base and not bool(change.any())
+        holds = holds and edit.wrote(name, found)
+    note = "The model has neither its original weights here nor those of this edit alone."
+    if is_base:
+        note = "The model has its original weights here: the edit is not in it."
+    elif holds:
+        note = "The edit is in the model."
+    return WeightDelta(changes, originals=edit.originals), note
 
 
-def _base_notes(one: WeightDelta, other: WeightDelta) -> Iterator[str]:
-    bases = [delta.provenance.base for delta in (one, other)]
+def _notes(one: Edit, other: Edit) -> Iterator[str]:
+    bases = [edit.provenance.base for edit in (one, other)]
     if all(base.sha256 for base in bases) and bases[0].sha256 != bases[1].sha256:
         what = " and ".join(f"{base.id or 'unnamed'} ({base.sha256[:12]}…)" for base in bases)
         yield f"The edits belong to different weights: {what}."
+    if one.changes_weights != other.changes_weights:
+        yield "The one changes weights, the other a memory: only their requests can be compared."
+    elif isinstance(one, MemoryWrite) and isinstance(other, MemoryWrite):
+        memories = [(edit.kind, edit.settings) for edit in (one, other)]
+        if memories[0] != memories[1]:
+            what = " and ".join(f"a {kind} with {settings}" for kind, settings in memories)
+            yield f"The edits belong to different memories: {what}."

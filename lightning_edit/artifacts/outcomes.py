@@ -13,6 +13,8 @@ from lightning_edit.report.results import RunReport
 
 __all__ = [
     "Comparison",
+    "EntryChange",
+    "EntryRow",
     "Offer",
     "OfferKind",
     "ParameterRow",
@@ -21,6 +23,7 @@ __all__ = [
     "Written",
 ]
 
+EntryChange = Literal["added", "replaced", "removed", "written"]
 OfferKind = Literal["methods", "metrics", "data", "callbacks", "models", "configs"]
 
 
@@ -83,6 +86,32 @@ class ParameterRow:
 
 
 @dataclass(frozen=True)
+class EntryRow:
+    """What two edits, or the change from one model to the other, do to one entry of a memory.
+
+    Args:
+        name: Id of the entry.
+        requests: Ids of the requests that it answers.
+        first: What the first edit does: `written` where it was saved without what it replaces;
+            None where it leaves the entry alone.
+        second: What the second edit does, or the change from the first model to the second.
+        norm_first: Frobenius norm of the entry of the first edit, over all its tensors; None where
+            there is none.
+        norm_second: The same of the second.
+        is_same: Whether both write the same entry, bit for bit; None unless both write or remove
+            it.
+    """
+
+    name: str
+    requests: tuple[str, ...] = ()
+    first: EntryChange | None = None
+    second: EntryChange | None = None
+    norm_first: float | None = None
+    norm_second: float | None = None
+    is_same: bool | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What two edits or models have in common.
 
@@ -94,15 +123,17 @@ class Comparison:
         requests_second: Ids of the requests that only the second edit answers.
         requests_both: Ids of the requests that both answer.
         notes: What is to be said besides.
+        entries: One for each entry of a memory that one of them adds, replaces or removes.
     """
 
     first: str
     second: str
-    rows: tuple[ParameterRow, ...]
+    rows: tuple[ParameterRow, ...] = ()
     requests_first: tuple[str, ...] = ()
     requests_second: tuple[str, ...] = ()
     requests_both: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    entries: tuple[EntryRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,12 +161,14 @@ class SavedEdit:
         path: Its folder.
         method: Name of the editor that made it.
         base: The model it belongs to.
-        requests: Id of each request that it answers -> the request in words, where the run that
-            made the edit left them beside it.
+        requests: Id of each request that it answers -> the request in words, where a memory keeps
+            them, or the run that made the edit left them beside it.
         norm: ‖Δ‖ (Frobenius).
         parameters: Names of the parameters that it changes.
         date: ISO date of the run, or else of the file.
         problem: Why the edit cannot be read; empty where it can.
+        memory: Kind of the memory that it changes, such as ``Codebook``; empty for one of weights.
+        entries: Ids of the memory's entries that it adds, replaces or removes.
     """
 
     path: Path
@@ -146,3 +179,5 @@ class SavedEdit:
     parameters: tuple[str, ...] = ()
     date: str = ""
     problem: str = ""
+    memory: str = ""
+    entries: tuple[str, ...] = ()

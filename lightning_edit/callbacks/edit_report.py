@@ -172,10 +172,7 @@ class EditReport(Callback):
             delta = folder / "delta"
             kind = self.report.artifact_class
             load = f'lightning_edit.{kind}.load("{delta}")'
-            apply = f"{load}.apply_(model)  # into its base"
-            if kind == "WeightDelta":
-                apply = f"lightning-edit apply {delta} --output edited"
-            rank_zero_info(f"Apply  {apply}")
+            rank_zero_info(f"Apply  lightning-edit apply {delta} --output edited")
             rank_zero_info(f"Undo   {load}.revert_(model)  # bit for bit")
 
 

@@ -10,19 +10,11 @@ from typing import Any
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from lightning_edit.artifacts import verbs
+from lightning_edit import artifacts
 from lightning_edit.cli.tables import show
+from lightning_edit.cli.verbs import VERBS
 
-__all__ = ["VERBS", "main", "parser"]
-
-VERBS: dict[str, Callable[..., Any]] = {
-    "apply": verbs.apply,
-    "revert": verbs.revert,
-    "diff": verbs.diff,
-    "export": verbs.export,
-    "report": verbs.report,
-    "list": verbs.list_,
-}
+__all__ = ["function_of", "main", "parser"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     verb, *words = sys.argv[1:] if arguments is None else arguments
     options = parser(verb).parse_args(words)
-    show(VERBS[verb](**options.as_dict()))
+    show(function_of(verb)(**options.as_dict()))
+
+
+def function_of(verb: str) -> Callable[..., Any]:
+    """The function that does what a verb on saved edits says.
+
+    Args:
+        verb: One of ``VERBS`` that names a function.
+
+    Examples:
+        >>> function_of("list").__name__
+        'list_'
+    """
+    function: Callable[..., Any] = getattr(artifacts, VERBS[verb].function)
+    return function
 
 
 def parser(verb: str) -> ArgumentParser:
@@ -48,7 +54,7 @@ def parser(verb: str) -> ArgumentParser:
     Args:
         verb: One of ``VERBS``.
     """
-    function = VERBS[verb]
+    function = function_of(verb)
     # Read once to have the help of what argparse itself cannot be told by a signature.
     draft = ArgumentParser(exit_on_error=False)
     draft.add_function_arguments(function)

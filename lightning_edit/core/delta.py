@@ -174,6 +174,11 @@ class WeightDelta(Edit):
         """Bytes of the factors and dense tensors, without the originals."""
         return sum(t.nbytes for change in self.changes.values() for t in tensors_of(change))
 
+    @property
+    def keeps_originals(self) -> bool:
+        """Whether it knows the tensors that it changes as they were."""
+        return self.changes.keys() <= self.originals.keys()
+
     # -- on a model ------------------------------------------------------------------------
 
     def apply_(self, model: nn.Module, *, check: bool = True) -> None:

@@ -81,6 +81,11 @@ class Edit(ABC):
     def nbytes(self) -> int:
         """Bytes that the edit itself takes, without the originals kept for undoing."""
 
+    @property
+    @abstractmethod
+    def keeps_originals(self) -> bool:
+        """Whether it knows what it replaces, which undoing it takes."""
+
     @abstractmethod
     def save(self, folder: str | Path, *, originals: bool = True) -> Path:
         """Writes the edit as a folder and returns its path."""

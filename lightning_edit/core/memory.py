@@ -110,6 +110,26 @@ class MemoryWrite(Edit):
         )
 
     @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The edit that brings an empty memory to what a model's memory holds.
+
+        Args:
+            model: A model with a memory.
+
+        Raises:
+            ArtifactError: If it has none.
+        """
+        memory = _memory(model)
+        entries = memory.entries
+        return cls(
+            type(memory).__name__,
+            memory.settings,
+            entries,
+            replaced=dict.fromkeys(entries),
+            shared=memory.shared(),
+        )
+
+    @classmethod
     def removing(cls, model: nn.Module, request_ids: Sequence[str]) -> Self:
         """The edit after which a model's memory has forgotten requests.
 
@@ -151,6 +171,11 @@ class MemoryWrite(Edit):
     def nbytes(self) -> int:
         """Bytes of the entries' tensors, without what all of them share."""
         return sum(t.nbytes for entry in self._present() for t in entry.tensors.values())
+
+    @property
+    def keeps_originals(self) -> bool:
+        """Whether it knows the entries that it replaces, or that there were none."""
+        return self.entries.keys() <= self.replaced.keys()
 
     def _present(self) -> list[MemoryEntry]:
         return [entry for entry in self.entries.values() if entry is not None]
@@ -250,15 +275,7 @@ class MemoryWrite(Edit):
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""
-        memory = _memory(model)
-        entries = memory.entries
-        return type(self)(
-            self.kind,
-            self.settings,
-            entries,
-            replaced=dict.fromkeys(entries),
-            shared=memory.shared(),
-        )
+        return type(self).of(model)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing: the memory is part of the model's state."""
@@ -267,9 +284,7 @@ class MemoryWrite(Edit):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""
-        memory = _memory(model)
-        kind = type(memory).__name__
-        return cls(kind, memory.settings, memory.entries, shared=memory.shared())
+        return cls.of(model)
 
     def _build(self) -> EditMemory:
         kind = EditMemory.kinds.get(self.kind)

@@ -176,6 +176,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         version = int(config["format_version"])
         if version <= FORMAT_VERSION:
             config["parameters"] = {str(k): dict(v) for k, v in config["parameters"].items()}
+            entries = config.get("entries", ())
+            config["entries"] = [{**entry, "id": str(entry["id"])} for entry in entries]
             config["base"] = BaseModelInfo(**config.get("base", {}))
             config["request_ids"] = tuple(str(i) for i in config.get("request_ids", ()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -35,15 +35,11 @@ UNDO = (
 def apply_commands(report: RunReport) -> str:
     """The commands that write an edited copy of the model and undo it, run in the report's folder.
 
-    None for an edit of a memory, which is no part of a model's files.
-
     Examples:
         >>> print(apply_commands(RunReport(method="ROME")))
         lightning-edit apply delta --output edited
         lightning-edit revert delta --model edited --output restored
     """
-    if report.artifact_class != "WeightDelta":
-        return ""
     artifact = shlex.quote(report.artifact)
     return (
         f"lightning-edit apply {artifact} --output edited\n"

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_edit.artifacts import verbs
-from lightning_edit.artifacts.export import (
-    MANIFEST,
-    check_output,
-    model_skeleton,
-    save_adapter,
-    save_model,
-)
+from lightning_edit.artifacts import export
+from lightning_edit.artifacts.adapters import model_skeleton, save_adapter
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError, ModelError
-from lightning_edit.core.locator import Locator
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
-from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+from lightning_edit.demos import tiny_model
 from lightning_edit.forgetting.adapter_vectors import load_adapter
-from lightning_edit.models import load_model, load_tokenizer
+from lightning_edit.models import load_model
 from tests import zoo
+from tests.artifacts.helpers import low_rank_edit, saved_base
 
 peft = pytest.importorskip("peft")
 
@@ -38,20 +30,6 @@ pytestmark = pytest.mark.filterwarnings(
     # transformers' own deprecation, called by peft
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-
-
-def _edit(model: Any, base: str = "") -> WeightDelta:
-    """Ranks 1, 2 and 3 in the last projections of the MLPs, rank 2 in those of attention."""
-    generator = torch.Generator().manual_seed(1)
-    changes = {}
-    sites = [*Locator().sites(model), *Locator(layers=[0], module="attention_out").sites(model)]
-    for site, rank in zip(sites, (1, 2, 3, 2, 2), strict=False):
-        shape = site.parameter(model).shape
-        u, v = (torch.randn(n, rank, generator=generator) for n in shape)
-        changes[site.name] = LowRank(0.3 * u, v)
-    return WeightDelta(
-        changes, Provenance("ROME", base=BaseModelInfo(id=base), request_ids=("a", "b"))
-    )
 
 
 def _logits(model: Any, **more: Any) -> Tensor:
@@ -63,25 +41,16 @@ def _logits(model: Any, **more: Any) -> Tensor:
     return logits
 
 
-CARD = "---\ntags:\n- knowledge-editing\n---\n"
-
-
-def _saved(model: Any, folder: Path) -> str:
-    model.save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    return str(folder / "base")
-
-
 # -- LoRA ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gptneox", "t5", "bart"])
 def test_peft_reads_the_adapter(kind: str, tmp_path: Path) -> None:
     model = zoo.build(kind)
-    base = _saved(model, tmp_path)
-    delta = _edit(model, base)
+    base = saved_base(model, tmp_path)
+    delta = low_rank_edit(model, base)
     delta.save(tmp_path / "delta")
-    done = verbs.export(str(tmp_path / "delta"), "lora", str(tmp_path / "lora"))
+    done = export(str(tmp_path / "delta"), "lora", str(tmp_path / "lora"))
     assert done.facts["left out"] == "nothing"
     before = _logits(model)
     with delta.applied(model):
@@ -101,9 +70,9 @@ def test_peft_reads_the_adapter(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_adapter_is_the_edit(kind: str, tmp_path: Path) -> None:
     model = zoo.build(kind)
-    delta = _edit(model, _saved(model, tmp_path))
+    delta = low_rank_edit(model, saved_base(model, tmp_path))
     delta.save(tmp_path / "delta")
-    verbs.export(str(tmp_path / "delta"), output=str(tmp_path / "lora"))
+    export(str(tmp_path / "delta"), output=str(tmp_path / "lora"))
     loaded = load_adapter(tmp_path / "lora", model)
     assert loaded.changes.keys() == delta.changes.keys()
     for name in delta.changes:
@@ -112,7 +81,7 @@ def test_the_adapter_is_the_edit(kind: str, tmp_path: Path) -> None:
 
 def test_ranks_by_module(tmp_path: Path) -> None:
     model = zoo.build("llama")
-    delta = _edit(model, "acme/tiny")
+    delta = low_rank_edit(model, "acme/tiny")
     save_adapter(delta.to_lora(model), tmp_path / "lora", provenance=delta.provenance)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     down = "model.layers.{}.mlp.down_proj"
@@ -159,21 +128,21 @@ def test_many_modules_and_no_other(tmp_path: Path) -> None:
 
 def test_a_dense_change_is_cut_and_says_so(tmp_path: Path) -> None:
     model = zoo.build("llama")
-    base = _saved(model, tmp_path)
+    base = saved_base(model, tmp_path)
     name = "model.layers.1.self_attn.q_proj.weight"
     dense = torch.randn(32, 32)
     WeightDelta({name: dense}).save(tmp_path / "delta")
     arguments: dict[str, Any] = {"delta": str(tmp_path / "delta"), "model": base}
     with pytest.raises(ArtifactError, match="Give a `rank` to cut it to"):
-        verbs.export(**arguments, output=str(tmp_path / "lora"))
+        export(**arguments, output=str(tmp_path / "lora"))
     assert not (tmp_path / "lora").exists()
-    done = verbs.export(**arguments, output=str(tmp_path / "lora"), rank=4)
+    done = export(**arguments, output=str(tmp_path / "lora"), rank=4)
     values = torch.linalg.svdvals(dense)
     error = float(values[4:].square().sum().sqrt() / values.square().sum().sqrt())
     assert done.facts["left out"] == f"{error:.2g} of the change at most"
     assert done.notes == (f"The most is left out of `{name.removesuffix('.weight')}`.",)
     assert f"| 4 | {error:.2g} |" in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
-    whole = verbs.export(**arguments, output=str(tmp_path / "whole"), rank=32)
+    whole = export(**arguments, output=str(tmp_path / "whole"), rank=32)
     adapted = peft.PeftModel.from_pretrained(load_model(base), str(whole.folder))
     with torch.no_grad():
         model.get_parameter(name).add_(dense)
@@ -181,11 +150,11 @@ def test_a_dense_change_is_cut_and_says_so(tmp_path: Path) -> None:
 
 
 def test_what_an_adapter_cannot_hold(tmp_path: Path) -> None:
-    base = _saved(tiny_model(), tmp_path)
+    base = saved_base(tiny_model(), tmp_path)
     delta = WeightDelta({"model.norm.weight": torch.ones(32)})
     delta.save(tmp_path / "delta")
     with pytest.raises(ArtifactError, match=r"changes `model.norm.weight` \(LlamaRMSNorm\) too"):
-        verbs.export(str(tmp_path / "delta"), "lora", str(tmp_path / "lora"), base)
+        export(str(tmp_path / "delta"), "lora", str(tmp_path / "lora"), base)
     with pytest.raises(ArtifactError, match="changes nothing"):
         save_adapter({}, tmp_path / "lora", provenance=Provenance())
     assert not (tmp_path / "lora").exists()
@@ -193,13 +162,13 @@ def test_what_an_adapter_cannot_hold(tmp_path: Path) -> None:
 
 def test_only_the_configuration_is_needed(tmp_path: Path) -> None:
     model = zoo.build("gpt2")
-    _edit(model).save(tmp_path / "delta")
+    low_rank_edit(model).save(tmp_path / "delta")
     model.config.save_pretrained(tmp_path / "base")
-    done = verbs.export(
+    done = export(
         str(tmp_path / "delta"), output=str(tmp_path / "lora"), model=str(tmp_path / "base")
     )
     adapted = peft.PeftModel.from_pretrained(zoo.build("gpt2"), str(done.folder))
-    _edit(model).apply_(model)
+    low_rank_edit(model).apply_(model)
     torch.testing.assert_close(_logits(adapted), _logits(model), atol=1e-4, rtol=0)
 
 
@@ -219,158 +188,17 @@ def test_skeleton_of_a_damaged_configuration(tmp_path: Path) -> None:
 
 def test_hf_is_the_edited_model(tmp_path: Path) -> None:
     model = zoo.build("gpt2")
-    base = _saved(model, tmp_path)
-    delta = _edit(model, base)
+    base = saved_base(model, tmp_path)
+    delta = low_rank_edit(model, base)
     delta.save(tmp_path / "delta")
-    done = verbs.export(str(tmp_path / "delta"), "hf", str(tmp_path / "merged"))
+    done = export(str(tmp_path / "delta"), "hf", str(tmp_path / "merged"))
     assert done.what == "edited model"
     delta.apply_(model)
     loaded = load_model(str(tmp_path / "merged"))
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
     with pytest.raises(ArtifactError, match="`rank` is of adapters"):
-        verbs.export(str(tmp_path / "delta"), "hf", str(tmp_path / "other"), rank=3)
-
-
-def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
-    model = tiny_model()
-    source = _saved(model, tmp_path)
-    assert save_model(model, tmp_path / "copy", source=source, card=CARD)
-    tokenizer = load_tokenizer(str(tmp_path / "copy"))
-    prompt = tiny_requests(1)[0].prompt
-    assert tokenizer(prompt).input_ids == tiny_tokenizer()(prompt).input_ids
-    assert (tmp_path / "copy" / "README.md").read_text() == CARD
-
-
-def test_without_a_tokenizer(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "base")
-    assert not save_model(model, tmp_path / "copy", source=str(tmp_path / "base"))
-    assert not (tmp_path / "copy" / "README.md").exists()
-    assert load_model(str(tmp_path / "copy")).config.hidden_size == 32
-
-
-def test_a_crash_leaves_the_earlier_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    source = _saved(model, tmp_path)
-    save_model(model, tmp_path / "copy", source=source, card=CARD)
-
-    def failing(folder: Path) -> None:
-        (folder / "config.json").write_text("{")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(model, "save_pretrained", failing)
-    with pytest.raises(OSError, match="disk full"):
-        save_model(model, tmp_path / "copy", source=source, card="later")
-    assert (tmp_path / "copy" / "README.md").read_text() == CARD
-    load_model(str(tmp_path / "copy"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "copy"]
-
-
-# -- only what was written here is replaced --------------------------------------------------
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize("verb", ["apply", "revert", "export", "hf", "save_model"])
-@pytest.mark.parametrize("listed", [True, False])
-def test_a_project_with_a_model_in_it_is_kept(verb: str, listed: bool, tmp_path: Path) -> None:
-    model = tiny_model()
-    base, delta, edited = _saved(model, tmp_path), tmp_path / "delta", tmp_path / "edited"
-    edit = _edit(model, base)
-    originals = {name: p.detach().clone() for name, p in model.named_parameters()}
-    edit.apply_(model)
-    edit.seal(model, originals).save(delta)
-    verbs.apply(str(delta), output=str(edited), check=False)
-    mine = tmp_path / "mine"
-    shutil.copytree(edited, mine)
-    calls: dict[str, Any] = {
-        "apply": partial(verbs.apply, str(delta), output=str(mine), check=False, force=True),
-        "revert": partial(
-            verbs.revert, str(delta), str(edited), str(mine), check=False, force=True
-        ),
-        "export": partial(verbs.export, str(delta), "lora", str(mine), force=True),
-        "hf": partial(verbs.export, str(delta), "hf", str(mine), force=True),
-        "save_model": partial(save_model, model, mine, source=base),
-    }
-    if not listed:
-        (mine / MANIFEST).unlink()
-    for name in ("src", ".git"):
-        (mine / name).mkdir()
-        (mine / name / "file").write_text("mine")
-    (mine / "notes.txt").symlink_to(tmp_path / "elsewhere")
-    before = _contents(mine)
-    with pytest.raises(ArtifactError, match=r"would delete it: \.git/, notes\.txt, src/\. Give"):
-        calls[verb]()
-    assert _contents(mine) == before
-    for name in ("src", ".git"):
-        shutil.rmtree(mine / name)
-    (mine / "notes.txt").unlink()
-    calls[verb]()
-    assert (mine / MANIFEST).is_file()
-
-
-def test_files_of_a_tokenizer_that_are_listed_are_ours(tmp_path: Path) -> None:
-    model = tiny_model()
-    source = _saved(model, tmp_path)
-    save_model(model, tmp_path / "copy", source=source)
-    listed = json.loads((tmp_path / "copy" / MANIFEST).read_text())
-    odd = tmp_path / "copy" / "templates" / "odd.jinja"
-    odd.parent.mkdir()
-    odd.write_text("")
-    with pytest.raises(ArtifactError, match="delete it: templates/"):
-        check_output(tmp_path / "copy", force=True)
-    listed["files"].append("templates/odd.jinja")
-    (tmp_path / "copy" / MANIFEST).write_text(json.dumps(listed))
-    check_output(tmp_path / "copy", force=True)
-
-
-def test_a_readme_of_ones_own_is_kept(tmp_path: Path) -> None:
-    source = _saved(tiny_model(), tmp_path)
-    (Path(source) / "README.md").write_text("# My project\n")
-    with pytest.raises(ArtifactError, match=r"delete it: README\.md\."):
-        check_output(source, force=True)
-    for damaged in ("{", "[]", '{"files": 3}'):
-        (Path(source) / MANIFEST).write_text(damaged)
-        with pytest.raises(ArtifactError, match=r"delete it: README\.md, lightning_edit\.json"):
-            check_output(source, force=True)
-
-
-# -- where to write --------------------------------------------------------------------------
-
-
-def test_output_folders(tmp_path: Path) -> None:
-    assert check_output(tmp_path / "new", force=False) == tmp_path / "new"
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", force=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"file` is a file"):
-        check_output(tmp_path / "file", force=True)
-
-
-def test_output_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text("{}")
-    (tmp_path / "old" / "model.safetensors").write_text("")
-    with pytest.raises(ArtifactError, match=r"is not empty. Give another `output`, or `force`"):
-        check_output(tmp_path / "old", force=False)
-    check_output(tmp_path / "old", force=True)
-    (tmp_path / "old" / "config.json").rename(tmp_path / "old" / "thesis.tex")
-    with pytest.raises(ArtifactError, match="neither a model nor an adapter, so `force` does not"):
-        check_output(tmp_path / "old", force=True)
-
-
-@pytest.mark.parametrize("needed", [".", "delta"])
-def test_output_must_not_hold_the_inputs(
-    needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "model" / "delta").mkdir(parents=True)
-    (tmp_path / "model" / "config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match=r"cannot be replaced: `model.*` in it is needed"):
-        check_output("model", force=True, inputs=("acme/tiny", Path("model") / needed))
+        export(str(tmp_path / "delta"), "hf", str(tmp_path / "other"), rank=3)
 
 
 # -- the default model -----------------------------------------------------------------------
@@ -397,7 +225,7 @@ def test_adapter_of_the_default_model(
             wanted = model(**prompt).logits
     assert (wanted - before).abs().max() > 1
     rank_two.save(tmp_path / "delta")
-    verbs.export(str(tmp_path / "delta"), output=str(tmp_path / "lora"))
+    export(str(tmp_path / "delta"), output=str(tmp_path / "lora"))
     adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "lora"))
     with torch.no_grad():
         logits = adapted(**prompt).logits

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from lightning_edit.artifacts.comparison import numerical_rank
 from lightning_edit.artifacts.outcomes import (
     Comparison,
+    EntryRow,
     Offer,
     ParameterRow,
     Rendered,
@@ -82,6 +81,29 @@ def test_comparison_of_models() -> None:
     assert text == "1: base\n2: copy\nAll parameters are equal.\n"
 
 
+def test_comparison_of_memories() -> None:
+    entries = (
+        EntryRow("a", ("a",), "added", "replaced", 1.5, 2.0, False),
+        EntryRow("b", ("b",), "removed"),
+    )
+    text = _printed(Comparison("one", "two", notes=("A remark.",), entries=entries))
+    assert text == (
+        "1: one\n"
+        "2: two\n"
+        "entry  1        2         norm 1  norm 2  same\n"
+        "a      added    replaced     1.5       2  no\n"
+        "b      removed  –              –       –  –\n"
+        "A remark.\n"
+    )
+    rows = (ParameterRow(NAME, norm_second=1.0),)
+    both = (EntryRow("facts", ("a", "b"), second="added", norm_second=2.0),)
+    weights, memory = tables(Comparison("base", "edited", rows, notes=("N.",), entries=both))
+    assert (weights.title, weights.notes) == ("1: base\n2: edited", ())
+    assert (memory.title, memory.notes) == ("", ("N.",))
+    assert memory.columns == ["entry", "answers", "change", ">norm"]
+    assert memory.rows == [["facts", "a, b", "added", "2"]]
+
+
 def test_written() -> None:
     done = Written(Path("edited"), "edited model", {"base": "a", "‖Δ‖": 0.123456}, ("A note.",))
     assert _printed(done) == "Wrote the edited model to edited\nbase  a\n‖Δ‖   0.123\nA note.\n"
@@ -89,12 +111,16 @@ def test_written() -> None:
 
 def test_saved_edits() -> None:
     requests = {f"r{i}": f"prompt {i} → x" for i in range(7)} | {"bare": ""}
-    one = SavedEdit(Path("a/delta"), "ROME", "base", requests, 0.5, (), "2026-01-02T03:04:05+00:00")
+    date = "2026-01-02T03:04:05+00:00"
+    one = SavedEdit(Path("a/delta"), "ROME", "base", requests, 0.5, ("w",), date)
     bad = SavedEdit(Path("bad"), date="2026-01-02", problem="It is\ndamaged.")
     lines = _printed([one, bad]).splitlines()
-    assert lines[1] == "a/delta  ROME    base  0.5  2026-01-02 03:04  r0: prompt 0 → x"
+    first = "a/delta  ROME    base  1 parameter  0.5  2026-01-02 03:04  r0: prompt 0 → x"
+    assert lines[1] == first
     assert lines[6].strip() == "… and 3 more"
-    assert lines[7].split() == ["bad", "–", "–", "–", "2026-01-02", "It", "is", "↵", "damaged."]
+    assert lines[7].split() == ["bad", *"––––", "2026-01-02", "It", "is", "↵", "damaged."]
+    held = SavedEdit(Path("b"), "GRACE", "base", {}, 2.0, memory="Codebook", entries=("a", "b"))
+    assert "b     GRACE   base  2 entries (Codebook)    2" in _printed([held])
     alone = _printed([one]).splitlines()
     assert len(alone) == 1 + 8
     assert alone[-1].strip() == "bare"
@@ -146,21 +172,3 @@ def test_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_terminal_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
     assert _on_terminal(COMPARED, monkeypatch, 60) == _printed(COMPARED)
-
-
-@pytest.mark.parametrize("rank", [1, 7, 64])
-def test_numerical_rank(rank: int) -> None:
-    matrix = torch.randn(150, rank) @ torch.randn(rank, 120)
-    assert numerical_rank(matrix) == rank
-    assert numerical_rank(matrix + 1e-6 * torch.randn(150, 120)) == rank
-    assert numerical_rank(matrix, limit=rank - 1) is None
-    assert numerical_rank(matrix[:, :1]) == 1
-
-
-def test_numerical_rank_of_nothing_and_all() -> None:
-    assert numerical_rank(torch.zeros(3, 4)) == 0
-    assert numerical_rank(torch.eye(64)) == 64
-    assert numerical_rank(torch.eye(65)) is None
-    state = torch.get_rng_state()
-    numerical_rank(torch.randn(80, 80, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(torch.get_rng_state(), state)

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_edit.__main__ import TRAINER_VERBS, main
+from lightning_edit.__main__ import main
+from lightning_edit.cli.trainer import EditCLI
+from lightning_edit.cli.verbs import VERBS
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
 from tests.contract.enumeration import CALLBACKS, EDITORS, arguments_of
 from tests.runs import ROOT, TinyWorld, metrics_of, run_here
 
 Output = pytest.CaptureFixture[str]
+TRAINER_VERBS = [name for name, verb in VERBS.items() if not verb.function]
 pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
 
 
@@ -39,11 +42,15 @@ def printed_config(output: Output, *words: str) -> dict[str, Any]:
 # -- help ------------------------------------------------------------------------------------
 
 
+def test_the_table_of_verbs_names_those_of_the_trainer() -> None:
+    assert set(TRAINER_VERBS) == set(EditCLI.subcommands())
+
+
 def test_usage_lists_every_verb(capsys: Output) -> None:
     for words in ([], ["--help"], ["-h"]):
         assert run_here(words) == 0
         text = capsys.readouterr().out
-        assert all(f"\n  {verb} " in text for verb in TRAINER_VERBS)
+        assert all(f"\n  {verb} " in text for verb in VERBS)
     assert run_here(["--version"]) == 0
     assert re.fullmatch(r"lightning_edit \S+\n", capsys.readouterr().out)
 

@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from lightning_edit import Edit, EditMemory
+from lightning_edit.artifacts import apply
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations, score_targets
@@ -38,13 +39,18 @@ def answers(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
 
 
 def elsewhere(folder: Path) -> None:
-    """Prints what models say that get their edits from the folders in a folder."""
+    """Prints what models say that get their edits from the folders in a folder.
+
+    Of each edit once put into a model by hand, and once written into a folder by ``apply``.
+    """
     tokenizer = load_tokenizer(str(folder / "model"))
     said = {}
     for edit in sorted((folder / "edits").iterdir()):
         model = load_model(str(folder / "model"))
         Edit.load(edit).apply_(model)
-        said[edit.name] = answers(model, tokenizer)
+        done = apply(str(edit), str(folder / "model"), str(folder / "served" / edit.name))
+        served = load_model(str(done.folder))
+        said[edit.name] = [answers(one, tokenizer) for one in (model, served)]
     sys.stdout.write(json.dumps(said))
 
 
@@ -73,6 +79,7 @@ def test_a_saved_edit_answers_the_same_in_another_process(
     name: str, said: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     here, there = said
-    assert there[name]["texts"] == here[name]["texts"]
-    for found, wanted in zip(there[name]["scores"], here[name]["scores"], strict=True):
-        assert found == pytest.approx(wanted, abs=1e-5)
+    for answered in there[name]:
+        assert answered["texts"] == here[name]["texts"]
+        for found, wanted in zip(answered["scores"], here[name]["scores"], strict=True):
+            assert found == pytest.approx(wanted, abs=1e-5)

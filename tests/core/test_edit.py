@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from lightning_edit import Edit, EditMemory, MemoryWrite, WeightDelta
+from lightning_edit import Edit, MemoryWrite, WeightDelta
 from lightning_edit.core.errors import ArtifactError
-from lightning_edit.demos import tiny_model
-
-#: Folders that version 0.1.0 has written.
-WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 
 
 def _saved(folder: Path) -> tuple[Path, Path]:
@@ -67,37 +62,3 @@ def test_an_unknown_kind_is_told(cls: type[Edit], tmp_path: Path) -> None:
     path.write_text(json.dumps({**config, "kind": "prompt"}), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"of the kind 'prompt', which .* does not know.*-U"):
         cls.load(path.parent)
-
-
-def test_edits_of_weights_written_by_earlier_versions() -> None:
-    layer = nn.Linear(3, 2)
-    with torch.no_grad():
-        layer.weight.copy_(torch.arange(6.0).view(2, 3) / 8)
-        layer.bias.copy_(torch.tensor([1.0, -1.0]))
-    edit = Edit.load(WRITTEN / "weights")
-    assert edit.provenance.method == "ROME"
-    assert edit.provenance.request_ids == ("capital-velmora",)
-    edit.apply_(layer)  # knows its base by its hash
-    assert layer.weight.tolist() == [[0.5, 0.125, 0.5], [1.375, 0.5, 1.125]]
-    assert layer.bias.tolist() == [1.5, -0.75]
-    Edit.load(WRITTEN / "weights").revert_(layer)
-    assert layer.weight.tolist() == [[0.0, 0.125, 0.25], [0.375, 0.5, 0.625]]
-    assert layer.bias.tolist() == [1.0, -1.0]
-
-
-def test_edits_of_memories_written_by_earlier_versions() -> None:
-    edit = Edit.load(WRITTEN / "memory")
-    assert isinstance(edit, MemoryWrite)
-    assert edit.provenance.method == "GRACE"
-    assert edit.order == ("capital-velmora", "language-velmora")
-    model = tiny_model()
-    known = {n: e for n, e in edit.replaced.items() if e is not None}
-    MemoryWrite(edit.kind, edit.settings, known).apply_(model, check=False)
-    edit.apply_(model, check=False)
-    memory = EditMemory.find(model)
-    assert memory is not None
-    assert list(memory.requests) == ["capital-velmora", "river-dorin"]
-    assert memory.requests["capital-velmora"]["target"] == "Brune"
-    Edit.load(WRITTEN / "memory").revert_(model)
-    assert memory.requests["capital-velmora"]["target"] == "Kettleby"
-    assert list(memory.requests) == ["capital-velmora"]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edit import EditMemory, MemoryWrite, WeightDelta
-from lightning_edit.artifacts.verbs import apply
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
@@ -147,8 +146,6 @@ def test_files_hold_all_of_it(tmp_path: Path) -> None:
         loaded.apply_(nn.Linear(2, 2))
     with pytest.raises(ArtifactError, match="holds an edit of a memory, not of weights"):
         WeightDelta.load(folder)
-    with pytest.raises(ArtifactError, match="holds an edit of a memory, not of weights"):
-        apply(str(folder), output=str(tmp_path / "edited"))
     with pytest.raises(ArtifactError, match="holds an edit of weights"):
         MemoryWrite.load(WeightDelta({}).save(tmp_path / "delta"))
 

@@ -15,7 +15,8 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from lightning_edit.artifacts.export import model_card, save_adapter
+from lightning_edit.artifacts.adapters import save_adapter
+from lightning_edit.artifacts.cards import model_card
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.lora import LoRAFactors
@@ -34,13 +35,13 @@ ORIGIN = Provenance(
 def cards(folder: Path, origin: Provenance) -> Iterator[str]:
     """All kinds of cards."""
     entry = MemoryEntry({"bias": torch.ones(2)}, {origin.request_ids[0]: {}})
-    edits: list[Edit] = [
-        WeightDelta({origin.request_ids[0]: torch.ones(2, 2)}, origin),
-        MemoryWrite("Biases", {}, {origin.request_ids[0]: entry, "gone": None}, origin),
-    ]
+    memory = MemoryWrite("Biases", {}, {origin.request_ids[0]: entry, "gone": None}, origin)
+    delta = WeightDelta({origin.request_ids[0]: torch.ones(2, 2)}, origin)
+    edits: list[Edit] = [delta, memory]
     for i, edit in enumerate(edits):
         yield (edit.save(folder / str(i)) / "README.md").read_text(encoding="utf-8")
-    yield model_card(origin, 1.0)
+    yield model_card(memory, memory)
+    yield model_card(delta)
     factors = {origin.request_ids[0]: LoRAFactors(torch.ones(1, 2), torch.ones(2, 1), False, 0.5)}
     save_adapter(factors, folder / "lora", provenance=origin)
     yield (folder / "lora" / "README.md").read_text(encoding="utf-8")
@@ -52,7 +53,7 @@ def cards(folder: Path, origin: Provenance) -> Iterator[str]:
 
 def test_no_markup_gets_through(tmp_path: Path) -> None:
     found = list(cards(tmp_path, ORIGIN))
-    assert len(found) == 5
+    assert len(found) == 6
     for card in found:
         front, text = card.split("\n---\n", 1)
         assert yaml.safe_load(front.removeprefix("---\n")).keys() == {"library_name", "tags"}
@@ -68,7 +69,7 @@ def test_no_markup_gets_through(tmp_path: Path) -> None:
 def test_metadata_are_those_of_the_hub(tmp_path: Path) -> None:
     base = BaseModelInfo(id="acme/tiny", sha256="f" * 64)
     origin = Provenance("R-ROME", "https://arxiv.org/abs/2403.07175", base=base, request_ids=("a",))
-    libraries = ["lightning_edit", "lightning_edit", "transformers", "peft", "lightning_edit"]
+    libraries = [*["lightning_edit"] * 3, "transformers", "peft", "lightning_edit"]
     for card, library in zip(cards(tmp_path, origin), libraries, strict=True):
         data: Any = ModelCard(card).data
         assert data.to_dict() == {
@@ -90,7 +91,7 @@ def test_a_base_is_named_where_others_can_look_it_up(
 
 
 def test_a_method_without_a_name_is_no_tag() -> None:
-    card = model_card(Provenance(method="⁂"), 0.0)
+    card = model_card(WeightDelta({}, Provenance(method="⁂")))
     data: Any = ModelCard(card).data
     assert data.tags == ["knowledge-editing"]
     assert "Made with ⁂ for 0 request(s)." in card
