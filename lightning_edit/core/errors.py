@@ -46,7 +46,7 @@ class ModelError(EditError, ValueError):
 
 
 class ArtifactError(EditError, ValueError):
-    """A saved edit is damaged, or belongs to another base model."""
+    """A saved edit or a given statistic is damaged, or belongs to another base model."""
 
 
 class MissingDependencyError(EditError, ImportError):

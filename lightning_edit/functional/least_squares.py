@@ -16,7 +16,11 @@ __all__ = [
     "preserving_update",
     "projected_update",
     "protected_directions",
+    "ridge_for_share",
 ]
+
+# Size of a negative eigenvalue, relative to the largest one, that rounding accounts for.
+MAX_NEGATIVE = 1e-3
 
 
 def factorize(second_moment: Tensor) -> Tensor:
@@ -35,14 +39,13 @@ def factorize(second_moment: Tensor) -> Tensor:
         >>> factorize(torch.eye(2) * 4).tolist()
         [[2.0, 0.0], [0.0, 2.0]]
     """
-    factor, failed = torch.linalg.cholesky_ex(second_moment.double())
-    if int(failed):
+    found = _factor(second_moment.double())
+    if found is None:
         raise ValueError(
             "`second_moment` is expected to be positive definite, but it is singular: it was made "
             f"from too few tokens for its {second_moment.shape[0]} dimensions. Use more tokens, or "
             "add a ridge."
         )
-    found: Tensor = factor
     return found
 
 
@@ -65,11 +68,28 @@ def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
     return strengths
 
 
+def ridge_for_share(strengths: Tensor, share: float) -> float:
+    """λ at which the median key's pair, alone, is written to a share: q (1 − s) / s.
+
+    Args:
+        strengths: q of keys, [N]; see ``key_strengths``.
+        share: s, between 0 and 1.
+
+    Returns:
+        λ.
+
+    Examples:
+        >>> ridge_for_share(torch.tensor([1.0, 9.0, 20.0]), 0.75)
+        3.0
+    """
+    return float(strengths.median()) * (1 - share) / share
+
+
 def preserving_update(
     keys: Tensor,
     residuals: Tensor,
     factor: Tensor,
-    weight: float,
+    ridge: float,
     old_gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors of ΔW = R Kᵀ (λ C + A Aᵀ)⁻¹, which stores pairs and spares what C stands for.
@@ -82,7 +102,7 @@ def preserving_update(
         keys: A, earlier keys first, [M, N].
         residuals: R, what the memory lacks at the last n of the keys, [D, n].
         factor: Cholesky factor of C, [M, M] float64; see ``factorize``.
-        weight: λ, how many keys C counts for; 0 stores the pairs exactly where that can be done.
+        ridge: λ, how many keys C counts for; 0 stores the pairs exactly where that can be done.
         old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
 
     Returns:
@@ -103,11 +123,11 @@ def preserving_update(
     inputs, pairs = keys.shape
     if pairs <= inputs and old_gram is None:
         whitened = torch.cholesky_solve(keys64, factor)
-        right = _spread(whitened, keys64.T @ whitened, weight)
+        right = _spread(whitened, keys64.T @ whitened, ridge)
     else:
-        system = weight * (factor @ factor.T) + keys64 @ keys64.T
+        system = ridge * (factor @ factor.T) + keys64 @ keys64.T
         system = system if old_gram is None else system + old_gram.double()
-        right = torch.cholesky_solve(keys64, _cholesky(system, weight))
+        right = torch.cholesky_solve(keys64, _cholesky(system, ridge))
     return residuals.float(), right[:, pairs - residuals.shape[1] :].float()
 
 
@@ -127,7 +147,7 @@ def protected_directions(
         the first free eigenvalue: where it is tiny, rounding decides on which side they fall.
 
     Raises:
-        ValueError: If nothing is left free.
+        ValueError: If C has negative eigenvalues, or nothing is left free.
 
     Examples:
         >>> q, gap = protected_directions(torch.diag(torch.tensor([3.0, 1.0])), threshold=2.0)
@@ -138,6 +158,11 @@ def protected_directions(
         AlphaEdit, arXiv 2410.02355, section 3.2.
     """
     values, vectors = torch.linalg.eigh(second_moment.double())
+    if float(values[0]) < -MAX_NEGATIVE * float(values[-1]):
+        raise ValueError(
+            "`second_moment` is expected to have no negative eigenvalues, but it has "
+            f"{float(values[0]):.3g}. Give E[k kᵀ] of keys of the model."
+        )
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if threshold is not None:
         count = int((values >= threshold).sum())
@@ -157,7 +182,7 @@ def projected_update(
     keys: Tensor,
     residuals: Tensor,
     protected: Tensor,
-    weight: float,
+    ridge: float,
     old_gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors of ΔW = R Kᵀ P (P A Aᵀ P + λ I)⁻¹, which leaves protected directions alone.
@@ -170,7 +195,7 @@ def projected_update(
         keys: A, earlier keys first, [M, N].
         residuals: R of the last n of the keys, [D, n]; the others keep what they have.
         protected: Q, orthonormal columns, [M, P].
-        weight: λ, the ridge.
+        ridge: λ.
         old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
 
     Returns:
@@ -196,32 +221,39 @@ def projected_update(
     projected = project(keys.double())
     inputs, pairs = keys.shape
     if pairs <= inputs and old_gram is None:
-        right = _spread(projected, projected.T @ projected, weight)
+        right = _spread(projected, projected.T @ projected, ridge)
     else:
         system = projected @ projected.T
         if old_gram is not None:
             system = system + project(project(old_gram.double()).T)
-        system.diagonal().add_(weight)
-        right = torch.cholesky_solve(projected, _cholesky(system, weight))
+        system.diagonal().add_(ridge)
+        right = torch.cholesky_solve(projected, _cholesky(system, ridge))
     return residuals.float(), right[:, pairs - residuals.shape[1] :].float()
 
 
-def _spread(columns: Tensor, gram: Tensor, weight: float) -> Tensor:
+def _spread(columns: Tensor, gram: Tensor, ridge: float) -> Tensor:
     """Columns (gram + λ I)⁻¹, [M, N]."""
     system = gram.clone()
-    system.diagonal().add_(weight)
-    return torch.cholesky_solve(columns.T, _cholesky(system, weight)).T
+    system.diagonal().add_(ridge)
+    return torch.cholesky_solve(columns.T, _cholesky(system, ridge)).T
 
 
-def _cholesky(system: Tensor, weight: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(system)
-    pivots = factor.diagonal().square()
-    # By rounding, a singular system may pass with a pivot that means nothing.
-    if int(failed) or float(pivots.min()) < 1e-13 * float(system.diagonal().max()):
+def _cholesky(system: Tensor, ridge: float) -> Tensor:
+    found = _factor(system)
+    if found is None:
         raise ValueError(
-            f"The keys of the edits depend on each other, which a weight of {weight:g} cannot make "
+            f"The keys of the edits depend on each other, which a ridge of {ridge:g} cannot make "
             "up for: two requests may be about the same subject. Raise it, or edit them one after "
             "another."
         )
-    found: Tensor = factor
     return found
+
+
+def _factor(system: Tensor) -> Tensor | None:
+    """Cholesky factor of a system, [M, M] float64; None if it is singular."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(system)
+    # By rounding, a singular system may pass with a pivot that means nothing.
+    smallest = float(factor.diagonal().square().min())
+    is_singular = bool(failed) or smallest < 1e-13 * float(system.diagonal().max())
+    return None if is_singular else factor

@@ -9,29 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_edit.functional.least_squares import factorize
-
 __all__ = ["rank_one_update", "whiten"]
 
 
-def whiten(key: Tensor, second_moment: Tensor) -> Tensor:
+def whiten(key: Tensor, factor: Tensor) -> Tensor:
     """C⁻¹ k, scaled to length one: the direction in which a key can be told from the others.
 
     Args:
         key: k, [M].
-        second_moment: C = E[k kᵀ] over many keys, [M, M], positive definite.
+        factor: Cholesky factor of C = E[k kᵀ] over many keys, [M, M] float64; see ``factorize``.
 
     Returns:
         Direction of C⁻¹ k, [M], float32.
 
-    Raises:
-        ValueError: If C is not positive definite in float64.
-
     Examples:
-        >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2)).tolist()
+        >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2).double()).tolist()
         [1.0, 0.0]
     """
-    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factorize(second_moment))[:, 0]
+    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
     unit: Tensor = solved / torch.linalg.vector_norm(solved)
     return unit.float()
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys of several layers while these are edited one after another."""
 
-# Shapes: N rows, T positions up to the subject's last token, D hidden, M inputs of the edited
-# projection.
+# Shapes: N rows, E requests, T positions up to the subject's last token or templates, D hidden, M
+# inputs of the edited projection.
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from lightning_edit.passes.block_recorder import Arguments, hidden_states, recor
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
 
-__all__ = ["KeyPass"]
+__all__ = ["KeyPass", "KeyPasses"]
+
+MAX_ROWS = 512  # rows whose keys are taken at once
 
 
 @dataclass
@@ -123,3 +125,57 @@ class KeyPass:
     def _block(self, i: int, state: Tensor) -> Tensor:
         args, kwargs = self.calls[i]
         return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
+
+
+@dataclass
+class KeyPasses:
+    """Rows of requests in templates, few enough at a time for their attention to fit in memory.
+
+    Args:
+        parts: The passes of the rows, in order.
+        templates: Rows of each request.
+    """
+
+    parts: list[KeyPass]
+    templates: int
+
+    @classmethod
+    def capture(
+        cls,
+        tree: ModelTree,
+        layers: Sequence[int],
+        rows: Sequence[Sequence[Sequence[int]]],
+        pad_id: int,
+        place: Place = "block",
+    ) -> KeyPasses:
+        """Runs the rows once up to the last edited layer.
+
+        Args:
+            tree: A decoder-only model.
+            layers: Edited layers.
+            rows: Token ids of E requests in T templates each, cut behind the subject's last token.
+            pad_id: Fills the gaps on the left.
+            place: What takes target values at the last edited layer.
+        """
+        flat = [row for request in rows for row in request]
+        starts = range(0, len(flat), MAX_ROWS)
+        parts = [
+            KeyPass.capture(tree, layers, flat[start : start + MAX_ROWS], pad_id, place)
+            for start in starts
+        ]
+        return cls(parts, len(rows[0]))
+
+    def keys(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys of a layer, [E, T, M], and what the last edited layer makes of the rows, [E, T, D].
+
+        Layers are asked in order; weights of those before may have changed since.
+
+        Args:
+            layer: An edited layer.
+        """
+        keys, outputs = zip(*(part.keys(layer) for part in self.parts), strict=True)
+        key, output = torch.cat(keys), torch.cat(outputs)
+        return (
+            key.reshape(-1, self.templates, key.shape[-1]),
+            output.reshape(-1, self.templates, output.shape[-1]),
+        )

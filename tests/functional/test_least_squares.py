@@ -131,6 +131,9 @@ def test_directions_by_threshold_and_by_share() -> None:
 def test_what_cannot_be_solved_says_so() -> None:
     with pytest.raises(ValueError, match="positive definite"):
         factorize(torch.zeros(3, 3))
+    row = drawn(1, 3).double()
+    with pytest.raises(ValueError, match="positive definite"):
+        factorize(row.T @ row)  # singular, whatever the sign of its rounded pivots
     twice = drawn(INPUTS, 1).expand(INPUTS, 2)
     with pytest.raises(ValueError, match="two requests may be about the same subject"):
         preserving_update(twice, drawn(OUTPUTS, 2), factorize(torch.eye(INPUTS)), 0.0)

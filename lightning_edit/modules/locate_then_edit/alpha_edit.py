@@ -6,22 +6,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
-from lightning_edit.core.change import LowRank
-from lightning_edit.core.locator import WeightSite
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.locator import ModelTree
 from lightning_edit.functional.least_squares import projected_update, protected_directions
-from lightning_edit.modules.locate_then_edit.mass_edit import MassEditModule
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.spread import Spread, lower_layers
 
 __all__ = ["AlphaEdit"]
 
 
-class AlphaEdit(MassEditModule):
+class AlphaEdit(LocateModule):
     """Null-space constrained editing: writes only where keys of other facts do not lie.
 
     With P the projection on the directions in which the second moment is small, and A the keys of
@@ -36,8 +37,11 @@ class AlphaEdit(MassEditModule):
         nullspace_threshold: Eigenvalues of the second moment from which directions are protected;
             0.02 in the paper, for models of another scale. By ``protected_share`` when None.
         protected_share: Share of the second moment's trace that the protected directions hold.
-        kwargs: Arguments of every mass editor, of every locate-then-edit method, and of every
-            editor; see ``MassEditModule``.
+        aligned: Take keys and target values of every batch from the unedited model, each layer
+            adding an equal part, and carry its keys as they are there. Batches written one after
+            another then give the change of their union at once (arXiv 2605.26670).
+        kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
+            every editor; see ``LocateModule``.
 
     Raises:
         ValueError: If λ is not above 0 or the share is not between 0 and 1.
@@ -47,6 +51,7 @@ class AlphaEdit(MassEditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.02355"
+    groups_contexts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class AlphaEdit(MassEditModule):
         ridge_weight: float = 1.0,
         nullspace_threshold: float | None = None,
         protected_share: float = 0.7,
+        aligned: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
@@ -64,34 +70,38 @@ class AlphaEdit(MassEditModule):
             raise ValueError(
                 f"`protected_share` is expected to be between 0 and 1, but got {protected_share}."
             )
+        self.settings = replace(self.settings, place="block")
         self.ridge_weight = ridge_weight
         self.nullspace_threshold = nullspace_threshold
         self.protected_share = protected_share
-        self._protected: dict[int, tuple[Tensor, float]] = {}
+        self.aligned = aligned
+
+    @override
+    def default_layers(self, tree: ModelTree) -> list[int]:
+        return lower_layers(tree)
 
     def protected(self, layer: int) -> tuple[Tensor, float]:
-        """Protected directions of a layer, [M, P], and the gap behind the last of them."""
-        if layer not in self._protected:
-            self._protected[layer] = protected_directions(
-                self.second_moment(layer), self.nullspace_threshold, self.protected_share
-            )
-        directions, gap = self._protected[layer]
-        return directions.to(self.model.device), gap
-
-    @override
-    def solve(
-        self, site: WeightSite, keys: Tensor, residuals: Tensor
-    ) -> tuple[LowRank, dict[str, Tensor]]:
-        directions, _ = self.protected(site.layer)
-        old, gram = self.remembered(site.layer)
-        u, v = projected_update(
-            torch.cat([old, keys.T], 1), residuals.T, directions, self.ridge_weight, gram
+        """Protected directions of a layer, [M, P], and the gap after the last of them."""
+        return self.from_second_moment(
+            layer, protected_directions, self.nullspace_threshold, self.protected_share
         )
-        # What is left of a key outside of the protected directions decides how much is written.
-        strength = keys.square().sum(1) - (keys @ directions).square().sum(1)
-        return LowRank(u, v), {"written_share": strength / (strength + self.ridge_weight)}
 
     @override
-    def carry(self, batch: EditBatch, keys: dict[int, Tensor]) -> dict[str, Tensor]:
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        spread = Spread(self, batch, aligned=self.aligned)  # searches the target values
+        ridge = self.ridge_weight  # λ
+        for pairs in spread:  # of each layer, from below
+            directions, _ = self.protected(pairs.layer)  # Q, with P = I − Q Qᵀ
+            residuals = pairs.lacking / pairs.layers - pairs.written  # Rᵀ, [E, D]
+            # ΔW = R Kᵀ P (P A Aᵀ P + λ I)⁻¹ = u vᵀ
+            u, v = projected_update(
+                pairs.all_keys, residuals.T, directions, ridge, pairs.earlier.gram
+            )
+            # What is left of a key outside of the protected directions decides how much is written.
+            strength = pairs.keys.square().sum(1) - (pairs.keys @ directions).square().sum(1)
+            spread.write(pairs, residuals, u, v, strength / (strength + ridge))
         # The paper takes the keys again from the edited model.
-        return self.remember(keys if self.aligned else self.layer_keys(batch))
+        keys = spread.keys if self.aligned else self.layer_keys(spread.batch)
+        return spread.edit(
+            {layer: self.remembered(layer).with_keys(new) for layer, new in keys.items()}
+        )

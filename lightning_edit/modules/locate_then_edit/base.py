@@ -6,34 +6,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
-from lightning_edit.core.errors import ArtifactError, FailedRequestsError, LocatorError
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.errors import FailedRequestsError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.core.processes import Processes
+from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.locate_then_edit.second_moment import second_moments
-from lightning_edit.modules.locate_then_edit.target_values import (
-    LOSSES,
-    TargetValues,
-    TargetValueSettings,
-    optimize_target_values,
-)
+from lightning_edit.modules.locate_then_edit.contexts import Contexts
+from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
+from lightning_edit.modules.locate_then_edit.shared_search import search_target_values
+from lightning_edit.modules.locate_then_edit.target_values import TargetValues, TargetValueSettings
+from lightning_edit.passes.key_pass import KeyPasses
 from lightning_edit.passes.sampling import sample_templates
 
 __all__ = ["LocateModule"]
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
-class LocateModule(EditModule):
+
+class LocateModule(EditModule[WeightDelta]):
     """Base of editors that store key-value pairs in MLPs.
 
     Args:
@@ -85,7 +88,6 @@ class LocateModule(EditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        groups = _grouped(context_templates) if context_templates else None
         if "{}" not in kl_prompt:
             raise ValueError(
                 f"`kl_prompt` is expected to hold {{}} for the subject, but got {kl_prompt!r}."
@@ -96,24 +98,28 @@ class LocateModule(EditModule):
         self.settings = TargetValueSettings(
             steps, lr, weight_decay, clamp_norm_factor, kl_factor, kl_prompt=kl_prompt
         )
-        self.second_moment_file = second_moment
-        self.second_moment_text = second_moment_text
+        self.seed = seed
         is_module = isinstance(second_moment_text, LightningDataModule)
         named = type(second_moment_text).__name__ if is_module else second_moment_text
         self.save_hyperparameters({"second_moment_text": named})
-        self.tokens_per_dimension = tokens_per_dimension
-        self.ridge = ridge
-        self.seed = seed
-        self._groups = groups
-        self._moments: dict[int, Tensor] = {}
+        self.moments = SecondMoments(
+            MomentSettings(
+                second_moment,
+                second_moment_text,
+                tokens_per_dimension,
+                ridge,
+                seed,
+                self.cache_dir,
+            )
+        )
+        self.contexts = Contexts(context_templates, self.sample_contexts)
+        self.parts.append(self.contexts)
+
+    # -- layers ------------------------------------------------------------------------------
 
     @override
     def default_layers(self, tree: ModelTree) -> list[int]:
         return [int(len(tree.blocks) / 6 + 0.5)]  # 5 of 28 and of 32, as in the papers' settings
-
-    @override
-    def edited_names(self, tree: ModelTree) -> list[str]:
-        return [site.name for site in self.sites(tree)]
 
     def sites(self, tree: ModelTree) -> list[WeightSite]:
         """The matrices to edit.
@@ -121,28 +127,26 @@ class LocateModule(EditModule):
         Raises:
             LocatorError: If a layer does not exist.
         """
-        layers = self.layers if self.layers is not None else self.default_layers(tree)
-        return Locator(layers=layers).sites(tree.model)
+        return Locator(layers=self.layers_of(tree)).sites(tree.model)
+
+    # -- contexts and keys -------------------------------------------------------------------
 
     @property
     def template_groups(self) -> list[list[str]]:
         """Contexts that a prompt is put into; sampled from the unedited model on first use."""
-        if self._groups is None:
-            with self.base_weights():
-                self._groups = self.sample_contexts()
-        return self._groups
+        return self.contexts.groups
 
     @property
     def templates(self) -> list[str]:
         """All context templates; the first is the bare prompt."""
-        return [template for group in self.template_groups for template in group]
+        return self.contexts.templates
 
     def sample_contexts(self) -> list[list[str]]:
         """Contexts from the unedited model, as the papers sample them."""
-        if self.groups_contexts:
-            sampled = sample_templates(self.model, self.tokens, self.seed, 1, (10,))
-            return [["{}"], sampled]
-        return [["{}", *sample_templates(self.model, self.tokens, self.seed)]]
+        with self.base_weights():
+            if self.groups_contexts:
+                return [["{}"], sample_templates(self.model, self.tokens, self.seed, 1, (10,))]
+            return [["{}", *sample_templates(self.model, self.tokens, self.seed)]]
 
     def mean_keys(self, keys: Tensor) -> Tensor:
         """Keys averaged over the templates of each group, then over groups: [..., T, M] → [..., M].
@@ -150,25 +154,36 @@ class LocateModule(EditModule):
         References:
             arXiv 2210.07229, section 4.3, for groups; arXiv 2202.05262, equation 3, for one.
         """
-        groups = self.template_groups
-        weights = [1 / (len(groups) * len(group)) for group in groups for _ in group]
-        return torch.einsum("...tm,t->...m", keys, torch.tensor(weights, device=keys.device))
+        return self.contexts.mean_keys(keys)
+
+    def key_passes(self, batch: EditBatch) -> KeyPasses:
+        """Passes of a batch in all templates, ready to be asked for the keys of edited layers."""
+        layers = [site.layer for site in self.sites(self.tree)]
+        rows = self.contexts.subject_rows(self.tokens, batch.requests)
+        return KeyPasses.capture(self.tree, layers, rows, self.tokens.pad_id, self.settings.place)
+
+    def layer_keys(self, batch: EditBatch) -> dict[int, Tensor]:
+        """Keys of a batch in the model as it stands, [E, M] of each layer."""
+        passes = self.key_passes(batch)
+        layers = [site.layer for site in self.sites(self.tree)]
+        return {layer: self.mean_keys(passes.keys(layer)[0]) for layer in layers}
+
+    def remembered(self, layer: int) -> LayerMemory:
+        """What committed edits left at a layer, such as their keys."""
+        return LayerMemory.unpack(self.carried, layer)
+
+    # -- second moments ----------------------------------------------------------------------
 
     def set_second_moment(self, layer: int, moment: Tensor) -> None:
         """Gives C = E[k kᵀ] of a layer, [M, M], instead of estimating it.
 
+        What was made of an earlier one is made anew.
+
         Raises:
             LocatorError: If the layer is not edited or the shape does not fit.
+            ArtifactError: If the matrix is not finite, not symmetric, or has a negative diagonal.
         """
-        sites = {site.layer: site for site in self.sites(self.tree)}
-        layer = self.tree.index(layer)
-        width = sites[layer].in_features if layer in sites else None
-        if tuple(moment.shape) != (width, width):
-            raise LocatorError(
-                f"A second moment of shape {list(moment.shape)} was given for layer {layer}; "
-                f"expected [{width}, {width}] for one of the layers {sorted(sites)}."
-            )
-        self._moments[layer] = moment.float()
+        self.moments.give(self.sites(self.tree), self.tree.index(layer), moment)
 
     def second_moment(self, layer: int, processes: Processes | None = None) -> Tensor:
         """C = E[k kᵀ] of a layer of the unedited model, [M, M] float32.
@@ -177,26 +192,35 @@ class LocateModule(EditModule):
             layer: Index of the layer.
             processes: Those that all ask, and share out the work; this one alone if None.
         """
-        if layer not in self._moments:
-            sites = self.sites(self.tree)
-            if self.second_moment_file is not None:
-                self._read_second_moments(Path(self.second_moment_file), sites)
-            else:
-                cache = self.cache_dir or Path.home() / ".cache" / "lightning_edit"
-                with self.base_weights():
-                    self._moments |= second_moments(
-                        self.tree,
-                        self.tokens,
-                        [site.layer for site in sites],
-                        model_hash=self.base.sha256,
-                        text=self.second_moment_text,
-                        tokens_per_dimension=self.tokens_per_dimension,
-                        ridge=self.ridge,
-                        seed=self.seed,
-                        cache_dir=cache,
-                        processes=processes or Processes(),
-                    )
-        return self._moments[layer].to(next(self.model.parameters()).device)
+        tree = self.tree
+        return self.moments.of(self.session, self.sites(tree), tree.index(layer), processes)
+
+    def from_second_moment(
+        self,
+        layer: int,
+        make: Callable[[Tensor, *Ts], T],
+        *arguments: *Ts,
+    ) -> T:
+        """What a function makes of the second moment of a layer; kept for as long as that is.
+
+        Args:
+            layer: Index of the layer.
+            make: The function; it is given C first.
+            arguments: Its further arguments.
+
+        Raises:
+            ArtifactError: If the second moment does not allow it.
+        """
+        self.second_moment(layer)
+        return self.moments.derived(self.tree.index(layer), make, *arguments)
+
+    def factor(self, layer: int) -> Tensor:
+        """Cholesky factor of the layer's second moment, [M, M] float64.
+
+        Raises:
+            ArtifactError: If the second moment is singular.
+        """
+        return self.from_second_moment(layer, factorize)
 
     def save_second_moments(self, file: str | Path) -> Path:
         """Writes the second moments of the edited layers, to be given as ``second_moment``.
@@ -216,39 +240,9 @@ class LocateModule(EditModule):
             >>> bool((again.second_moment(1) == editor.second_moment(1)).all())
             True
         """
-        from safetensors.torch import save_file
+        return self.moments.save(self.session, self.sites(self.tree), Path(file))
 
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        moments = {
-            site.module_name: self.second_moment(site.layer).cpu().contiguous()
-            for site in self.sites(self.tree)
-        }
-        save_file(moments, file, {"base": self.model_id, "base_sha256": self.base.sha256})
-        return file
-
-    def _read_second_moments(self, file: Path, sites: Sequence[WeightSite]) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, "pt") as stream:
-                base = (stream.metadata() or {}).get("base_sha256", "")
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"`second_moment`: cannot read `{file}` ({error}).") from None
-        if base and base != self.base.sha256:
-            raise ArtifactError(
-                f"`second_moment`: `{file}` was made from a model with the weight hash "
-                f"{base[:12]}…, but {self.model_id} has {self.base.sha256[:12]}…. Give the second "
-                "moments of this model, or none to have them estimated."
-            )
-        for site in sites:
-            if site.module_name not in tensors:
-                raise ArtifactError(
-                    f"`second_moment`: `{file}` has no tensor `{site.module_name}`. It has "
-                    f"{', '.join(sorted(tensors)) or 'none'}."
-                )
-            self.set_second_moment(site.layer, tensors[site.module_name])
+    # -- target values -----------------------------------------------------------------------
 
     def find_target_values(
         self, batch: EditBatch, layer: int
@@ -294,93 +288,13 @@ class LocateModule(EditModule):
 
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
         """Target values of a batch; under several processes each finds those of its share."""
-        count, processes = len(batch.requests), batch.processes
-        mine = list(processes.share(count))
-        tree, tokens = self.tree, self.tokens
-        templates = self.templates
-        requests = [batch.requests[i] for i in mine]
-
-        def optimize() -> TargetValues:
-            return optimize_target_values(
-                tree, tokens, layer, requests, templates, self.settings, dtype=batch.pass_dtype
-            )
-
-        if processes.count == 1:
-            return optimize()
-        site = tree.mlp_out(layer)
-        device = self.session.device
-        found = optimize() if mine else None
-
-        def gathered(part: Tensor | None, *shape: int) -> Tensor:
-            return processes.merged(part, (count, *shape), losses)
-
-        width, steps = len(templates), self.settings.steps
-        passes = torch.zeros(len(mine), device=device)
-        failed = torch.zeros(len(mine), device=device)
-        losses = torch.zeros(len(mine), steps, len(LOSSES), device=device)
-        if found is not None:
-            for i, one in enumerate(found.losses):
-                table = [[entry[name] for name in LOSSES] for entry in one]
-                losses[i, : len(table)] = torch.tensor(table)
-                passes[i] = len(table)
-                failed[i] = found.failed.get(i, 0)
-        features = site.out_features
-        places = 2 if self.settings.place == "sublayers" else 0
-        keys = gathered(found.keys if found else None, width, site.in_features)
-        outputs = gathered(found.outputs if found else None, width, features)
-        deltas = gathered(found.deltas if found else None, features)
-        attention = gathered(found.attention if found else None, places, features)
-        figures = cast(list[list[list[float]]], gathered(losses, steps, len(LOSSES)).tolist())
-        counts = gathered(passes).int().tolist()
-        broken = gathered(failed).int().tolist()
-        return TargetValues(
-            keys,
-            outputs,
-            deltas,
-            attention,
-            [
-                [dict(zip(LOSSES, row, strict=True)) for row in one[:n]]
-                for one, n in zip(figures, counts, strict=True)
-            ],
-            gathered(torch.tensor(found.probabilities) if found else None).tolist(),
-            {e: step for e, step in enumerate(broken) if step},
+        return search_target_values(
+            self.tree,
+            self.tokens,
+            layer,
+            batch.requests,
+            self.templates,
+            self.settings,
+            processes=batch.processes,
+            dtype=batch.pass_dtype,
         )
-
-    @override
-    def edit_state(self) -> dict[str, Any]:
-        # A resumed run holds an edited model, from which other contexts would be sampled.
-        return {**super().edit_state(), "context_templates": self.template_groups}
-
-    @override
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
-        super().load_edit_state(state)
-        self._groups = _grouped(state["context_templates"])
-
-
-def _grouped(templates: Sequence[str] | Sequence[list[str]]) -> list[list[str]]:
-    """Context templates in groups.
-
-    Raises:
-        ValueError: If one does not end where the prompt goes, or the first is not the bare prompt.
-    """
-    flat = [item for item in templates if isinstance(item, str)]
-    groups = [flat] if flat else [[str(template) for template in group] for group in templates]
-    if flat and len(flat) < len(templates):
-        raise ValueError(
-            "`context_templates` is expected to be a list of texts or a list of lists of texts, "
-            "but it mixes them. Put every text into a list."
-        )
-    for template in (template for group in groups for template in group):
-        if not template.endswith("{}"):
-            raise ValueError(
-                f"`context_templates`: {template!r} is expected to end in {{}}, where the "
-                "prompt goes, since the target follows it."
-            )
-    if not all(groups) or groups[0][0] != "{}":
-        first = groups[0][0] if groups[0] else groups[0]
-        raise ValueError(
-            "`context_templates`: the first is expected to be '{}', the bare prompt, in which "
-            f"the new value is stored, but got {first!r}. Put '{{}}' before it, and leave no "
-            "group empty."
-        )
-    return groups

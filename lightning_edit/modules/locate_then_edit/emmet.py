@@ -2,25 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """EMMET: equality-constrained mass model editing."""
 
-# Shapes: E requests, D hidden, M inputs of the edited projection.
+# Shapes: E requests, D hidden, M inputs of the edited projection, N keys with those of earlier
+# edits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.core.change import LowRank
-from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.functional.least_squares import factorize, key_strengths, preserving_update
-from lightning_edit.modules.locate_then_edit.mass_edit import MassEditModule
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.spread import Spread
 
 __all__ = ["EMMET"]
 
 
-class EMMET(MassEditModule):
+class EMMET(LocateModule):
     """Equality-constrained mass editing: ROME for a batch, all pairs stored exactly.
 
     ΔW = R (Kᵀ C′⁻¹ K + ε I)⁻¹ Kᵀ C′⁻¹ with C′ = w C + η I. At ε = 0 every pair is stored as it is
@@ -32,8 +35,11 @@ class EMMET(MassEditModule):
         softness: ε, the ridge of the pairs' system; 0 is the equality constraint.
         moment_weight: w, factor of the second moment.
         norm_weight: η, weight of ‖ΔW‖² beside the second moment.
-        kwargs: Arguments of every mass editor, of every locate-then-edit method, and of every
-            editor; see ``MassEditModule``.
+        aligned: Take keys and target values of every batch from the unedited model, each layer
+            adding an equal part, and keep the keys of earlier batches. Batches written one after
+            another then give the change of their union at once (arXiv 2605.26670).
+        kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
+            every editor; see ``LocateModule``.
 
     Raises:
         ValueError: If a weight is negative, or the second moment's is 0.
@@ -43,6 +49,7 @@ class EMMET(MassEditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.14236"
+    groups_contexts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -51,6 +58,7 @@ class EMMET(MassEditModule):
         softness: float = 0.0,
         moment_weight: float = 1.0,
         norm_weight: float = 0.0,
+        aligned: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
@@ -59,30 +67,33 @@ class EMMET(MassEditModule):
                 "`softness` and `norm_weight` are expected to be at least 0 and `moment_weight` "
                 f"above 0, but got {softness}, {norm_weight} and {moment_weight}."
             )
+        self.settings = replace(self.settings, place="block")
         self.softness = softness
         self.moment_weight = moment_weight
         self.norm_weight = norm_weight
+        self.aligned = aligned
 
     @override
-    def default_layers(self, tree: ModelTree) -> list[int]:
-        return [int(len(tree.blocks) / 6 + 0.5)]
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        spread = Spread(self, batch, aligned=self.aligned)  # searches the target values
+        memories: dict[int, LayerMemory] = {}
+        ridge = self.softness  # ε
+        for pairs in spread:  # of each layer, from below
+            factor = self.from_second_moment(  # C′ = L Lᵀ
+                pairs.layer, _weighted_factor, self.moment_weight, self.norm_weight
+            )
+            strength = key_strengths(pairs.keys.T, factor)  # q = kᵀ C′⁻¹ k, [E]
+            residuals = pairs.lacking / pairs.layers - pairs.written  # Rᵀ, [E, D]
+            # ΔW = R (Aᵀ C′⁻¹ A + ε I)⁻¹ Aᵀ C′⁻¹ = u vᵀ
+            u, v = preserving_update(pairs.all_keys, residuals.T, factor, ridge, pairs.earlier.gram)
+            spread.write(pairs, residuals, u, v, strength / (strength + ridge))
+            if self.aligned:
+                memories[pairs.layer] = pairs.earlier.with_keys(pairs.keys)
+        return spread.edit(memories)
 
-    @override
-    def factor(self, layer: int) -> Tensor:
-        if layer not in self._factors:
-            moment = self.moment_weight * self.second_moment(layer).double()
-            moment.diagonal().add_(self.norm_weight)
-            self._factors[layer] = factorize(moment)
-        return self._factors[layer].to(self.model.device)
 
-    @override
-    def solve(
-        self, site: WeightSite, keys: Tensor, residuals: Tensor
-    ) -> tuple[LowRank, dict[str, Tensor]]:
-        factor = self.factor(site.layer)
-        strength = key_strengths(keys.T, factor)
-        old, gram = self.remembered(site.layer)
-        u, v = preserving_update(
-            torch.cat([old, keys.T], 1), residuals.T, factor, self.softness, gram
-        )
-        return LowRank(u, v), {"written_share": strength / (strength + self.softness)}
+def _weighted_factor(second_moment: Tensor, moment_weight: float, norm_weight: float) -> Tensor:
+    """Cholesky factor of C′ = w C + η I, [M, M] float64."""
+    weighted = moment_weight * second_moment.double()
+    weighted.diagonal().add_(norm_weight)
+    return factorize(weighted)

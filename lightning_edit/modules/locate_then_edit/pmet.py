@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PMET: precise model editing."""
 
-# Shapes: E requests, D hidden.
+# Shapes: E requests, D hidden, M inputs of the edited projection, N keys with those of earlier
+# edits.
 
 from __future__ import annotations
 
@@ -10,16 +11,21 @@ import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.modules.locate_then_edit.ridge_edit import RidgeEditModule
-from lightning_edit.passes.tail import Place
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.functional.least_squares import key_strengths, preserving_update
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.moment_weight import check_weight, moment_ridge
+from lightning_edit.modules.locate_then_edit.spread import Spread, lower_layers
 
 __all__ = ["PMET"]
 
 
-class PMET(RidgeEditModule):
+class PMET(LocateModule):
     """Precise model editing: target values for MLP and attention, of which only the MLP's is kept.
 
     What the residual stream has to gain is looked for in the outputs of both sublayers at once, so
@@ -35,18 +41,23 @@ class PMET(RidgeEditModule):
             likeliest, a tenth of it counts, and a request is finished once its divergence, with
             its factor, is at most 0.01.
         kl_factor: Factor of the divergence on the anchor prompt.
-        kwargs: ``moment_weight`` and ``written_share``, and the arguments of every mass editor, of
-            every locate-then-edit method, and of every editor; see ``RidgeEditModule``.
+        moment_weight: λ, how many keys the second moment counts for. When None, it is chosen in
+            each layer so that the median request of the first batch gets ``written_share``.
+        written_share: Share q / (q + λ), q = kᵀ C⁻¹ k, of its pair that a request would get alone.
+        aligned: Take keys and target values of every batch from the unedited model, each layer
+            adding a part of the same size, and keep the keys of earlier batches (arXiv 2605.26670).
+        kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
+            every editor; see ``LocateModule``.
 
     Raises:
-        ValueError: If a factor is out of its range.
+        ValueError: If a factor, λ or the share is out of its range.
 
     References:
         PMET: Precise Model Editing in a Transformer, arXiv 2308.08742, sections 4.2 and 4.3.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.08742"
-    place: ClassVar[Place] = "sublayers"
+    groups_contexts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -54,13 +65,41 @@ class PMET(RidgeEditModule):
         layers: list[int] | None = None,
         nll_factor: float = 1.0,
         kl_factor: float = 1.0,
+        moment_weight: float | None = None,
+        written_share: float = 0.9,
+        aligned: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, kl_factor=kl_factor, **kwargs)
+        check_weight(moment_weight, written_share)
         if nll_factor <= 0:
             raise ValueError(f"`nll_factor` is expected to be above 0, but got {nll_factor}.")
-        self.settings = replace(self.settings, nll_factor=nll_factor, settles=True)
+        self.settings = replace(
+            self.settings, place="sublayers", nll_factor=nll_factor, settles=True
+        )
+        self.moment_weight = moment_weight
+        self.written_share = written_share
+        self.aligned = aligned
 
     @override
-    def portion(self, lacking: Tensor, layers: int) -> Tensor:
-        return lacking / math.sqrt(layers)
+    def default_layers(self, tree: ModelTree) -> list[int]:
+        return lower_layers(tree)
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        spread = Spread(self, batch, aligned=self.aligned)  # searches the target values
+        memories: dict[int, LayerMemory] = {}
+        for pairs in spread:  # of each layer, from below
+            factor = self.factor(pairs.layer)  # C = L Lᵀ
+            strength = key_strengths(pairs.keys.T, factor)  # q = kᵀ C⁻¹ k, [E]
+            ridge = moment_ridge(  # λ
+                self.moment_weight, self.written_share, strength, pairs.earlier.ridge
+            )
+            residuals = pairs.lacking / math.sqrt(pairs.layers) - pairs.written  # Rᵀ, [E, D]
+            # ΔW = R Kᵀ (λ C + A Aᵀ)⁻¹ = u vᵀ
+            u, v = preserving_update(pairs.all_keys, residuals.T, factor, ridge, pairs.earlier.gram)
+            spread.write(pairs, residuals, u, v, strength / (strength + ridge))
+            kept = pairs.earlier.with_keys(pairs.keys) if self.aligned else LayerMemory()
+            chosen = ridge if self.moment_weight is None else None
+            memories[pairs.layer] = replace(kept, ridge=chosen)
+        return spread.edit(memories)

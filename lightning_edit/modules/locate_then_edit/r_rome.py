@@ -2,22 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """R-ROME: ROME without its collapse."""
 
+# Shapes: E requests, T templates, D hidden, M inputs of the edited projection.
+
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.modules.locate_then_edit.rank_one import RankOneModule
-from lightning_edit.modules.locate_then_edit.target_values import TargetValues
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.functional.rank_one import rank_one_update, whiten
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.rank_one import RankOneChanges, only_site
 
 __all__ = ["RROME"]
 
 KeyKind = Literal["averaged", "prompt"]
 
 
-class RROME(RankOneModule):
+class RROME(LocateModule):
     """ROME with one and the same key throughout, which keeps its divisor from vanishing.
 
     ROME takes the direction from averaged keys and divides by its product with the bare prompt's
@@ -54,8 +59,24 @@ class RROME(RankOneModule):
         self.key = key
 
     @override
-    def pair(self, found: TargetValues, e: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.key == "prompt":
-            return found.keys[e, 0], found.keys[e, 0], found.deltas[e]
-        key = self.mean_keys(found.keys[e])
-        return key, key, found.values[e] - self.mean_keys(found.outputs[e])
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return [only_site(self.sites(tree), type(self).__name__).name]
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        [site] = self.sites(self.tree)
+        batch, found, failed = self.find_target_values(batch, site.layer)
+        factor = self.factor(site.layer)  # C = L Lᵀ
+        changes = RankOneChanges(site, self.session.device)
+        for e, request in enumerate(batch.requests):
+            if self.key == "prompt":
+                key, lacking = found.keys[e, 0], found.deltas[e]
+            else:
+                key = self.mean_keys(found.keys[e])
+                lacking = found.values[e] - self.mean_keys(found.outputs[e])
+            direction = whiten(key, factor)  # u = C⁻¹ k
+            # v* − W k, where later requests see what earlier ones of the batch wrote.
+            residual = lacking - changes.at(key)
+            u, v, _ = rank_one_update(residual, direction, key)  # ΔW = (v* − W k) uᵀ / (u · k)
+            changes.add(request, u, v, key)
+        return changes.edit(batch.requests, found, failed)

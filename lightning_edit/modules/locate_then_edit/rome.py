@@ -2,20 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """ROME: rank-one model editing."""
 
+# Shapes: E requests, T templates, D hidden, M inputs of the edited projection.
+
 from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.modules.locate_then_edit.rank_one import RankOneModule
-from lightning_edit.modules.locate_then_edit.target_values import TargetValues
+from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.locator import ModelTree
+from lightning_edit.functional.rank_one import rank_one_update, whiten
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.rank_one import RankOneChanges, only_site
 
 __all__ = ["ROME"]
 
 
-class ROME(RankOneModule):
+class ROME(LocateModule):
     """Rank-one model editing: stores one key-value pair in one MLP, smallest change first.
 
     With k the key of the subject, averaged over context templates, v* the target value and C the
@@ -30,5 +35,21 @@ class ROME(RankOneModule):
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.05262"
 
     @override
-    def pair(self, found: TargetValues, e: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.mean_keys(found.keys[e]), found.keys[e, 0], found.deltas[e]
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return [only_site(self.sites(tree), type(self).__name__).name]
+
+    @override
+    def compute_edit(self, batch: EditBatch) -> WeightDelta:
+        [site] = self.sites(self.tree)
+        batch, found, failed = self.find_target_values(batch, site.layer)
+        factor = self.factor(site.layer)  # C = L Lᵀ
+        changes = RankOneChanges(site, self.session.device)
+        for e, request in enumerate(batch.requests):
+            keys = found.keys[e]
+            direction = whiten(self.mean_keys(keys), factor)  # u = C⁻¹ k
+            key = keys[0]  # k₀, that of the bare prompt
+            # v* − W k₀, where later requests see what earlier ones of the batch wrote.
+            residual = found.deltas[e] - changes.at(key)
+            u, v, _ = rank_one_update(residual, direction, key)  # ΔW = (v* − W k₀) uᵀ / (u · k₀)
+            changes.add(request, u, v, key)
+        return changes.edit(batch.requests, found, failed)

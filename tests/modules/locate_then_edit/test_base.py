@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_edit import MEMIT, PMET, ROME, AlphaEdit, EditRequest
+from lightning_edit import EMMET, MEMIT, PMET, ROME, AlphaEdit, EditRequest
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import (
@@ -30,6 +30,7 @@ from lightning_edit.demos import (
     trained_tiny_model,
 )
 from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.contexts import Contexts
 from lightning_edit.passes.sampling import sample_templates
 from tests import zoo
 from tests.modules.helpers import bare_trainer, same, snapshot
@@ -106,7 +107,7 @@ def test_templates_are_sampled_once_from_the_unedited_model() -> None:
     editor.edit_optimizer.step()
     edited = snapshot(model)
     assert sample_templates(model, editor.tokens, seed=3) != wanted[1:]
-    editor._groups = None
+    editor.contexts = Contexts(None, editor.sample_contexts)
     assert editor.templates == wanted
     assert same(model, edited)
     assert editor.template_groups is editor.template_groups
@@ -166,6 +167,130 @@ def test_a_second_moment_can_be_read(tmp_path: Path) -> None:
         editor_of(layers=[1], second_moment=str(file)).second_moment(1)
     with pytest.raises(ArtifactError, match="cannot read"):
         editor_of(layers=[1], second_moment=str(tmp_path / "missing")).second_moment(1)
+
+
+def test_a_second_moment_that_is_given_stays_when_others_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "moments.safetensors"
+    save_file({f"model.layers.{i}.mlp.down_proj": torch.eye(128) * i for i in (1, 2)}, file)
+    given = torch.eye(128) * 5
+    for settings in ({"second_moment": str(file)}, {"tokens_per_dimension": 1}):
+        editor = several(layers=[1, 2], cache_dir=str(tmp_path), **settings)
+        editor.set_second_moment(1, given)
+        assert editor.second_moment(2)[0, 0] != 5
+        assert torch.equal(editor.second_moment(1), torch.eye(128) * 5)
+        assert torch.equal(editor.second_moment(-3), editor.second_moment(1))
+        with pytest.raises(LocatorError, match=r"Layer 3 has no second moment.* layers \[1, 2\]"):
+            editor.second_moment(3)
+    given.zero_()  # what was given is a copy
+    assert editor.second_moment(1)[0, 0] == 5
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ((0, 5, float("nan")), "layer 1 has entries that are not finite"),
+        ((3, 3, float("inf")), "layer 1 has entries that are not finite"),
+        ((0, 5, 0.5), "layer 1 is not symmetric. Give the whole"),
+        ((2, 2, -0.1), r"layer 1 has diagonal entries from -0\.1 to 1"),
+    ],
+)
+def test_what_cannot_be_a_second_moment_is_refused_by_name(
+    entry: tuple[int, int, float], message: str, tmp_path: Path
+) -> None:
+    row, column, value = entry
+    moment = torch.eye(128)
+    moment[row, column] = value
+    editor = several(layers=[1])
+    with pytest.raises(ArtifactError, match=message):
+        editor.set_second_moment(1, moment)
+    file = tmp_path / "moments.safetensors"
+    save_file({"model.layers.1.mlp.down_proj": moment}, file)
+    with pytest.raises(ArtifactError, match=message):
+        several(layers=[1], second_moment=str(file)).second_moment(1)
+    with pytest.raises(ArtifactError, match="layer 1 has diagonal entries from 0 to 0"):
+        editor.set_second_moment(1, torch.zeros(128, 128))
+    rounded = torch.eye(128)
+    rounded[0, 5] = 1e-5
+    editor.set_second_moment(1, rounded)
+    assert torch.equal(editor.second_moment(1), rounded)
+
+
+@pytest.mark.parametrize("cls", [ROME, MEMIT, PMET, EMMET, AlphaEdit])
+def test_a_second_moment_that_a_method_cannot_use_is_refused_before_anything_is_written(
+    cls: type[LocateModule],
+) -> None:
+    model = tiny_model()
+    kept = snapshot(model)
+    editor = cls.from_model(model, tiny_tokenizer(), layers=[1], steps=2, context_templates=["{}"])
+    # Of rank one, which AlphaEdit can use; and with a negative eigenvalue, which nothing can.
+    editor.set_second_moment(1, torch.ones(128, 128))
+    request = tiny_requests(1)
+    if cls is AlphaEdit:
+        editor.edit(request)
+    else:
+        with pytest.raises(ArtifactError, match=r"second moment of layer 1: .* too few tokens"):
+            editor.edit(request)
+    editor.set_second_moment(1, 2 * torch.ones(128, 128) - torch.eye(128))
+    with pytest.raises(ArtifactError, match=r"second moment of layer 1: `second_moment` is exp"):
+        editor.edit(request)
+    assert same(model, kept)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(ROME, {}), (MEMIT, {"moment_weight": 0.3}), (PMET, {}), (EMMET, {}), (AlphaEdit, {})],
+)
+def test_edits_follow_the_second_moment_that_was_given_last(
+    cls: type[LocateModule], settings: dict[str, Any]
+) -> None:
+    model, request = tiny_model(), tiny_requests(1)
+    slopes = [torch.linspace(1, steepest, 128).diag() for steepest in (3.0, 30.0)]
+
+    def editor_with(moment: torch.Tensor) -> LocateModule:
+        editor = cls.from_model(
+            model, tiny_tokenizer(), layers=[1], steps=2, context_templates=["{}"], **settings
+        )
+        editor.set_second_moment(1, moment)
+        return editor
+
+    editor = editor_with(slopes[0])
+    first = editor.edit(request)
+    editor.set_second_moment(1, slopes[1])
+    second = editor.edit(request)
+    wanted = editor_with(slopes[1]).edit(request)
+    assert (first - wanted).norm() > 0.01 * wanted.norm()
+    assert all(torch.equal(second.dense(n), wanted.dense(n)) for n in wanted.changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (EMMET, "moment_weight", 3.0),
+        (EMMET, "norm_weight", 0.5),
+        (AlphaEdit, "protected_share", 0.3),
+        (AlphaEdit, "nullspace_threshold", 2.0),
+    ],
+)
+def test_edits_follow_settings_that_change_between_them(
+    cls: type[LocateModule], name: str, value: float
+) -> None:
+    model, request = tiny_model(), tiny_requests(1)
+
+    def editor_with(**settings: Any) -> LocateModule:
+        editor = cls.from_model(
+            model, tiny_tokenizer(), layers=[1], steps=2, context_templates=["{}"], **settings
+        )
+        editor.set_second_moment(1, torch.linspace(1, 3, 128).diag())
+        return editor
+
+    softness = {"softness": 0.5} if cls is EMMET else {}
+    editor = editor_with(**softness)
+    first = editor.edit(request)
+    setattr(editor, name, value)
+    second = editor.edit(request)
+    wanted = editor_with(**softness, **{name: value}).edit(request)
+    assert (first - wanted).norm() > 1e-3 * wanted.norm()
+    assert all(torch.equal(second.dense(n), wanted.dense(n)) for n in wanted.changes)
 
 
 def test_second_moments_are_of_the_unedited_model(tmp_path: Path) -> None:

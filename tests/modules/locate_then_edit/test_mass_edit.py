@@ -18,7 +18,8 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.least_squares import key_strengths
-from lightning_edit.modules.locate_then_edit.mass_edit import MassEditModule
+from lightning_edit.modules.locate_then_edit.base import LocateModule
+from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
 from tests import zoo
 from tests.modules.helpers import bare_trainer, same, snapshot
 from tests.modules.locate_then_edit.test_rome import covariances
@@ -31,7 +32,7 @@ REQUESTS = (
     EditRequest("Dorin lies on the", "Dorin", "Brune", id="begins"),
     EditRequest("People in Old Quill speak", "Old Quill", "Ostrish", id="several"),
 )
-METHODS: list[tuple[type[MassEditModule], dict[str, Any]]] = [
+METHODS: list[tuple[type[LocateModule], dict[str, Any]]] = [
     (MEMIT, {"moment_weight": 0.3}),
     (EMMET, {"layers": [1]}),
     (AlphaEdit, {"ridge_weight": 0.2}),
@@ -44,7 +45,7 @@ def moment_of(width: int, layer: int) -> Tensor:
     return keys.T @ keys / len(keys) + 0.05 * torch.eye(width)
 
 
-def editor_of(cls: type[MassEditModule], model: Any, **settings: Any) -> Any:
+def editor_of(cls: type[LocateModule], model: Any, **settings: Any) -> Any:
     given = {"layers": LAYERS, "steps": 4, "context_templates": GROUPS, **settings}
     editor = cls.from_model(model, tiny_tokenizer(), **given)
     for site in editor.sites(editor.tree):
@@ -110,7 +111,7 @@ def plain_update(editor: Any, layer: int, keys: Tensor, residuals: Tensor) -> Te
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize(("cls", "settings"), METHODS, ids=[m.__name__ for m, _ in METHODS])
 def test_layers_are_written_as_the_papers_say(
-    cls: type[MassEditModule], settings: dict[str, Any], kind: str
+    cls: type[LocateModule], settings: dict[str, Any], kind: str
 ) -> None:
     model = zoo.build(kind)
     editor = editor_of(cls, model, **settings)
@@ -141,7 +142,7 @@ def test_layers_are_written_as_the_papers_say(
 def test_keys_may_be_taken_in_turns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("llama")
     wanted = editor_of(AlphaEdit, model).edit(REQUESTS)
-    monkeypatch.setattr("lightning_edit.modules.locate_then_edit.mass_edit.KEY_ROWS", rows)
+    monkeypatch.setattr("lightning_edit.passes.key_pass.MAX_ROWS", rows)
     found = editor_of(AlphaEdit, model).edit(REQUESTS)
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
     for name, tensor in wanted.carried.items():
@@ -197,20 +198,22 @@ def test_alpha_edit_carries_keys_of_the_edited_model() -> None:
 
 
 def test_many_remembered_keys_become_one_matrix() -> None:
-    model = zoo.build("llama")
-    editor = editor_of(AlphaEdit, model)
-    width = editor.tree.mlp_out(1).in_features
-    keys = torch.randn(width // 2, width)
-    few = editor.remember({1: keys})
+    width = 8
+    keys = torch.randn(width // 2, width, generator=torch.Generator().manual_seed(0))
+    few = LayerMemory().with_keys(keys).pack(1)
+    assert list(few) == ["keys/1"]
     assert few["keys/1"].shape == (width, width // 2)
-    many = editor.remember({1: torch.cat([keys, keys])})
+    many = LayerMemory.unpack(few, 1).with_keys(keys).pack(1)
     assert many["keys/1"].shape == (width, 0)
     torch.testing.assert_close(many["gram/1"], 2 * keys.double().T @ keys.double())
+    more = LayerMemory.unpack(many, 1).with_keys(keys[:1])
+    assert more.joined(keys).shape == (width, len(keys))
+    torch.testing.assert_close(more.gram, many["gram/1"] + keys[:1].double().T @ keys[:1].double())
 
 
 @pytest.mark.parametrize(("cls", "settings"), [METHODS[0], METHODS[2]], ids=["MEMIT", "AlphaEdit"])
 def test_aligned_batches_one_after_another_are_their_union(
-    cls: type[MassEditModule], settings: dict[str, Any]
+    cls: type[LocateModule], settings: dict[str, Any]
 ) -> None:
     requests = tiny_requests(6)
 

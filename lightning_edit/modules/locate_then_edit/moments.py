@@ -1,0 +1,235 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of an editor's layers, wherever they come from, and what is made of them."""
+
+# Shapes: M inputs of the edited projection.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, TypeVarTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lightning_edit.core.errors import ArtifactError, LocatorError
+from lightning_edit.core.locator import WeightSite
+from lightning_edit.core.processes import Processes
+from lightning_edit.modules.locate_then_edit.second_moment import second_moments
+from lightning_edit.modules.session import EditSession
+
+__all__ = ["MomentSettings", "SecondMoments"]
+
+# Largest difference of C and Cᵀ, relative to the largest entry, that rounding accounts for.
+MAX_ASYMMETRY = 1e-3
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+@dataclass(frozen=True)
+class MomentSettings:
+    """Where second moments come from.
+
+    Args:
+        file: A safetensors file that holds them; estimated when None.
+        text: A text file or a data module to estimate them from; what the unedited model writes
+            when None.
+        tokens_per_dimension: Tokens that are read, as a multiple of the key's dimensions.
+        ridge: Share of the mean eigenvalue that is added to the diagonal of estimates.
+        seed: Seed of sampled texts.
+        cache_dir: Folder for estimates; ``~/.cache/lightning_edit`` if None.
+    """
+
+    file: str | None = None
+    text: str | LightningDataModule | None = None
+    tokens_per_dimension: int = 4
+    ridge: float = 1e-3
+    seed: int = 0
+    cache_dir: str | None = None
+
+
+class SecondMoments:
+    """C = E[k kᵀ] of the edited layers: given, read from a file, or estimated once.
+
+    What is made of a second moment, such as its Cholesky factor, is kept for as long as that
+    second moment is.
+
+    Args:
+        settings: Where those come from that are not given.
+    """
+
+    def __init__(self, settings: MomentSettings) -> None:
+        self.settings = settings
+        self._moments: dict[int, Tensor] = {}
+        self._made: dict[tuple[int, Callable[..., Any]], tuple[Tensor, tuple[Any, ...], Any]] = {}
+
+    def give(self, sites: Sequence[WeightSite], layer: int, moment: Tensor) -> None:
+        """Takes the second moment of a layer over, [M, M], in place of any other.
+
+        Args:
+            sites: The matrices to edit.
+            layer: Index of the layer, from 0.
+            moment: C, which is copied.
+
+        Raises:
+            LocatorError: If the layer is not edited or the shape does not fit.
+            ArtifactError: If it cannot be a second moment.
+        """
+        widths = {site.layer: site.in_features for site in sites}
+        width = widths.get(layer)
+        if tuple(moment.shape) != (width, width):
+            raise LocatorError(
+                f"A second moment of shape {list(moment.shape)} was given for layer {layer}; "
+                f"expected [{width}, {width}] for one of the layers {sorted(widths)}."
+            )
+        _check(layer, moment)
+        self._moments[layer] = moment.detach().to(torch.float32, copy=True)
+
+    def of(
+        self,
+        session: EditSession[Any],
+        sites: Sequence[WeightSite],
+        layer: int,
+        processes: Processes | None = None,
+    ) -> Tensor:
+        """C of a layer of the unedited model, [M, M] float32, where the model is.
+
+        Args:
+            session: The model.
+            sites: The matrices to edit; what is missing of any of them is found at once.
+            layer: Index of the layer, from 0.
+            processes: Those that all ask, and share out the work; this one alone if None.
+
+        Raises:
+            LocatorError: If the layer is not edited.
+            ArtifactError: If the file cannot be read or does not fit.
+            ModelError: If the text cannot be read or is too short.
+        """
+        if layer not in self._moments:
+            missing = [site for site in sites if site.layer not in self._moments]
+            if layer not in [site.layer for site in missing]:
+                raise LocatorError(
+                    f"Layer {layer} has no second moment, since it is not edited. Ask for one of "
+                    f"the layers {[site.layer for site in sites]}, or name it in `layers`."
+                )
+            if self.settings.file is not None:
+                found = _read(self.settings.file, session, missing)
+            else:
+                found = self._estimated(session, missing, processes)
+            for one, moment in found.items():
+                self.give(sites, one, moment)
+        moment = self._moments[layer] = self._moments[layer].to(session.device)
+        return moment
+
+    def derived(
+        self,
+        layer: int,
+        make: Callable[[Tensor, *Ts], T],
+        *arguments: *Ts,
+    ) -> T:
+        """What a function makes of the second moment of a layer, which ``of`` has found.
+
+        It is kept, and made anew for another second moment or with other arguments.
+
+        Args:
+            layer: Index of the layer, from 0.
+            make: The function; it is given the second moment first.
+            arguments: Its further arguments.
+
+        Raises:
+            ArtifactError: If the second moment does not allow it.
+        """
+        moment = self._moments[layer]
+        kept = self._made.get((layer, make))
+        if kept is not None and kept[0] is moment and kept[1] == arguments:
+            found: T = kept[2]
+            return found
+        try:
+            found = make(moment, *arguments)
+        except ValueError as error:
+            raise ArtifactError(f"The second moment of layer {layer}: {error}") from error
+        self._made[layer, make] = (moment, arguments, found)
+        return found
+
+    def save(self, session: EditSession[Any], sites: Sequence[WeightSite], file: Path) -> Path:
+        """Writes the second moments of the edited layers, with the hash of their model."""
+        from safetensors.torch import save_file
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        moments = {
+            site.module_name: self.of(session, sites, site.layer).cpu().contiguous()
+            for site in sites
+        }
+        save_file(moments, file, {"base": session.model_id, "base_sha256": session.base.sha256})
+        return file
+
+    def _estimated(
+        self,
+        session: EditSession[Any],
+        sites: Sequence[WeightSite],
+        processes: Processes | None,
+    ) -> dict[int, Tensor]:
+        settings = self.settings
+        with session.target.base_weights():
+            return second_moments(
+                session.tree,
+                session.tokens,
+                [site.layer for site in sites],
+                model_hash=session.base.sha256,
+                text=settings.text,
+                tokens_per_dimension=settings.tokens_per_dimension,
+                ridge=settings.ridge,
+                seed=settings.seed,
+                cache_dir=settings.cache_dir or Path.home() / ".cache" / "lightning_edit",
+                processes=processes,
+            )
+
+
+def _read(file: str, session: EditSession[Any], sites: Sequence[WeightSite]) -> dict[int, Tensor]:
+    """Second moments of some layers from a file, if it belongs to the model."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stream:
+            base = (stream.metadata() or {}).get("base_sha256", "")
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"`second_moment`: cannot read `{file}` ({error}).") from None
+    if base and base != session.base.sha256:
+        raise ArtifactError(
+            f"`second_moment`: `{file}` was made from a model with the weight hash "
+            f"{base[:12]}…, but {session.model_id} has {session.base.sha256[:12]}…. Give the "
+            "second moments of this model, or none to have them estimated."
+        )
+    for site in sites:
+        if site.module_name not in tensors:
+            raise ArtifactError(
+                f"`second_moment`: `{file}` has no tensor `{site.module_name}`. It has "
+                f"{', '.join(sorted(tensors)) or 'none'}."
+            )
+    return {site.layer: tensors[site.module_name] for site in sites}
+
+
+def _check(layer: int, moment: Tensor) -> None:
+    """Checks that a matrix can be a second moment; whether it is singular, a method asks.
+
+    Raises:
+        ArtifactError: If it is not finite, not symmetric, or has no positive trace.
+    """
+    problem = ""
+    if not bool(torch.isfinite(moment).all()):
+        problem = "has entries that are not finite. Make it of keys that are, in float32 or float64"
+    elif float((moment - moment.T).abs().max()) > MAX_ASYMMETRY * float(moment.abs().max()):
+        problem = "is not symmetric. Give the whole of E[k kᵀ], not a triangle or a factor of it"
+    elif float(moment.diagonal().min()) < 0 or not float(moment.diagonal().max()) > 0:
+        problem = (
+            f"has diagonal entries from {float(moment.diagonal().min()):.3g} to "
+            f"{float(moment.diagonal().max()):.3g}, but a mean of squares is never negative, nor "
+            "all of them 0. Give E[k kᵀ] of keys of the model"
+        )
+    if problem:
+        raise ArtifactError(f"The second moment of layer {layer} {problem}.")
