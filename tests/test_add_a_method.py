@@ -20,7 +20,7 @@ TEST = "tests/modules/fine_tuning/test_one_step.py"
 CONFIG = "configs/method/one_step.yaml"
 # What looks at the tree as a whole, and what enumerates methods.
 CHECKS = (
-    ["tests/test_rooms.py", "tests/test_reference.py"],
+    ["tests/test_rooms.py", "tests/test_composition.py", "tests/test_reference.py"],
     ["tests/test_public_api.py", "tests/test_readme.py", "-k", "name or described or navigation"],
     ["tests/contract", "-k", "OneStep or one_step or there_is_something"],
     [TEST],

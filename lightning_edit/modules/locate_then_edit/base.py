@@ -23,7 +23,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.locate_then_edit.contexts import Contexts
-from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
 from lightning_edit.modules.locate_then_edit.shared_search import search_target_values
 from lightning_edit.modules.locate_then_edit.target_values import TargetValues, TargetValueSettings
@@ -168,9 +168,9 @@ class LocateModule(EditModule[WeightDelta]):
         layers = [site.layer for site in self.sites(self.tree)]
         return {layer: self.mean_keys(passes.keys(layer)[0]) for layer in layers}
 
-    def remembered(self, layer: int) -> LayerMemory:
+    def remembered(self, layer: int) -> EarlierEdits:
         """What committed edits left at a layer, such as their keys."""
-        return LayerMemory.unpack(self.carried, layer)
+        return EarlierEdits.unpack(self.carried, layer)
 
     # -- second moments ----------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.functional.least_squares import factorize, key_strengths, preserving_update
 from lightning_edit.modules.locate_then_edit.base import LocateModule
-from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.spread import Spread
 
 __all__ = ["EMMET"]
@@ -76,7 +76,7 @@ class EMMET(LocateModule):
     @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         spread = Spread(self, batch, aligned=self.aligned)  # searches the target values
-        memories: dict[int, LayerMemory] = {}
+        memories: dict[int, EarlierEdits] = {}
         ridge = self.softness  # ε
         for pairs in spread:  # of each layer, from below
             factor = self.from_second_moment(  # C′ = L Lᵀ

@@ -17,7 +17,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.functional.least_squares import key_strengths, preserving_update
 from lightning_edit.modules.locate_then_edit.base import LocateModule
-from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moment_weight import check_weight, moment_ridge
 from lightning_edit.modules.locate_then_edit.spread import Spread, lower_layers
 
@@ -78,7 +78,7 @@ class MEMIT(LocateModule):
     @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         spread = Spread(self, batch, aligned=self.aligned)  # searches the target values
-        memories: dict[int, LayerMemory] = {}
+        memories: dict[int, EarlierEdits] = {}
         for pairs in spread:  # of each layer, from below
             factor = self.factor(pairs.layer)  # C = L Lᵀ
             strength = key_strengths(pairs.keys.T, factor)  # q = kᵀ C⁻¹ k, [E]
@@ -89,7 +89,7 @@ class MEMIT(LocateModule):
             # ΔW = R Kᵀ (λ C + A Aᵀ)⁻¹ = u vᵀ
             u, v = preserving_update(pairs.all_keys, residuals.T, factor, ridge, pairs.earlier.gram)
             spread.write(pairs, residuals, u, v, strength / (strength + ridge))
-            kept = pairs.earlier.with_keys(pairs.keys) if self.aligned else LayerMemory()
+            kept = pairs.earlier.with_keys(pairs.keys) if self.aligned else EarlierEdits()
             chosen = ridge if self.moment_weight is None else None
             memories[pairs.layer] = replace(kept, ridge=chosen)
         return spread.edit(memories)

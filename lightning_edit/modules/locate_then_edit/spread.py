@@ -21,7 +21,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.session import write_for_now
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LayerPairs:
     lacking: Tensor
     layers: int
     written: Tensor
-    earlier: LayerMemory
+    earlier: EarlierEdits
 
     @property
     def layer(self) -> int:
@@ -117,7 +117,7 @@ class Spread:
                 self.found.values - outputs[:, 0],
                 len(self.sites) - (i if self._unedited is None else 0),
                 self._written_at(site, key),
-                LayerMemory.unpack(carried, site.layer),
+                EarlierEdits.unpack(carried, site.layer),
             )
 
     def write(
@@ -145,7 +145,7 @@ class Spread:
         self._shares[pairs.layer] = share
         write_for_now(self._editor.model, WeightDelta({pairs.site.name: change}))
 
-    def edit(self, memories: Mapping[int, LayerMemory]) -> WeightDelta:
+    def edit(self, memories: Mapping[int, EarlierEdits]) -> WeightDelta:
         """The edit of all layers together, with what it leaves for later ones, by layer."""
         changes: dict[str, Change] = dict(self._changes)
         edit = WeightDelta(changes)

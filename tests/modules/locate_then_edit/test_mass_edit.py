@@ -19,7 +19,7 @@ from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.least_squares import key_strengths
 from lightning_edit.modules.locate_then_edit.base import LocateModule
-from lightning_edit.modules.locate_then_edit.layer_memory import LayerMemory
+from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from tests import zoo
 from tests.modules.helpers import bare_trainer, same, snapshot
 from tests.modules.locate_then_edit.test_rome import covariances
@@ -200,13 +200,13 @@ def test_alpha_edit_carries_keys_of_the_edited_model() -> None:
 def test_many_remembered_keys_become_one_matrix() -> None:
     width = 8
     keys = torch.randn(width // 2, width, generator=torch.Generator().manual_seed(0))
-    few = LayerMemory().with_keys(keys).pack(1)
+    few = EarlierEdits().with_keys(keys).pack(1)
     assert list(few) == ["keys/1"]
     assert few["keys/1"].shape == (width, width // 2)
-    many = LayerMemory.unpack(few, 1).with_keys(keys).pack(1)
+    many = EarlierEdits.unpack(few, 1).with_keys(keys).pack(1)
     assert many["keys/1"].shape == (width, 0)
     torch.testing.assert_close(many["gram/1"], 2 * keys.double().T @ keys.double())
-    more = LayerMemory.unpack(many, 1).with_keys(keys[:1])
+    more = EarlierEdits.unpack(many, 1).with_keys(keys[:1])
     assert more.joined(keys).shape == (width, len(keys))
     torch.testing.assert_close(more.gram, many["gram/1"] + keys[:1].double().T @ keys[:1].double())
 

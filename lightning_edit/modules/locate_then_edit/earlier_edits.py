@@ -13,11 +13,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["LayerMemory"]
+__all__ = ["EarlierEdits"]
 
 
 @dataclass(frozen=True)
-class LayerMemory:
+class EarlierEdits:
     """What earlier edits left at a layer; see ``carried``.
 
     Args:
@@ -26,7 +26,7 @@ class LayerMemory:
         ridge: λ, if the first edit chose it.
 
     Examples:
-        >>> memory = LayerMemory().with_keys(torch.ones(1, 4))
+        >>> memory = EarlierEdits().with_keys(torch.ones(1, 4))
         >>> sorted(memory.pack(7)), memory.joined(torch.zeros(2, 4)).shape
         (['keys/7'], torch.Size([4, 3]))
         >>> sorted(memory.with_keys(torch.ones(3, 4)).pack(7))
@@ -58,7 +58,7 @@ class LayerMemory:
         old = keys.new_zeros(keys.shape[1], 0) if self.keys is None else self.keys
         return torch.cat([old, keys.T], 1)
 
-    def with_keys(self, keys: Tensor) -> LayerMemory:
+    def with_keys(self, keys: Tensor) -> EarlierEdits:
         """The keys of earlier edits with those of a batch, [E, M].
 
         While there are few, they are kept as they are, which makes for small systems; from half of
@@ -66,7 +66,7 @@ class LayerMemory:
         """
         joined = self.joined(keys)
         if self.gram is None and joined.shape[1] <= joined.shape[0] // 2:
-            return LayerMemory(joined)
+            return EarlierEdits(joined)
         whole = joined.double() @ joined.double().T
         # Tensors of earlier edits stay in a sum of edits until they are replaced.
-        return LayerMemory(joined[:, :0], whole if self.gram is None else whole + self.gram)
+        return EarlierEdits(joined[:, :0], whole if self.gram is None else whole + self.gram)
