@@ -9,7 +9,11 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # A worker for each core, four at most, each of which loads the default model once.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow lint docs clean
+# What rests on numbers that a model computes.
+MODEL_TESTS := lightning_edit tests/callbacks tests/contract tests/core tests/evaluation \
+	tests/functional tests/memories tests/metrics tests/modules tests/passes tests/tracing
+
+.PHONY: demo test test-processors test-slow lint docs clean
 
 $(VENV)/.base: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +37,10 @@ demo: $(VENV)/.base
 # All tests but the slow ones.
 test: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'not slow'
+
+# Examples, and all that loads or trains a model, on the other instruction sets that this CPU has.
+test-processors: $(VENV)/.dev
+	$(BIN)/python -m tests.processors $(WORKERS) -m 'not slow' $(MODEL_TESTS)
 
 test-slow: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m slow
