@@ -53,7 +53,7 @@ def search_target_values(
     Returns:
         Target values of all requests in their order, the same bits on every process.
     """
-    count = len(requests)
+    count, width = len(requests), len(templates)
     mine = [requests[i] for i in processes.share(count)]
 
     def search(some: Sequence[EditRequest]) -> TargetValues:
@@ -63,38 +63,48 @@ def search_target_values(
         return search(requests)
     found = search(mine) if mine else None
     site = tree.mlp_out(layer)
-    passes = torch.zeros(len(mine), settings.steps, len(LOSSES))
-    steps, failed, probabilities = (torch.zeros(len(mine)) for _ in range(3))
-    if found is not None:
-        for e, one in enumerate(found.losses):
-            passes[e, : len(one)] = torch.tensor([[step[name] for name in LOSSES] for step in one])
-            steps[e], failed[e] = len(one), found.failed.get(e, 0)
-        probabilities = torch.tensor(found.probabilities)
     device = next(tree.blocks[0].parameters()).device
     like = torch.zeros((), device=device)
 
     def merged(rows: Tensor | None, *shape: int) -> Tensor:
         return processes.merged(rows, (count, *shape), like)
 
-    width, features = len(templates), site.out_features
-    places = 2 if settings.place == "sublayers" else 0
+    features, places = site.out_features, 2 if settings.place == "sublayers" else 0
     # Every process calls for each of these, whether it has a share or not.
     keys = merged(found.keys if found else None, width, site.in_features)
     outputs = merged(found.outputs if found else None, width, features)
     deltas = merged(found.deltas if found else None, features)
     attention = merged(found.attention if found else None, places, features)
-    table = cast(list[list[list[float]]], merged(passes, settings.steps, len(LOSSES)).tolist())
-    counts = merged(steps).int().tolist()
-    broken = merged(failed).int().tolist()
+    passes = merged(_losses(found, settings.steps) if found else None, settings.steps, len(LOSSES))
+    figures = merged(_figures(found) if found else None, 3).tolist()
+    table = cast(list[list[list[float]]], passes.tolist())
     return TargetValues(
         keys,
         outputs,
         deltas,
         attention,
         [
-            [dict(zip(LOSSES, row, strict=True)) for row in one[:n]]
-            for one, n in zip(table, counts, strict=True)
+            [dict(zip(LOSSES, row, strict=True)) for row in rows[: int(n)]]
+            for rows, (n, _, _) in zip(table, figures, strict=True)
         ],
-        merged(probabilities).tolist(),
-        {e: step for e, step in enumerate(broken) if step},
+        [probability for _, probability, _ in figures],
+        {e: int(step) for e, (_, _, step) in enumerate(figures) if step},
+    )
+
+
+def _losses(found: TargetValues, steps: int) -> Tensor:
+    """Losses of each request at each pass, 0 after its last one, [E, steps, 4]."""
+    losses = torch.zeros(len(found.losses), steps, len(LOSSES))
+    for e, passes in enumerate(found.losses):
+        losses[e, : len(passes)] = torch.tensor([[one[name] for name in LOSSES] for one in passes])
+    return losses
+
+
+def _figures(found: TargetValues) -> Tensor:
+    """Passes, probability and the pass of failure, 0 for none, of each request: [E, 3]."""
+    return torch.tensor(
+        [
+            [float(len(passes)), found.probabilities[e], float(found.failed.get(e, 0))]
+            for e, passes in enumerate(found.losses)
+        ]
     )

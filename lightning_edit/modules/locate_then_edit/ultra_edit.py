@@ -28,7 +28,11 @@ from lightning_edit.functional.ultra_edit import (
 )
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.session import write_for_now
-from lightning_edit.passes.gradient_passes import gradient_passes, probabilities_now
+from lightning_edit.passes.gradient_passes import (
+    GradientPass,
+    gradient_passes,
+    probabilities_now,
+)
 
 __all__ = ["UltraEdit"]
 
@@ -129,13 +133,44 @@ class UltraEdit(EditModule):
 
     @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
-        tree = self.tree
-        sites = self.sites(tree)
-        passes, order = gradient_passes(tree, sites, batch, self.micro_batch_size)
-        normalizers = self._normalizers(sites)
+        sites = self.sites(self.tree)
+        passes, order = gradient_passes(self.tree, sites, batch, self.micro_batch_size)
+        normalizers = self._normalizers(sites, passes)
+        changes: dict[str, Change] = {}
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for site in sites:
+            keys, gradients = (  # h, [N, I], and g, [N, O]
+                torch.cat([one.taken[site.name][i] for one in passes])[order] for i in range(2)
+            )
+            rows = normalize(
+                torch.cat([keys, gradients], 1), normalizers[_shape_key(site)], self.eps
+            )
+            inputs, outputs = rows.tensor_split([site.in_features], 1)  # h̃ and g̃
+            values = -self.lr * inputs.square().sum(1, keepdim=True) * outputs  # V, [N, O]
+            change = ridge_update(keys, values, self.ridge)  # ΔW of (Hᵀ H + λ I)⁻¹ Hᵀ V
+            if isinstance(change, Tensor):
+                changes[site.name] = site.orient(change).contiguous()
+            else:
+                changes[site.name] = LowRank(*(change[::-1] if site.transposed else change))
+            found[site.name] = (keys, gradients, inputs, outputs, values)
+        edit = WeightDelta(changes)
+        if not edit.norm() < float("inf"):
+            raise EditError("The update is not finite. Nothing was written. Lower `lr`.")
+        edit.carried = _packed(normalizers)
+        edit.details = self._details(batch, edit, passes, found)
+        return edit
+
+    def _normalizers(
+        self, sites: Sequence[WeightSite], passes: Sequence[GradientPass]
+    ) -> dict[str, Normalizer]:
+        """What earlier edits left, with the rows of this one, by the shape of the projections.
+
+        Raises:
+            EditError: If there are too few rows for a variance.
+        """
+        normalizers = _unpacked(self.carried, sites)
         for one in passes:
             for site in sites:
-                key = _shape_key(site)
                 rows = torch.cat(one.taken[site.name], 1)
                 if self.biased_variance and len(rows) < 2:
                     raise EditError(
@@ -143,6 +178,7 @@ class UltraEdit(EditModule):
                         "`biased_variance` would have it. Turn that off, or raise "
                         "`micro_batch_size` or the number of requests."
                     )
+                key = _shape_key(site)
                 normalizers[key] = update_normalizer(
                     normalizers.get(key), rows, biased_variance=self.biased_variance
                 )
@@ -151,47 +187,26 @@ class UltraEdit(EditModule):
                 "The first edit has a single target token in a single projection, from which "
                 "nothing can be normalized. Give more requests at once, or edit more projections."
             )
-        changes: dict[str, Change] = {}
-        details: EditDetails = {
-            "keys": {},
-            "gradients": {},
-            "normalized_keys": {},
-            "normalized_gradients": {},
-            "values": {},
-        }
-        for site in sites:
-            keys, gradients = (
-                torch.cat([one.taken[site.name][i] for one in passes])[order] for i in range(2)
-            )
-            rows = normalize(
-                torch.cat([keys, gradients], 1), normalizers[_shape_key(site)], self.eps
-            )
-            inputs, outputs = rows.tensor_split([site.in_features], 1)
-            values = -self.lr * inputs.square().sum(1, keepdim=True) * outputs
-            change = ridge_update(keys, values, self.ridge)
-            if isinstance(change, Tensor):
-                changes[site.name] = site.orient(change).contiguous()
-            else:
-                changes[site.name] = LowRank(*(change[::-1] if site.transposed else change))
-            details["keys"][site.name] = keys
-            details["gradients"][site.name] = gradients
-            details["normalized_keys"][site.name] = inputs
-            details["normalized_gradients"][site.name] = outputs
-            details["values"][site.name] = values
-        edit = WeightDelta(changes)
+        return normalizers
+
+    def _details(
+        self,
+        batch: EditBatch,
+        edit: WeightDelta,
+        passes: Sequence[GradientPass],
+        found: Mapping[str, tuple[Tensor, ...]],
+    ) -> EditDetails:
+        """Figures of each request, with the edit in the weights, and tensors of each projection."""
         norm = edit.norm()
-        if not norm < float("inf"):
-            raise EditError("The update is not finite. Nothing was written. Lower `lr`.")
-        edit.carried = {
-            f"{key}.{name}": tensor
-            for key, normalizer in normalizers.items()
-            for name, tensor in normalizer._asdict().items()
-        }
         losses = {e: x for one in passes for e, x in zip(one.chosen, one.losses, strict=True)}
         write_for_now(self.model, edit)
-        probabilities = probabilities_now(tree, passes)
-        edit.details = {
-            **details,
+        probabilities = probabilities_now(self.tree, passes)
+        return {
+            "keys": {name: tensors[0] for name, tensors in found.items()},
+            "gradients": {name: tensors[1] for name, tensors in found.items()},
+            "normalized_keys": {name: tensors[2] for name, tensors in found.items()},
+            "normalized_gradients": {name: tensors[3] for name, tensors in found.items()},
+            "values": {name: tensors[4] for name, tensors in found.items()},
             "requests": [
                 {
                     "id": request.id,
@@ -203,17 +218,25 @@ class UltraEdit(EditModule):
                 for e, request in enumerate(batch.requests)
             ],
         }
-        return edit
-
-    def _normalizers(self, sites: Sequence[WeightSite]) -> dict[str, Normalizer]:
-        """What earlier edits left, by the shape of the projections."""
-        carried = self.carried
-        return {
-            key: Normalizer(*(carried[f"{key}.{name}"] for name in Normalizer._fields))
-            for key in dict.fromkeys(map(_shape_key, sites))
-            if f"{key}.total" in carried
-        }
 
 
 def _shape_key(site: WeightSite) -> str:
     return f"normalizer.{site.out_features}x{site.in_features}"
+
+
+def _packed(normalizers: Mapping[str, Normalizer]) -> dict[str, Tensor]:
+    """Normalizers as tensors by name, for an edit to carry."""
+    return {
+        f"{key}.{name}": tensor
+        for key, normalizer in normalizers.items()
+        for name, tensor in normalizer._asdict().items()
+    }
+
+
+def _unpacked(carried: Mapping[str, Tensor], sites: Sequence[WeightSite]) -> dict[str, Normalizer]:
+    """The normalizers that an edit carries for some projections; none before the first edit."""
+    return {
+        key: Normalizer(*(carried[f"{key}.{name}"] for name in Normalizer._fields))
+        for key in dict.fromkeys(map(_shape_key, sites))
+        if f"{key}.total" in carried
+    }
