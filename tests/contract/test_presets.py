@@ -60,6 +60,25 @@ def test_the_page_of_presets_has_them_all(table: ModuleType) -> None:
             assert not setting.reason or f" | {setting.reason} |" in page
 
 
+@pytest.mark.parametrize(
+    ("method", "steps", "lr", "weight_decay", "clamp", "kl"),
+    [
+        ("ROME", 20, 0.5, 0.5, 4.0, 0.0625),  # GPT-2 XL and GPT-J
+        ("RROME", 20, 0.5, 0.5, 4.0, 0.0625),
+        ("MEMIT", 25, 0.5, 0.5, 0.75, 0.0625),  # these and the following: GPT-J
+        ("PMET", 30, 0.2, 0.5, 0.75, 1.0),
+        ("EMMET", 25, 0.5, 0.5, 0.75, 0.0625),
+        ("AlphaEdit", 25, 0.5, 0.5, 0.75, 0.0625),
+    ],
+)
+def test_target_values_are_searched_as_in_the_papers_by_default(
+    method: str, steps: int, lr: float, weight_decay: float, clamp: float, kl: float
+) -> None:
+    settings = getattr(lightning_edit, method)().settings
+    found = (settings.steps, settings.lr, settings.weight_decay, settings.clamp_norm_factor)
+    assert (*found, settings.kl_factor) == (steps, lr, weight_decay, clamp, kl)
+
+
 def test_defaults_of_a_class_come_before_those_of_its_bases(table: ModuleType) -> None:
     assert table.class_defaults(lightning_edit.PMET)["kl_factor"] == 1.0
     assert table.class_defaults(ROME)["kl_factor"] == 0.0625

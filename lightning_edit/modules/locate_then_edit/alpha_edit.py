@@ -40,6 +40,8 @@ class AlphaEdit(LocateModule):
         aligned: Take keys and target values of every batch from the unedited model, each layer
             adding an equal part, and carry its keys as they are there. Batches written one after
             another then give the change of their union at once (arXiv 2605.26670).
+        steps: Passes of the optimization of a target value, at most.
+        clamp_norm_factor: A target value differs from v by at most this factor times ‖v‖.
         kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
             every editor; see ``LocateModule``.
 
@@ -61,9 +63,11 @@ class AlphaEdit(LocateModule):
         nullspace_threshold: float | None = None,
         protected_share: float = 0.7,
         aligned: bool = False,
+        steps: int = 25,
+        clamp_norm_factor: float = 0.75,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, **kwargs)
+        super().__init__(model, layers, steps=steps, clamp_norm_factor=clamp_norm_factor, **kwargs)
         if ridge_weight <= 0:
             raise ValueError(f"`ridge_weight` is expected to be above 0, but got {ridge_weight}.")
         if not 0 < protected_share < 1:

@@ -38,6 +38,8 @@ class EMMET(LocateModule):
         aligned: Take keys and target values of every batch from the unedited model, each layer
             adding an equal part, and keep the keys of earlier batches. Batches written one after
             another then give the change of their union at once (arXiv 2605.26670).
+        steps: Passes of the optimization of a target value, at most.
+        clamp_norm_factor: A target value differs from v by at most this factor times ‖v‖.
         kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
             every editor; see ``LocateModule``.
 
@@ -59,9 +61,11 @@ class EMMET(LocateModule):
         moment_weight: float = 1.0,
         norm_weight: float = 0.0,
         aligned: bool = False,
+        steps: int = 25,
+        clamp_norm_factor: float = 0.75,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, **kwargs)
+        super().__init__(model, layers, steps=steps, clamp_norm_factor=clamp_norm_factor, **kwargs)
         if softness < 0 or norm_weight < 0 or moment_weight <= 0:
             raise ValueError(
                 "`softness` and `norm_weight` are expected to be at least 0 and `moment_weight` "

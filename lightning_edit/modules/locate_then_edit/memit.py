@@ -42,6 +42,8 @@ class MEMIT(LocateModule):
         aligned: Take keys and target values of every batch from the unedited model, each layer
             adding an equal part, and keep the keys of earlier batches. Batches written one after
             another then give the change of their union at once (arXiv 2605.26670).
+        steps: Passes of the optimization of a target value, at most.
+        clamp_norm_factor: A target value differs from v by at most this factor times ‖v‖.
         kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
             every editor; see ``LocateModule``.
 
@@ -62,9 +64,11 @@ class MEMIT(LocateModule):
         moment_weight: float | None = None,
         written_share: float = 0.9,
         aligned: bool = False,
+        steps: int = 25,
+        clamp_norm_factor: float = 0.75,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, **kwargs)
+        super().__init__(model, layers, steps=steps, clamp_norm_factor=clamp_norm_factor, **kwargs)
         check_weight(moment_weight, written_share)
         self.settings = replace(self.settings, place="block")
         self.moment_weight = moment_weight

@@ -46,6 +46,9 @@ class PMET(LocateModule):
         written_share: Share q / (q + λ), q = kᵀ C⁻¹ k, of its pair that a request would get alone.
         aligned: Take keys and target values of every batch from the unedited model, each layer
             adding a part of the same size, and keep the keys of earlier batches (arXiv 2605.26670).
+        steps: Passes of the optimization of a target value, at most.
+        lr: Learning rate of target values.
+        clamp_norm_factor: A target value differs from v by at most this factor times ‖v‖.
         kwargs: Arguments of every locate-then-edit method, such as ``context_templates``, and of
             every editor; see ``LocateModule``.
 
@@ -68,9 +71,20 @@ class PMET(LocateModule):
         moment_weight: float | None = None,
         written_share: float = 0.9,
         aligned: bool = False,
+        steps: int = 30,
+        lr: float = 0.2,
+        clamp_norm_factor: float = 0.75,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layers, kl_factor=kl_factor, **kwargs)
+        super().__init__(
+            model,
+            layers,
+            steps=steps,
+            lr=lr,
+            clamp_norm_factor=clamp_norm_factor,
+            kl_factor=kl_factor,
+            **kwargs,
+        )
         check_weight(moment_weight, written_share)
         if nll_factor <= 0:
             raise ValueError(f"`nll_factor` is expected to be above 0, but got {nll_factor}.")
