@@ -212,7 +212,7 @@ class LocateModule(EditModule[WeightDelta]):
             ArtifactError: If the second moment does not allow it.
         """
         self.second_moment(layer)
-        return self.moments.derived(self.tree.index(layer), make, *arguments)
+        return self.moments.derived(self.session, self.tree.index(layer), make, *arguments)
 
     def factor(self, layer: int) -> Tensor:
         """Cholesky factor of the layer's second moment, [M, M] float64.

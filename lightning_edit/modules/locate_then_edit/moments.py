@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError, LocatorError
 from lightning_edit.core.locator import WeightSite
 from lightning_edit.core.processes import Processes
@@ -91,7 +92,7 @@ class SecondMoments:
 
     def of(
         self,
-        session: EditSession[Any],
+        session: EditSession[WeightDelta],
         sites: Sequence[WeightSite],
         layer: int,
         processes: Processes | None = None,
@@ -122,11 +123,11 @@ class SecondMoments:
                 found = self._estimated(session, missing, processes)
             for one, moment in found.items():
                 self.give(sites, one, moment)
-        moment = self._moments[layer] = self._moments[layer].to(session.device)
-        return moment
+        return self._moments[layer].to(session.device)
 
     def derived(
         self,
+        session: EditSession[WeightDelta],
         layer: int,
         make: Callable[[Tensor, *Ts], T],
         *arguments: *Ts,
@@ -136,6 +137,7 @@ class SecondMoments:
         It is kept, and made anew for another second moment or with other arguments.
 
         Args:
+            session: The model; what is made is where it is.
             layer: Index of the layer, from 0.
             make: The function; it is given the second moment first.
             arguments: Its further arguments.
@@ -143,19 +145,21 @@ class SecondMoments:
         Raises:
             ArtifactError: If the second moment does not allow it.
         """
-        moment = self._moments[layer]
+        moment, given = self._moments[layer], (session.device, *arguments)
         kept = self._made.get((layer, make))
-        if kept is not None and kept[0] is moment and kept[1] == arguments:
+        if kept is not None and kept[0] is moment and kept[1] == given:
             found: T = kept[2]
             return found
         try:
-            found = make(moment, *arguments)
+            found = make(moment.to(session.device), *arguments)
         except ValueError as error:
             raise ArtifactError(f"The second moment of layer {layer}: {error}") from error
-        self._made[layer, make] = (moment, arguments, found)
+        self._made[layer, make] = (moment, given, found)
         return found
 
-    def save(self, session: EditSession[Any], sites: Sequence[WeightSite], file: Path) -> Path:
+    def save(
+        self, session: EditSession[WeightDelta], sites: Sequence[WeightSite], file: Path
+    ) -> Path:
         """Writes the second moments of the edited layers, with the hash of their model."""
         from safetensors.torch import save_file
 
@@ -169,7 +173,7 @@ class SecondMoments:
 
     def _estimated(
         self,
-        session: EditSession[Any],
+        session: EditSession[WeightDelta],
         sites: Sequence[WeightSite],
         processes: Processes | None,
     ) -> dict[int, Tensor]:
@@ -189,7 +193,9 @@ class SecondMoments:
             )
 
 
-def _read(file: str, session: EditSession[Any], sites: Sequence[WeightSite]) -> dict[int, Tensor]:
+def _read(
+    file: str, session: EditSession[WeightDelta], sites: Sequence[WeightSite]
+) -> dict[int, Tensor]:
     """Second moments of some layers from a file, if it belongs to the model."""
     from safetensors import SafetensorError, safe_open
 
