@@ -216,7 +216,7 @@ def _explained(model: nn.Module) -> AbstractContextManager[None]:
 
 
 class _Rows:
-    """The rows of one pass: the unchanged one, and behind it those that joined it."""
+    """The rows of one pass: the unchanged one, and then those that joined it."""
 
     def __init__(self, cache: Any, points: Tensor) -> None:
         #: Activations of the unchanged row, [1, M] a layer, in the graph.

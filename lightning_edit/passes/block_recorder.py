@@ -17,7 +17,7 @@ from lightning_edit.passes.hooks import hooked
 
 __all__ = ["Arguments", "BlockRecord", "StopPass", "hidden_states", "recorded_blocks"]
 
-#: What a block is called with behind the hidden states.
+#: What a block is called with after the hidden states.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -30,7 +30,7 @@ class BlockRecord:
     """What went through blocks.
 
     Args:
-        states: Index to the hidden states that enter a block, [N, T, D]; behind the last block,
+        states: Index to the hidden states that enter a block, [N, T, D]; after the last block,
             those that leave it.
         arguments: Index to the further arguments of a block.
     """

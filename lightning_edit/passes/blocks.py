@@ -38,7 +38,7 @@ class Prefix:
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """The prefix's keys and values with the new ones behind them."""
+        """The prefix's keys and values and then the new ones."""
         if layer_idx not in self.layers:
             return key, value
         keys, values = self.layers[layer_idx]

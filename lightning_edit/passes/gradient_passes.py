@@ -53,7 +53,7 @@ class GradientPass:
 def gradient_passes(
     tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch, size: int
 ) -> tuple[list[GradientPass], Tensor]:
-    """Runs a batch in passes and takes what enters projections, and the gradients behind them.
+    """Runs a batch in passes and takes what enters projections, and the gradients at their outputs.
 
     The gradient is that of the mean loss of a pass over its target tokens. Weights take no part in
     it: those of the projections are frozen here, and it is for the caller to give them their flags

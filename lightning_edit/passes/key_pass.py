@@ -63,7 +63,7 @@ class KeyPass:
         Args:
             tree: A decoder-only model.
             layers: Edited layers.
-            rows: Token ids of N rows, each cut behind the subject's last token.
+            rows: Token ids of N rows, each cut after the subject's last token.
             pad_id: Fills the gaps on the left.
             place: What takes target values at the last edited layer.
         """
@@ -153,7 +153,7 @@ class KeyPasses:
         Args:
             tree: A decoder-only model.
             layers: Edited layers.
-            rows: Token ids of E requests in T templates each, cut behind the subject's last token.
+            rows: Token ids of E requests in T templates each, cut after the subject's last token.
             pad_id: Fills the gaps on the left.
             place: What takes target values at the last edited layer.
         """

@@ -87,7 +87,7 @@ class Tail:
         layer: The edited layer.
         keys: Input of the edited projection at column 0, [N, M].
         values: What changes at column 0, as it was, [N, C, D]: the edited projection's output, that
-            and the output of attention's last projection, or the residual stream behind the block.
+            and the output of attention's last projection, or the residual stream after the block.
         state: Residual stream that enters the first block of ``calls``, [N, Q, D].
         calls: Blocks to run, each with the arguments that it got in the captured pass.
         prefix: Cached keys and values of the positions before.
@@ -145,7 +145,7 @@ class Tail:
             raise ModelError(
                 f"The blocks of {type(tree.model).__name__}, run on their own, give logits that "
                 f"differ by {error:.0%} from the model's: it does something else between its "
-                f"positions or behind its last block. {ADVICE}"
+                f"positions or after its last block. {ADVICE}"
             )
         return tail
 

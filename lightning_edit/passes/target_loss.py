@@ -41,8 +41,8 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
     Args:
         tree: A decoder-only or encoder-decoder model.
         batch: Prompts and targets.
-        objective: ``target_new`` reads each token behind the ones before it. ``prompt_last`` reads
-            all of them right behind the prompt, as EasyEdit's FT-L does: wrong for targets of more
+        objective: ``target_new`` reads each token after those before it. ``prompt_last`` reads
+            all of them right after the prompt, as EasyEdit's FT-L does: wrong for targets of more
             than one token.
 
     Returns:

@@ -68,7 +68,7 @@ class Contexts:
     def subject_rows(
         self, tokens: PromptTokenizer, requests: Sequence[EditRequest]
     ) -> list[list[list[int]]]:
-        """Token ids of each request in each template, cut behind the subject's last token."""
+        """Token ids of each request in each template, cut after the subject's last token."""
         prefixes = [template.removesuffix("{}") for template in self.templates]
 
         def row(request: EditRequest, prefix: str) -> list[int]:

@@ -70,7 +70,7 @@ class KnowledgeNeurons:
 class KN(EditModule):
     """Knowledge neurons: finds the MLP neurons that express a fact and rewrites their values.
 
-    A neuron is an input of an MLP's last projection; its value vector is the column behind it. Its
+    A neuron is an input of an MLP's last projection; its value vector is the column there. Its
     attribution is A = w · (1/S) Σ ∂P(answer | α w)/∂w over S points α from 0 to 1, at the position
     that predicts, one layer at a time, as the mean over the answer's tokens. The answer is
     ``target_old``, or the token that the model itself gives where a request has none. Neurons
@@ -178,8 +178,7 @@ class KN(EditModule):
 
     def sites(self, tree: ModelTree) -> list[WeightSite]:
         """The matrices whose inputs are the neurons."""
-        layers = self.layers if self.layers is not None else self.default_layers(tree)
-        return Locator(layers=layers).sites(tree.model)
+        return Locator(layers=self.layers_of(tree)).sites(tree.model)
 
     # -- finding -----------------------------------------------------------------------------
 

@@ -185,7 +185,7 @@ def data_module_ids(tokens: PromptTokenizer, data: LightningDataModule, count: i
 def _rows_of(
     tokens: PromptTokenizer, texts: Iterable[str | list[int]], count: int, name: str
 ) -> Tensor:
-    """Whole rows of the first tokens of some texts, put behind one another."""
+    """Whole rows of the first tokens of some texts, put after one another."""
     wanted = -(-count // ROW_LENGTH) * ROW_LENGTH
     ids: list[int] = []
     for text in texts:

@@ -75,7 +75,7 @@ class TargetValues:
     Args:
         keys: Input of the edited projection at the subject's last token, [E, T, M].
         outputs: What changes there, before the edit: the projection's output, or the residual
-            stream behind the block, [E, T, D].
+            stream after the block, [E, T, D].
         deltas: v* minus the output for the first template, [E, D].
         attention: The same of attention's output where it changes, too: the output for the first
             template and δ, [E, 2, D]; [E, 0, D] where it does not.
@@ -114,7 +114,7 @@ class TargetValues:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """The target values of several batches, one behind the other."""
+        """The target values of several batches, one after another."""
         starts = [sum(len(part.deltas) for part in parts[:i]) for i in range(len(parts))]
         return cls(
             torch.cat([part.keys for part in parts]),
