@@ -307,13 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "seeds", "threads")}
     results: dict[str, Any] = {"settings": settings, "seeds": {}}
     if out.is_file():
-        earlier = json.loads(out.read_text())
+        earlier = json.loads(out.read_text("utf-8"))
         if earlier["settings"] != settings:
             raise SystemExit(f"{out} was made with other settings; name another file with --out.")
         results = earlier
 
     def save() -> None:
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     for seed in options.seeds:
         if results["seeds"].get(str(seed), {}).get("complete"):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from lightning_edit.__about__ import __version__
 from lightning_edit.cli.verbs import VERBS
+from lightning_edit.rendering.terminal import spell_out
 
 __all__ = ["main"]
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # the Trainer starts further processes by the same command line
+    spell_out(sys.stdout, sys.stderr)
     words = sys.argv[1:]
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):

@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import codecs
+import locale
 from pathlib import Path
 from typing import Any
+
+from lightning_edit.core.errors import EditError
 
 __all__ = ["config_folder", "find_config", "load_preset", "presets_of"]
 
@@ -23,11 +27,15 @@ def find_config(name: str) -> str:
     Args:
         name: A path, or a packaged configuration such as ``method/rome.yaml``.
 
+    Raises:
+        EditError: If the file holds characters that would be read as others on this system.
+
     Examples:
         >>> Path(find_config("method/rome.yaml")).name
         'rome.yaml'
     """
     if Path(name).is_file():
+        _check_encoding(Path(name))
         return name
     folder = config_folder()
     for candidate in (name, f"{name}.yaml", name.removeprefix("configs/")):
@@ -95,3 +103,13 @@ def _editor_in(path: Path) -> dict[str, Any]:
 
     section: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     return section
+
+
+def _check_encoding(file: Path) -> None:
+    """Checks that jsonargparse, which goes by the locale, will read a file for what it is."""
+    encoding = locale.getpreferredencoding(do_setlocale=False)
+    if codecs.lookup(encoding).name != "utf-8" and not file.read_bytes().isascii():
+        raise EditError(
+            f"`{file}` holds characters beyond ASCII, which would be read as {encoding} here. Set "
+            "the environment variable PYTHONUTF8=1, so that Python reads it as UTF-8."
+        )

@@ -74,6 +74,7 @@ ROOMS = {
         "functional",
         "metrics",
         "modules",
+        "rendering",
         "report",
         "tracing",
     },

@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
 from lightning_edit.modules.base import EditModule
+from lightning_edit.rendering.terminal import spell_out
 from lightning_edit.report import metrics_table, write_results
 from lightning_edit.report.files import FILES as REPORT_FILES
 from lightning_edit.report.files import is_foreign_card
@@ -164,6 +164,7 @@ class EditReport(Callback):
         try:
             from rich.console import Console
 
+            spell_out(sys.stdout)
             Console().print(metrics_table(self.report, "rich"))
         except ImportError:
             rank_zero_info("%s", metrics_table(self.report, "md"))
@@ -304,8 +305,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _peak_memory() -> int:
+def _peak_memory() -> int | None:
+    """Most memory held at a time, in bytes; None where the system does not tell, as on Windows."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

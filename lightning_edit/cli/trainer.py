@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
@@ -36,8 +38,8 @@ for _name in lightning_edit.__all__:
 class SaveConfig(SaveConfigCallback):
     """Saves the configuration of a ``fit`` beside its results, once model and data are there.
 
-    Lightning saves it first, so that a misspelt model would leave a folder; and for all verbs, so
-    that a later ``test`` would replace it.
+    Lightning saves it first, so that a misspelt model would leave a folder; for all verbs, so that
+    a later ``test`` would replace it; and in the encoding of the locale, which may lack characters.
     """
 
     @override
@@ -46,7 +48,16 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder = trainer.log_dir or trainer.default_root_dir  # the same on all processes
         super().setup(trainer, pl_module, "fit")
+
+    @override
+    def save_config(self, trainer: Trainer, *args: Any) -> None:
+        """Called on the first process alone."""
+        files = get_filesystem(self.folder)
+        files.makedirs(self.folder, exist_ok=True)
+        with files.open(os.path.join(self.folder, "config.yaml"), "w", encoding="utf-8") as file:
+            file.write(self.parser.dump(self.config, skip_unset=False))
 
 
 class EditCLI(LightningCLI):
@@ -138,7 +149,7 @@ def main(args: ArgsType = None) -> EditCLI:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"version": f"lightning_edit {__version__}"},
             parser_class=EditParser,
             # Edits need gradients in `test` and `predict`, too.

@@ -150,7 +150,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> WeightDelta:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
         kind, moves = config["peft_type"], str(config.get("init_lora_weights")).lower()
         _ = config["lora_alpha"] if kind == "LORA" else None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -90,8 +90,12 @@ def test_every_argument_has_a_help_text(section: str, name: str, capsys: Output)
 
 def test_later_configurations_win_section_by_section(tmp_path: Path, capsys: Output) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("model: {class_path: ROME, init_args: {steps: 3, lr: 0.25}}\n")
-    second.write_text("model: {init_args: {steps: 7}}\ntrainer: {max_epochs: 2}\n")
+    first.write_text(
+        "model: {class_path: ROME, init_args: {steps: 3, lr: 0.25}}\n", encoding="utf-8"
+    )
+    second.write_text(
+        "model: {init_args: {steps: 7}}\ntrainer: {max_epochs: 2}\n", encoding="utf-8"
+    )
     files = ["-c", str(first), "-c", str(second), "-c", "data/facts.yaml"]
     config = printed_config(capsys, *files, "--model.seed=5")
     arguments = config["model"]["init_args"]
@@ -117,7 +121,7 @@ def test_a_file_of_ones_own_comes_before_a_packaged_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "method").mkdir()
-    (tmp_path / "method" / "rome.yaml").write_text("model: {class_path: LoRA}\n")
+    (tmp_path / "method" / "rome.yaml").write_text("model: {class_path: LoRA}\n", encoding="utf-8")
     config = printed_config(capsys, "-c", "method/rome.yaml", "-c", "data/facts.yaml")
     assert config["model"]["class_path"] == "lightning_edit.LoRA"
 
@@ -193,10 +197,10 @@ def test_a_second_run_keeps_the_results_of_the_first(world: TinyWorld, tmp_path:
     kept = []
     for steps in (2, 3, 4):
         assert run_here(world.arguments(run, f"--model.steps={steps}")) == 0
-        kept.append((run / "results.json").read_text())
+        kept.append((run / "results.json").read_text(encoding="utf-8"))
     earlier = sorted((run / "earlier").iterdir())
     assert len(earlier) == 2
-    assert [(folder / "results.json").read_text() for folder in earlier] == kept[:2]
+    assert [(folder / "results.json").read_text(encoding="utf-8") for folder in earlier] == kept[:2]
     assert all((folder / "delta" / "delta.safetensors").is_file() for folder in earlier)
     assert len(list((run / "checkpoints" / "earlier").iterdir())) == 2
     assert metrics_of(run)["reliability/teacher_forced"]["n"] == 3
@@ -232,7 +236,7 @@ REQUESTS = {
 def test_bad_requests(world: TinyWorld, tmp_path: Path, capsys: Output, kind: str) -> None:
     text, message = REQUESTS[kind]
     file = tmp_path / "requests.jsonl"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     assert run_here(world.arguments(tmp_path / "run", f"--data.path={file}")) == 1
     assert_told(capsys, message)
     assert not (tmp_path / "run").exists()
@@ -286,7 +290,7 @@ FILES = {
 def test_bad_configurations(world: TinyWorld, tmp_path: Path, capsys: Output, kind: str) -> None:
     text, message = FILES[kind]
     file = tmp_path / "typo.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     assert run_here(world.arguments(tmp_path / "run", "-c", str(file))) == 2
     assert_told(capsys, message)
     assert not (tmp_path / "run").exists()
