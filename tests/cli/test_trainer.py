@@ -163,7 +163,7 @@ def test_predict_shows_texts_before_and_after(
     words = [*world.arguments(tmp_path, verb="predict"), "--model=FineTune", "--model.lr=0.1"]
     assert run_here([*words, "--data.limit=1"]) == 0
     text = capsys.readouterr().out
-    assert "The capital of Velmora is\n  before  Dorin.\n  after   Kettleby.\n" in text
+    assert "The capital of Velmora is\n  before  Dorin.\n  after   Kettleby" in text
     assert run_here(words) == 0
     assert capsys.readouterr().out.count("  before  ") == 3
 
