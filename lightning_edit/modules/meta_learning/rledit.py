@@ -50,7 +50,7 @@ class RLEdit(HyperEditModule):
         log_ridge: That log λ at the beginning.
         sequence: n, the edits that a batch of the data is divided into; one for each request where
             there are fewer. The authors take 400 of 20 requests each.
-        discount: γ.
+        discount: γ, how much each earlier edit counts for those after it.
         back_depth: How many edits' requests count, the latest included.
         shift_penalty: λ of the loss, the weight of ‖ΔW‖².
         micro_batch_size: Requests in a pass. A gradient is of the mean loss of its pass.

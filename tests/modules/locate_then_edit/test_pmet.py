@@ -137,6 +137,7 @@ def test_a_request_that_is_right_counts_its_answer_less_and_ends() -> None:
     requests = tiny_requests(5)
     # A weak factor leaves the divergence small when the answer becomes the likeliest.
     settings = {"steps": 20, "lr": 0.05, "kl_factor": 5e-4, "weight_decay": 0.0}
+    settings["clamp_norm_factor"] = 4.0
     editor = editor_of(PMET, model, **settings, moment_weight=0.3)
     found = editor.edit(requests).details["target_values"]
     plain = [Plain(editor, request) for request in requests]
