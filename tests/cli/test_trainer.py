@@ -160,10 +160,10 @@ def test_test_measures_by_protocol(
 def test_predict_shows_texts_before_and_after(
     world: TinyWorld, tmp_path: Path, capsys: Output
 ) -> None:
-    words = [*world.arguments(tmp_path, verb="predict"), "--model=FineTune", "--model.lr=0.1"]
+    words = [*world.arguments(tmp_path, verb="predict"), "--model=FineTune", "--model.lr=0.02"]
     assert run_here([*words, "--data.limit=1"]) == 0
     text = capsys.readouterr().out
-    assert "The capital of Velmora is\n  before  Dorin.\n  after   Kettleby" in text
+    assert "The capital of Velmora is\n  before  Dorin.\n  after   Kettleby.\n" in text
     assert run_here(words) == 0
     assert capsys.readouterr().out.count("  before  ") == 3
 

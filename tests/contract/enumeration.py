@@ -54,6 +54,7 @@ QUICK: dict[str, Any] = {
 
 # What an editor needs more of to be of any use.
 QUICK_FOR: dict[str, dict[str, Any]] = {
+    "MEMIT": {"clamp_norm_factor": 4.0},  # three steps are to be bounded by nothing but themselves
     "KE": {"warmup_steps": 0},
     "SERAC": {"width": 16, "depth": 1, "lr": 5e-3, "encoder_lr": 5e-3},
     "TPatcher": {"lr": 0.1, "steps": 8, "first_check": 8, "memory_tokens": 64},
