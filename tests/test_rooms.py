@@ -32,7 +32,16 @@ SECTIONS = {
     "Yields",
 }
 HEADER = "# Copyright the lightning_edit developers.\n# SPDX-License-Identifier: Apache-2.0\n"
-OPTIONAL = {"rich", "peft", "matplotlib", "datasets", "gguf", "ruamel", "shtab"}
+OPTIONAL = {
+    "rich",
+    "peft",
+    "matplotlib",
+    "datasets",
+    "gguf",
+    "ruamel",
+    "sentence_transformers",
+    "shtab",
+}
 FAMILIES = {
     "locate_then_edit",
     "meta_learning",
@@ -95,7 +104,10 @@ PACKAGES = {
     "core": ({"torch"}, {"safetensors"}),
     "functional": ({"torch"}, set()),
     "passes": ({"torch"}, {"transformers"}),
-    "memories": ({"torch"}, {"safetensors", "tokenizers", "transformers"}),
+    "memories": (
+        {"torch"},
+        {"safetensors", "sentence_transformers", "tokenizers", "transformers"},
+    ),
     "metrics": ({"torch", "torchmetrics"}, {"matplotlib"}),
     "rendering": ({"markupsafe"}, {"huggingface_hub", "jinja2"}),
     "report": (set(), {"rich"}),

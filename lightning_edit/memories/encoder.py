@@ -14,35 +14,21 @@ import torch
 from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
-from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.memories.text_encoder import (
+    TextEncoder,
+    check_pooling,
+    load_encoder,
+    mean_states,
+)
 from lightning_edit.passes.block_recorder import recorded_blocks
 
-__all__ = ["encode_by_folder", "encode_by_model", "load_encoder", "mean_states"]
+__all__ = ["encode_by_folder", "encode_by_model"]
 
 MAX_TEXTS = 64  # run at once
 # Depth at which a language model's states are read. Further up they are of what comes next, and
 # prompts of one wording look all alike.
 DEPTH = 1 / 6
-
-
-def mean_states(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the tokens' hidden states, scaled to length one.
-
-    Args:
-        states: [B, T, D].
-        mask: 1 on tokens, 0 on padding, [B, T].
-
-    Returns:
-        [B, D] float32.
-
-    Examples:
-        >>> mean_states(torch.tensor([[[3.0, 4.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
-        tensor([[0.6000, 0.8000]])
-    """
-    kept = mask[..., None].float()
-    means = (states.float() * kept).sum(1) / kept.sum(1)
-    return torch.nn.functional.normalize(means, dim=1)
 
 
 def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -> Tensor:
@@ -74,27 +60,25 @@ def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -
     return _in_parts(run, texts)
 
 
-def encode_by_folder(folder: str, texts: Sequence[str]) -> Tensor:
-    """Vectors by an encoder out of a folder, as sentence-transformers saves its models.
+def encode_by_folder(folder: str, pooling: str, texts: Sequence[str]) -> Tensor:
+    """Vectors by an encoder out of a folder, such as one that sentence-transformers saved.
 
     Args:
-        folder: Folder of a model and its tokenizer, read by transformers. Its tokens' states are
-            averaged, as most sentence encoders are trained to be used.
+        folder: As in ``load_encoder``.
+        pooling: How it is expected to pool states.
         texts: Texts to encode; what is too long for the encoder is cut.
 
     Returns:
-        [B, D] float32, of length one, on the CPU.
+        [B, D] float32, scaled to length one, so that their products are cosines; on the CPU.
 
     Raises:
+        ArtifactError: If it pools states in another way.
+        MissingDependencyError: If sentence-transformers is needed and not installed.
         ModelError: If there is no such encoder.
     """
-    tokenizer, encoder = _kept(folder)
-
-    def run(chosen: Sequence[str]) -> Tensor:
-        given = tokenizer(list(chosen), padding=True, truncation=True, return_tensors="pt")
-        return mean_states(encoder(**given).last_hidden_state, given["attention_mask"])
-
-    return _in_parts(run, texts)
+    encoder = _kept(folder)
+    check_pooling(folder, encoder.pooling, pooling)
+    return torch.nn.functional.normalize(_in_parts(encoder, texts), dim=1)
 
 
 @torch.no_grad()
@@ -114,31 +98,8 @@ def _in_parts(run: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> T
 
 
 @cache
-def _kept(folder: str) -> tuple[Any, Any]:
-    tokenizer, encoder = load_encoder(folder)
-    return tokenizer, encoder.requires_grad_(False)
-
-
-def load_encoder(folder: str) -> tuple[Any, Any]:
-    """Reads a text encoder out of a folder.
-
-    Args:
-        folder: Folder of a model and its tokenizer, read by transformers.
-
-    Returns:
-        The tokenizer and the model, in eval mode.
-
-    Raises:
-        ModelError: If there is no such encoder.
-    """
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"`encoder={folder!r}` cannot be loaded as a text encoder ({error}). Give a folder "
-            "with a model and its tokenizer, or null for the editor's own."
-        ) from None
-    return tokenizer, encoder.eval()
+def _kept(folder: str) -> TextEncoder:
+    encoder = load_encoder(folder)
+    encoder.transformer.requires_grad_(False)
+    encoder.head.requires_grad_(False)
+    return encoder

@@ -17,6 +17,7 @@ from lightning_edit.core.batch import PromptTokenizer, space_between
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.memories.encoder import encode_by_folder, encode_by_model
+from lightning_edit.memories.text_encoder import PLAIN_POOLING, pooling_setting
 
 __all__ = ["PromptMemory", "demonstration", "statement"]
 
@@ -58,17 +59,27 @@ class PromptMemory(EditMemory):
     Its buffer is ``embeddings`` [N, D], float32 and of length one.
 
     Args:
-        encoder: Folder of a text encoder; mean hidden states of the language model's first sixth of
-            blocks if None.
+        encoder: Folder of a text encoder, used as it asks for; mean hidden states of the language
+            model's first sixth of blocks if None.
         facts: Facts that are told at most, the most fitting last.
         threshold: Cosine that a fact's prompt must exceed to be told.
+        pooling: How the encoder pools states.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("embeddings",)
     embeddings: Tensor
 
-    def __init__(self, encoder: str | None = None, facts: int = 1, threshold: float = -1.0) -> None:
-        super().__init__(encoder=encoder, facts=facts, threshold=threshold)
+    def __init__(
+        self,
+        encoder: str | None = None,
+        facts: int = 1,
+        threshold: float = -1.0,
+        pooling: str = PLAIN_POOLING,
+    ) -> None:
+        super().__init__(
+            encoder=encoder, facts=facts, threshold=threshold, **pooling_setting(pooling)
+        )
+        self.pooling = pooling
 
     @override
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
@@ -79,7 +90,7 @@ class PromptMemory(EditMemory):
         """Embeddings of texts, [B, D] float32."""
         folder: str | None = self.settings["encoder"]
         if folder is not None:
-            return encode_by_folder(folder, texts)
+            return encode_by_folder(folder, self.pooling, texts)
         model = self._model() if self._model is not None else None
         if model is None:
             raise EditError("The memory belongs to no model yet. Call `memory.attach_(model)`.")

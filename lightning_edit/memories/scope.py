@@ -24,6 +24,7 @@ from lightning_edit.functional.scope import Distance, chosen_edits, scope_distan
 from lightning_edit.memories.router import Router, argument_names, bound, stack_of
 from lightning_edit.memories.scope_networks import ScopeNetwork, ScopeNetworks
 from lightning_edit.memories.second_opinion import Asked, SecondOpinion
+from lightning_edit.memories.text_encoder import PLAIN_POOLING, pooling_setting
 
 __all__ = ["ScopeMemory"]
 
@@ -49,7 +50,7 @@ class ScopeMemory(EditMemory):
     trained is a part of its state, once for all entries.
 
     Args:
-        encoder: Folder of a text encoder; a small one of its own if None.
+        encoder: Folder of a text encoder, used as it asks for; a small one of its own if None.
         counterfactual: Folder of a language model with the base's tokenizer; adapters beside the
             base if None.
         distance: ‖g(z) − g(q)‖² (``euclidean``) or 1 − cos (``cosine``).
@@ -64,6 +65,7 @@ class ScopeMemory(EditMemory):
         separator: Tokens between an edit and a prompt.
         seed: Of the numbers that its networks begin with.
         weights: Hash of the trained networks; None for those that they begin with.
+        pooling: How the encoder out of a folder pools states.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("embeddings",)
@@ -85,6 +87,7 @@ class ScopeMemory(EditMemory):
         separator: Sequence[int] = (),
         seed: int = 0,
         weights: str | None = None,
+        pooling: str = PLAIN_POOLING,
     ) -> None:
         super().__init__(
             encoder=encoder,
@@ -101,6 +104,7 @@ class ScopeMemory(EditMemory):
             separator=list(separator),
             seed=seed,
             weights=weights,
+            **pooling_setting(pooling),
         )
         self.router: Router = Router()
         self.networks: ScopeNetworks = ScopeNetworks(self.settings)

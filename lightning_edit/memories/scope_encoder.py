@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.batch import pad_rows
-from lightning_edit.memories.encoder import load_encoder, mean_states
+from lightning_edit.memories.text_encoder import check_pooling, load_encoder
 
 __all__ = ["FolderEncoder", "ScopeEncoder", "TokenEncoder"]
 
@@ -90,22 +90,45 @@ class TokenEncoder(ScopeEncoder):
 
 
 class FolderEncoder(ScopeEncoder):
-    """A text encoder out of a folder, as sentence-transformers saves its models.
+    """A text encoder out of a folder, such as one that sentence-transformers saved.
 
     Tokens of the base are turned into text first, by the base's tokenizer, which is kept with the
-    state of this module. Embeddings are the tokens' mean states, of length one.
+    state of this module.
 
     Args:
-        folder: Folder of a model and its tokenizer, read by transformers.
+        folder: As in ``load_encoder``.
+        pooling: How it is expected to pool states.
+
+    Raises:
+        ArtifactError: If it pools them in another way.
+        MissingDependencyError: If sentence-transformers is needed and not installed.
+        ModelError: If there is no such encoder.
     """
 
     tokenizer: Tensor
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, pooling: str) -> None:
         super().__init__()
-        self._words, self.transformer = load_encoder(folder)
+        self._folder = folder
+        self._encoder = load_encoder(folder)
+        self.check_pooling(pooling)
+        self.transformer = self._encoder.transformer
+        self.head = self._encoder.head
         self.register_buffer("tokenizer", torch.zeros(0, dtype=torch.uint8))
         self._decoder: Any = None
+
+    @property
+    def pooling(self) -> str:
+        """How the encoder pools states, which its weights do not tell."""
+        return self._encoder.pooling
+
+    def check_pooling(self, made_with: str) -> None:
+        """Checks that networks or edits that were made before are of this pooling.
+
+        Raises:
+            ArtifactError: If they are not.
+        """
+        check_pooling(self._folder, self.pooling, made_with)
 
     def take_tokenizer(self, tokenizer: Any) -> None:
         """Takes over the base's fast tokenizer, by which tokens become text."""
@@ -115,10 +138,7 @@ class FolderEncoder(ScopeEncoder):
 
     @override
     def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-        texts = [self._text(row) for row in rows]
-        given = self._words(texts, padding=True, truncation=True, return_tensors="pt")
-        given = given.to(next(self.transformer.parameters()).device)
-        return mean_states(self.transformer(**given).last_hidden_state, given["attention_mask"])
+        return self._encoder([self._text(row) for row in rows])
 
     def _text(self, row: Sequence[int]) -> str:
         if self._decoder is None:

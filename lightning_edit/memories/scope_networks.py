@@ -15,6 +15,7 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.memories.counterfactual import Counterfactual, SideAdapters, SmallModel
 from lightning_edit.memories.scope_encoder import FolderEncoder, ScopeEncoder, TokenEncoder
+from lightning_edit.memories.text_encoder import PLAIN_POOLING
 
 __all__ = ["ScopeNetwork", "ScopeNetworks"]
 
@@ -66,6 +67,7 @@ class ScopeNetworks:
         """Makes the networks for a model, which stays as it is.
 
         Raises:
+            ArtifactError: If the encoder pools states in another way than the settings say.
             ModelError: If there is no such encoder or counterfactual model, or it does not fit.
         """
         if not self._network:
@@ -75,7 +77,7 @@ class ScopeNetworks:
         own = self.settings
         generator = torch.Generator().manual_seed(own["seed"])
         encoder: ScopeEncoder = (
-            FolderEncoder(own["encoder"])
+            FolderEncoder(own["encoder"], own.get("pooling", PLAIN_POOLING))
             if own["encoder"] is not None
             else TokenEncoder(base, own["width"], own["depth"], own["heads"], generator)
         )

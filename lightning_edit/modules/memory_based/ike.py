@@ -21,6 +21,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.request import EditRequest
 from lightning_edit.memories.prompts import PromptMemory, demonstration, statement
+from lightning_edit.memories.text_encoder import folder_pooling
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.memory_based.prompting import check_threshold, prompts_of, tell
 
@@ -51,8 +52,8 @@ class IKE(MemoryModule):
             or no probe of locality is copied.
         nearest_last: Order of the demonstrations.
         encoder: Folder of a text encoder by which facts are found, such as one that
-            sentence-transformers saved; mean hidden states of the language model's first sixth of
-            blocks if None, which go more by wording.
+            sentence-transformers saved, whose own pooling is used then; mean hidden states of the
+            language model's first sixth of blocks if None, which go more by wording.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
         kwargs: Arguments of every editor, such as ``dtype``; see
@@ -108,7 +109,7 @@ class IKE(MemoryModule):
 
     @override
     def build_memory(self, tree: ModelTree) -> PromptMemory:
-        return PromptMemory(self.encoder, 1, self.threshold)
+        return PromptMemory(self.encoder, 1, self.threshold, folder_pooling(self.encoder))
 
     @property
     def prompts(self) -> PromptMemory:

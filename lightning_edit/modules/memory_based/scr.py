@@ -14,6 +14,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.request import EditRequest
 from lightning_edit.memories.prompts import PromptMemory
+from lightning_edit.memories.text_encoder import folder_pooling
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.memory_based.prompting import check_threshold, prompts_of, tell
 
@@ -31,8 +32,8 @@ class SCR(MemoryModule):
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         encoder: Folder of a text encoder by which facts are found, such as one that
-            sentence-transformers saved; mean hidden states of the language model's first sixth of
-            blocks if None, which go more by wording.
+            sentence-transformers saved, whose own pooling is used then; mean hidden states of the
+            language model's first sixth of blocks if None, which go more by wording.
         facts: Facts that a prompt is told at most, the most fitting last.
         threshold: Cosine between a prompt and that of a fact from which on the fact is told.
         max_entries: Entries that the memory may hold; any number if None.
@@ -76,7 +77,7 @@ class SCR(MemoryModule):
 
     @override
     def build_memory(self, tree: ModelTree) -> PromptMemory:
-        return PromptMemory(self.encoder, self.facts, self.threshold)
+        return PromptMemory(self.encoder, self.facts, self.threshold, folder_pooling(self.encoder))
 
     @property
     def prompts(self) -> PromptMemory:

@@ -30,6 +30,7 @@ from lightning_edit.functional.scope import Distance, scope_distances, scope_los
 from lightning_edit.memories.prompts import statement
 from lightning_edit.memories.scope import ScopeMemory
 from lightning_edit.memories.scope_encoder import FolderEncoder
+from lightning_edit.memories.text_encoder import PLAIN_POOLING, folder_pooling, pooling_setting
 from lightning_edit.models import load_tokenizer, resolve_model
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.meta_learning.checkpoints import (
@@ -57,14 +58,31 @@ class NetworkState:
         self.has_moved = False
 
     def edit_state(self) -> dict[str, Any]:
-        """Whether the networks were trained, and the hash of what they came to."""
+        """Whether the networks were trained, the hash of what they came to, and the pooling."""
         is_known = self.is_trained and self.network is not None
         weights = weight_hash(cast(nn.Module, self.network)) if is_known else None
-        return {"is_trained": self.is_trained, "weights": weights}
+        encoder = self._folder_encoder()
+        noted = {} if encoder is None else pooling_setting(encoder.pooling)
+        return {"is_trained": self.is_trained, "weights": weights, **noted}
+
+    def check_edit_state(self, state: Mapping[str, Any]) -> None:
+        """Checks that networks out of a checkpoint are of this encoder's pooling.
+
+        Raises:
+            ArtifactError: If they are of another.
+        """
+        encoder = self._folder_encoder()
+        if encoder is not None:
+            encoder.check_pooling(state.get("pooling", PLAIN_POOLING))
 
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``edit_state`` returned; the networks are loaded by others."""
+        self.check_edit_state(state)
         self.is_trained = self.has_moved = bool(state["is_trained"])
+
+    def _folder_encoder(self) -> FolderEncoder | None:
+        encoder = getattr(self.network, "encoder", None)
+        return encoder if isinstance(encoder, FolderEncoder) else None
 
 
 class SERAC(MemoryModule):
@@ -88,9 +106,9 @@ class SERAC(MemoryModule):
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: Blocks that the counterfactual model's adapters stand beside; all if None.
-        encoder: Folder of a text encoder, such as one that sentence-transformers saved, from which
-            the scope classifier begins; a small one of its own over the base's token embeddings if
-            None.
+        encoder: Folder of a text encoder, such as one that sentence-transformers saved, whose own
+            pooling is used then, from which the scope classifier begins; a small one of its own
+            over the base's token embeddings if None.
         counterfactual: Hub id or folder of a small language model with the base's tokenizer, from
             which the counterfactual model begins; low-rank adapters beside the frozen base, which
             begin as the base itself, if None.
@@ -254,6 +272,7 @@ class SERAC(MemoryModule):
             alpha=self.alpha,
             separator=[int(i) for i in break_ids if i not in special],
             seed=self.seed,
+            pooling=folder_pooling(self.encoder),
         )
 
     @override
@@ -334,7 +353,9 @@ class SERAC(MemoryModule):
             where: Its name in errors.
             any_base: As in ``load_editor``.
         """
-        known = saved["lightning_edit"]["edit_state"].get("weights")
+        state = saved["lightning_edit"]["edit_state"]
+        self.network_state.check_edit_state(state)
+        known = state.get("weights")
         if len(self.scopes) and known != self.scopes.settings["weights"]:
             raise ArtifactError(
                 f"The model remembers {len(self.scopes)} edits that were made by other networks "

@@ -19,6 +19,7 @@ from lightning_edit.core.errors import ModelError, RequestError
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.evaluation.scoring import continuations
 from lightning_edit.modules.memory_based.ike import demonstration_kinds
+from tests.memories.sentence_models import save_encoder
 from tests.modules.helpers import plain_nll
 
 
@@ -36,21 +37,7 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a text encoder, with random weights."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def _plain_embedding(model: Any, tokenizer: Any, text: str, *, block: int = 1) -> Tensor:
@@ -230,6 +217,5 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=words):
             editor.edit(tiny_requests(1))
         assert len(editor.memory) == 0
-    other = SCR.from_model(*trained_tiny_model(), encoder=str(tmp_path / "none"))
     with pytest.raises(ModelError, match="cannot be loaded as a text encoder"):
-        other.edit(tiny_requests(1))
+        SCR.from_model(*trained_tiny_model(), encoder=str(tmp_path / "none"))
