@@ -7,7 +7,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from lightning_edit.core.errors import ModelError, RequestError
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows", "space_between"]
 
@@ -47,7 +50,7 @@ class PromptTokenizer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerFast,
         *,
         chat_template: bool = False,
         is_encoder_decoder: bool = False,
@@ -273,7 +276,7 @@ class EditBatch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def to(self, device: Any) -> Self:
+    def to(self, device: torch.device | str | int) -> Self:
         """Moves the tensors to a device."""
         return replace(
             self,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import local_shard, shard_like
-from lightning_edit.core.storage import CONFIG, TENSORS, provenance_of, save_artifact
+from lightning_edit.core.storage import (
+    CONFIG,
+    TENSORS,
+    EditConfig,
+    ParameterRecord,
+    provenance_of,
+    save_artifact,
+)
 
 __all__ = ["WeightDelta"]
 
@@ -406,7 +413,7 @@ class WeightDelta(Edit):
         if originals:
             kept = [name for name in self.changes if name in self.originals]
             tensors |= {f"{name}.original": self.originals[name] for name in kept}
-        parameters = {
+        parameters: dict[str, ParameterRecord] = {
             name: {
                 "shape": list(change.shape),
                 "rank": change.rank if isinstance(change, LowRank) else None,
@@ -418,15 +425,13 @@ class WeightDelta(Edit):
         return save_artifact(self, Path(folder), tensors, {"parameters": parameters})
 
     @classmethod
-    def from_files(
-        cls, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Self:
+    def from_files(cls, folder: Path, config: EditConfig, tensors: Mapping[str, Tensor]) -> Self:
         """The changes, with originals and hashes where they were saved.
 
         Raises:
             ArtifactError: If description and tensors do not belong together.
         """
-        parameters: dict[str, dict[str, Any]] = config["parameters"]
+        parameters = config["parameters"]
         changes = {
             name: _read_change(name, entry, tensors, folder) for name, entry in parameters.items()
         }
@@ -444,7 +449,7 @@ class WeightDelta(Edit):
 
 
 def _read_change(
-    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+    name: str, entry: ParameterRecord, tensors: Mapping[str, Tensor], folder: Path
 ) -> Change:
     change: Change
     if f"{name}.dense" in tensors:

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import typing_extensions
 
 __all__ = ["deprecated"]
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T", bound=Callable[..., object])
 
 
 def deprecated(*, since: str, removed: str, instead: str) -> Callable[[T], T]:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.storage import read_config, read_tensors
+from lightning_edit.core.storage import EditConfig, read_config, read_tensors
 
 __all__ = ["Edit"]
 
@@ -116,9 +116,7 @@ class Edit(ABC):
 
     @classmethod
     @abstractmethod
-    def from_files(
-        cls, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Self:
+    def from_files(cls, folder: Path, config: EditConfig, tensors: Mapping[str, Tensor]) -> Self:
         """The edit out of what was read in its folder.
 
         Raises:
@@ -194,7 +192,7 @@ class Edit(ABC):
         """The edit out of ``state_dict`` and a model in which it stands."""
 
 
-def _kind_in(config: Mapping[str, Any], folder: Path) -> type[Edit]:
+def _kind_in(config: EditConfig, folder: Path) -> type[Edit]:
     """The class of the edit that a folder holds, by its description."""
     name = str(config.get("kind", "weight_delta"))
     if name not in _KINDS:

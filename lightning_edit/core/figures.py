@@ -65,9 +65,9 @@ class EditDetails(TypedDict, total=False):
     #: What locate-then-edit methods found and wrote, by layer where there are several.
     target_values: Any
     layer: int
-    keys: Any
-    residuals: Any
-    figures: Any
+    keys: dict[Any, Tensor]
+    residuals: dict[int, Tensor]
+    figures: dict[int, dict[str, Tensor]]
     neurons: Any
     #: Loss of each request at each step, in nats.
     losses: list[list[float]]

@@ -11,9 +11,9 @@ in each block an attention and a multilayer perceptron (MLP), in these the linea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -490,7 +490,7 @@ def _shared_prefix(one: str, other: str) -> int:
 
 def _input_embeddings(model: nn.Module) -> tuple[str, nn.Module | None]:
     """Name and module of the token embedding."""
-    get: Any = getattr(model, "get_input_embeddings", None)
+    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
     embeddings = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     if get is not None:
         wanted = get()
@@ -500,8 +500,8 @@ def _input_embeddings(model: nn.Module) -> tuple[str, nn.Module | None]:
 
 def _lm_head(model: nn.Module) -> nn.Module | None:
     """The projection to the vocabulary."""
-    get: Any = getattr(model, "get_output_embeddings", None)
+    get: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     if get is not None:
-        return cast("nn.Module | None", get())
+        return get()
     children = [m for m in model.children() if isinstance(m, nn.Linear)]
     return children[-1] if children else None

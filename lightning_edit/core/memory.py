@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,13 @@ from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
-from lightning_edit.core.storage import provenance_of, save_artifact
+from lightning_edit.core.storage import (
+    EditAbout,
+    EditConfig,
+    EntryRecord,
+    provenance_of,
+    save_artifact,
+)
 
 __all__ = ["MemoryWrite"]
 
@@ -64,7 +70,7 @@ class MemoryWrite(Edit):
     def __init__(
         self,
         kind: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         entries: Mapping[str, MemoryEntry | None],
         provenance: Provenance | None = None,
         replaced: Mapping[str, MemoryEntry | None] | None = None,
@@ -311,42 +317,37 @@ class MemoryWrite(Edit):
         sides = {"entries": self.entries, "replaced": self.replaced if originals else {}}
         shared = self.shared if self._present() else {}  # what is taken away needs none
         tensors: dict[str, Tensor] = {f"shared.{n}": t for n, t in shared.items()}
-        about: dict[str, Any] = {
-            "parameters": {},
-            "memory": {"kind": self.kind, "settings": self.settings},
-        }
         for side, entries in sides.items():
             present = {name: e for name, e in entries.items() if e is not None}
             for f in next(iter(present.values())).tensors if present else ():
                 tensors[f"{side}.{f}"] = torch.stack([e.tensors[f].cpu() for e in present.values()])
-            about[side] = [
-                {"id": name, "requests": dict(e.requests), "notes": dict(e.notes)}
-                if e is not None
-                else {"id": name}
-                for name, e in entries.items()
-            ]
         is_needed = originals and any(entry is not None for entry in self.replaced.values())
-        about["order"] = list(self.order) if is_needed else []
+        about: EditAbout = {
+            "parameters": {},
+            "memory": {"kind": self.kind, "settings": self.settings},
+            "entries": _records(sides["entries"]),
+            "replaced": _records(sides["replaced"]),
+            "order": list(self.order) if is_needed else [],
+        }
         return save_artifact(self, Path(folder), tensors, about)
 
     @classmethod
-    def from_files(
-        cls, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Self:
+    def from_files(cls, folder: Path, config: EditConfig, tensors: Mapping[str, Tensor]) -> Self:
         """The entries, with those that they replaced where they were saved.
 
         Raises:
             ArtifactError: If description and tensors do not belong together.
         """
         try:
-            sides = [_entries(config[side], side, tensors) for side in ("entries", "replaced")]
+            entries = _entries(config["entries"], "entries", tensors)
+            replaced = _entries(config["replaced"], "replaced", tensors)
             memory = config["memory"]
             return cls(
                 str(memory["kind"]),
                 dict(memory["settings"]),
-                sides[0],
+                entries,
                 provenance_of(config),
-                sides[1],
+                replaced,
                 [str(name) for name in config["order"]],
                 _named(tensors, "shared"),
             )
@@ -362,8 +363,17 @@ def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
 
 
+def _records(entries: Mapping[str, MemoryEntry | None]) -> list[EntryRecord]:
+    return [
+        {"id": name, "requests": dict(e.requests), "notes": dict(e.notes)}
+        if e is not None
+        else {"id": name}
+        for name, e in entries.items()
+    ]
+
+
 def _entries(
-    records: Sequence[Mapping[str, Any]], side: str, tensors: Mapping[str, Tensor]
+    records: Sequence[EntryRecord], side: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, MemoryEntry | None]:
     own = _named(tensors, side)
     found: dict[str, MemoryEntry | None] = {}

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 __all__ = ["BaseModelInfo", "Provenance"]
 
@@ -43,6 +42,6 @@ class Provenance:
 
     method: str = ""
     paper: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     base: BaseModelInfo = field(default_factory=BaseModelInfo)
     request_ids: tuple[str, ...] = ()

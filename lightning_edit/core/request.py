@@ -159,7 +159,7 @@ class EditRequest:
         """Whether the prompt is a question to answer rather than a text to continue."""
         return is_question(self.prompt)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The request as plain JSON types, without empty fields."""
         record = asdict(self)
         for name in ("locality", "portability"):
@@ -167,7 +167,7 @@ class EditRequest:
         return {k: v for k, v in record.items() if v}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any], where: str = "request") -> Self:
+    def from_dict(cls, record: Mapping[str, object], where: str = "request") -> Self:
         """Reads a request from plain JSON types.
 
         Args:
@@ -198,7 +198,7 @@ class EditRequest:
         text = json.dumps([self.prompt, self.subject, self.target_new, self.target_old])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def to(self, device: Any) -> Self:
+    def to(self, device: object) -> Self:
         """Returns the request itself: text has no device. Lets Lightning move a list of them."""
         return self
 
@@ -254,7 +254,7 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
             )
 
 
-def _probe(record: Any, kind: str, where: str) -> Probe:
+def _probe(record: object, kind: str, where: str) -> Probe:
     data = {"kind": kind, **_known_fields(Probe, record, where)}
     data["aliases"] = data.get("aliases") or ()
     try:
@@ -263,7 +263,7 @@ def _probe(record: Any, kind: str, where: str) -> Probe:
         raise RequestError(f"{where}: {error}") from None
 
 
-def _texts(value: Any) -> tuple[str, ...] | None:
+def _texts(value: object) -> tuple[str, ...] | None:
     """A list of texts as a tuple; None if it is something else."""
     if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
         return None
@@ -271,7 +271,7 @@ def _texts(value: Any) -> tuple[str, ...] | None:
     return texts if all(isinstance(text, str) for text in texts) else None
 
 
-def _known_fields(cls: type, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _known_fields(cls: type, record: object, where: str) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise RequestError(f"{where}: expected a mapping of fields, but got {record!r}.")
     known = {f.name: f for f in fields(cls)}

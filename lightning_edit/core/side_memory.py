@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,15 @@ from typing_extensions import override
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError
 
-__all__ = ["EditMemory", "MemoryEntry"]
+if TYPE_CHECKING:
+    from transformers import Cache
+
+__all__ = ["EditMemory", "MemoryEntry", "MemoryRecord"]
 
 _ATTRIBUTE = "edit_memory"
+
+#: What a memory keeps of a request or an entry, as JSON types: each kind of memory knows its own.
+MemoryRecord: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class MemoryEntry:
     """
 
     tensors: Mapping[str, Tensor]
-    requests: Mapping[str, Mapping[str, Any]]
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    requests: Mapping[str, MemoryRecord]
+    notes: MemoryRecord = field(default_factory=dict)
 
     def equals(self, other: MemoryEntry | None) -> bool:
         """Whether another entry is the same, bit for bit."""
@@ -54,11 +60,11 @@ class MemoryEntry:
 class Routes(Protocol):
     """What decides once for each prompt who answers it."""
 
-    def kept(self, cache: Any) -> Tensor | None:
+    def kept(self, cache: Cache) -> Tensor | None:
         """What was decided for the rows whose keys and values a cache holds, [B] or None."""
         ...
 
-    def keep(self, cache: Any, route: Tensor) -> None:
+    def keep(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache what was decided for its rows, [B]."""
         ...
 
@@ -66,7 +72,7 @@ class Routes(Protocol):
 class MemoryNetworks(Protocol):
     """Networks that all entries of a memory rely on, made for the model that it belongs to."""
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Makes the networks for a model, which stays as it is."""
         ...
 
@@ -78,7 +84,7 @@ class MemoryNetworks(Protocol):
         """Takes over what ``shared`` gave elsewhere."""
         ...
 
-    def load(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load(self, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
         """Takes over networks out of a model's state, with the settings that came with them."""
         ...
 
@@ -103,12 +109,12 @@ class EditMemory(nn.Module, ABC):
     #: All kinds of memories by name.
     kinds: ClassVar[dict[str, type[EditMemory]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if cls.fields:  # a base of several kinds has none of its own
             EditMemory.kinds[cls.__name__] = cls
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: object) -> None:
         super().__init__()
         self.settings: dict[str, Any] = settings
         for name in self.fields:
@@ -164,11 +170,11 @@ class EditMemory(nn.Module, ABC):
         """
         return list(prompts)
 
-    def route_of(self, cache: Any) -> Tensor | None:
+    def route_of(self, cache: Cache) -> Tensor | None:
         """What was decided for the rows whose keys and values a cache holds, [B] or None."""
         return None if self.router is None else self.router.kept(cache)
 
-    def keep_route(self, cache: Any, route: Tensor) -> None:
+    def keep_route(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache that was filled by hand what was decided for its rows, [B]."""
         if self.router is not None:
             self.router.keep(cache, route)
@@ -187,13 +193,15 @@ class EditMemory(nn.Module, ABC):
         }
 
     @property
-    def requests(self) -> dict[str, dict[str, Any]]:
+    def requests(self) -> dict[str, MemoryRecord]:
         """What is remembered, by the id of its request: the entries, and what is kept of it."""
-        found: dict[str, dict[str, Any]] = {}
+        entries: dict[str, list[str]] = {}
+        remembered: dict[str, MemoryRecord] = {}
         for name, record in self._records.items():
             for request, kept in record.requests.items():
-                found.setdefault(request, {"entries": [], **kept})["entries"].append(name)
-        return found
+                entries.setdefault(request, []).append(name)
+                remembered.setdefault(request, kept)
+        return {name: {"entries": entries[name], **kept} for name, kept in remembered.items()}
 
     def check_ids(self, request_ids: Sequence[str]) -> None:
         """Checks that requests are remembered.
@@ -343,7 +351,7 @@ class EditMemory(nn.Module, ABC):
             e["id"]: MemoryEntry({}, e["requests"], e["notes"]) for e in found["entries"]
         }
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, object]:
         """Settings and texts, as JSON types."""
         return {
             "settings": self.settings,
@@ -353,7 +361,7 @@ class EditMemory(nn.Module, ABC):
             ],
         }
 
-    def check_kind(self, kind: str, settings: Mapping[str, Any]) -> None:
+    def check_kind(self, kind: str, settings: Mapping[str, object]) -> None:
         """Checks that entries of another memory belong into this one.
 
         Raises:
@@ -369,7 +377,7 @@ class EditMemory(nn.Module, ABC):
 
     @override
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: object, **kwargs: object
     ) -> None:
         own = f"{prefix}network."
         shared = {n.removeprefix(own): t for n, t in state_dict.items() if n.startswith(own)}

@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,17 @@ from lightning_edit.rendering.card import CARD_TAG, make_card
 
 if TYPE_CHECKING:
     from lightning_edit.core.edit import Edit
+    from lightning_edit.core.side_memory import MemoryRecord
 
 __all__ = [
     "CONFIG",
     "FORMAT_VERSION",
     "TENSORS",
+    "EditAbout",
+    "EditConfig",
+    "EntryRecord",
+    "MemoryKind",
+    "ParameterRecord",
     "atomic_folder",
     "foreign_entries",
     "provenance_of",
@@ -41,6 +47,57 @@ FORMAT_VERSION = 1
 CONFIG = "delta_config.json"
 TENSORS = "delta.safetensors"
 CARD = "README.md"
+
+
+class ParameterRecord(TypedDict):
+    """What the description of an edit says of a parameter that it changes."""
+
+    shape: list[int]
+    #: None for a dense change.
+    rank: int | None
+    #: Empty where they are not known.
+    original_sha256: str
+    edited_sha256: str
+
+
+class EntryRecord(TypedDict):
+    """What it says of an entry of a memory: the id alone where there is none."""
+
+    id: str
+    requests: NotRequired[dict[str, MemoryRecord]]
+    notes: NotRequired[MemoryRecord]
+
+
+class MemoryKind(TypedDict):
+    """Name of a memory's class, and what it is built from."""
+
+    kind: str
+    settings: dict[str, object]
+
+
+class EditAbout(TypedDict):
+    """What an edit changes: parameters, or entries of a memory."""
+
+    parameters: dict[str, ParameterRecord]
+    memory: NotRequired[MemoryKind]
+    entries: NotRequired[list[EntryRecord]]
+    replaced: NotRequired[list[EntryRecord]]
+    #: Ids of all entries before the edit.
+    order: NotRequired[list[str]]
+
+
+class EditConfig(EditAbout):
+    """The description of a saved edit, ``delta_config.json``, as ``read_config`` gives it."""
+
+    format_version: int
+    kind: NotRequired[str]
+    method: NotRequired[str]
+    paper: NotRequired[str]
+    settings: NotRequired[dict[str, object]]
+    base: BaseModelInfo
+    request_ids: tuple[str, ...]
+    norm: NotRequired[float]
+    tensors_sha256: NotRequired[str]
 
 
 @contextmanager
@@ -77,9 +134,7 @@ def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_artifact(
-    edit: Edit, folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]
-) -> Path:
+def save_artifact(edit: Edit, folder: Path, tensors: dict[str, Tensor], about: EditAbout) -> Path:
     """Writes an edit's folder: description, tensors and card.
 
     Args:
@@ -98,12 +153,13 @@ def save_artifact(
 
     # Factors of several sites may share storage, which safetensors refuses.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    config: dict[str, Any] = {
+    norm = edit.norm()
+    config: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "kind": edit.artifact_kind,
         **asdict(edit.provenance),
         **about,
-        "norm": edit.norm(),
+        "norm": norm,
     }
     with atomic_folder(folder, _check_place) as staging:
         save_file(tensors, staging / TENSORS, metadata={"format": "pt"})
@@ -111,12 +167,12 @@ def save_artifact(
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         # Half of a surrogate pair, which an id may hold, has no UTF-8; JSON reads \udxxx back.
         (staging / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")
-        card = _card(edit, config)
+        card = _card(edit, about, norm)
         (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     return folder
 
 
-def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, config: EditConfig) -> dict[str, Tensor]:
     """Reads the tensors that ``save_artifact`` wrote.
 
     Args:
@@ -148,7 +204,7 @@ def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def provenance_of(config: Mapping[str, Any]) -> Provenance:
+def provenance_of(config: EditConfig) -> Provenance:
     """Where an edit comes from, by its description."""
     return Provenance(
         method=config.get("method", ""),
@@ -159,7 +215,7 @@ def provenance_of(config: Mapping[str, Any]) -> Provenance:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> EditConfig:
     """Reads the description of a saved edit, without its tensors.
 
     Raises:
@@ -189,7 +245,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"`{folder}` was written in format {version}, newer than {FORMAT_VERSION}, which this "
             "version of lightning_edit reads. Upgrade with `pip install -U lightning-edit`."
         )
-    return config
+    return cast(EditConfig, config)
 
 
 def _check_place(folder: Path) -> None:
@@ -240,7 +296,7 @@ def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _card(edit: Edit, config: Mapping[str, Any]) -> str:
+def _card(edit: Edit, about: EditAbout, norm: float) -> str:
     kind, provenance = type(edit).__name__, edit.provenance
     code = [
         f"from lightning_edit import {kind}",
@@ -258,8 +314,8 @@ def _card(edit: Edit, config: Mapping[str, Any]) -> str:
         paper=provenance.paper,
         request_ids=provenance.request_ids,
         sha256=provenance.base.sha256,
-        norm=config["norm"] if edit.changes_weights else None,
-        parameters=config.get("parameters", {}),
-        entries=None if edit.changes_weights else config["entries"],
+        norm=norm if edit.changes_weights else None,
+        parameters=about["parameters"],
+        entries=None if edit.changes_weights else about["entries"],
         code="\n".join(code),
     )

@@ -204,7 +204,9 @@ def test_empty_fields_are_left_out() -> None:
     request = _request(target_old="")
     assert set(request.to_dict()) == {"prompt", "subject", "target_new", "id"}
     assert EditRequest.from_dict(request.to_dict()) == request
-    assert FULL.to_dict()["locality"][2] == {"prompt": "Paris lies on the", "kind": "distracting"}
+    locality = FULL.to_dict()["locality"]
+    assert isinstance(locality, list)
+    assert locality[2] == {"prompt": "Paris lies on the", "kind": "distracting"}
 
 
 def test_null_is_as_good_as_nothing() -> None:
