@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,13 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.functional.knowledge_neurons import probability_gradient
 from lightning_edit.passes.attention import short_attention
+from lightning_edit.passes.block_recorder import Arguments, entering_states
 from lightning_edit.passes.blocks import explained
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import frozen
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 __all__ = ["ActivationPaths", "PathGradients"]
 
@@ -73,7 +77,7 @@ class ActivationPaths:
     logits: Tensor
     own: list[tuple[Tensor, Tensor]]
     crossed: list[tuple[Tensor, Tensor]]
-    inputs: dict[str, Any]
+    inputs: dict[str, object]
 
     @classmethod
     def capture(
@@ -97,11 +101,11 @@ class ActivationPaths:
         """
         from transformers import DynamicCache, EncoderDecoderCache
 
-        model: Any = tree.model
+        model: PreTrainedModel = tree.model
         device = next(tree.blocks[0].parameters()).device
         ids = torch.tensor([list(prompt)], device=device)
-        inputs: dict[str, Any] = {}
-        cache: Any = DynamicCache()
+        inputs: dict[str, object] = {}
+        cache: Cache = DynamicCache()
         with torch.no_grad(), _explained(model):
             if tree.is_encoder_decoder:
                 mask = torch.ones_like(ids)
@@ -160,7 +164,7 @@ class ActivationPaths:
         # The unscaled row climbs anyway, and is the last point of every layer.
         has_whole = bool(points[-1] == 1)
         rows = _Rows(cache, points[:-1] if has_whole else points)
-        model: Any = self.tree.model
+        model: PreTrainedModel = self.tree.model
         dtype = next(self.tree.blocks[0].parameters()).dtype
         short = short_attention(self.ids.device, dtype)
         with _explained(model), frozen(model), short, rows.growing(self.tree, layers):
@@ -176,7 +180,7 @@ class ActivationPaths:
         activations = torch.cat([whole.detach() for whole in rows.whole])
         return PathGradients(activations, gradients.float(), float(probabilities[0]))
 
-    def _arguments(self, start: int, end: int, cache: Any) -> dict[str, Any]:
+    def _arguments(self, start: int, end: int, cache: Cache) -> dict[str, object]:
         """Arguments of the model for the positions from ``start`` to ``end``."""
         shared = {"cache": cache, "use_cache": True, **self.inputs}
         if self.tree.is_encoder_decoder:
@@ -184,7 +188,7 @@ class ActivationPaths:
         mask = torch.ones_like(self.ids[:, :end])
         return {"input_ids": self.ids[:, start:end], "attention_mask": mask, **shared}
 
-    def _cache(self, length: int) -> Any:
+    def _cache(self, length: int) -> Cache:
         """A cache of the first positions."""
         from transformers import DynamicCache, EncoderDecoderCache
 
@@ -218,7 +222,7 @@ def _explained(model: nn.Module) -> AbstractContextManager[None]:
 class _Rows:
     """The rows of one pass: the unchanged one, and then those that joined it."""
 
-    def __init__(self, cache: Any, points: Tensor) -> None:
+    def __init__(self, cache: Cache, points: Tensor) -> None:
         #: Activations of the unchanged row, [1, M] a layer, in the graph.
         self.whole: list[Tensor] = []
         #: Scaled activations, [S, M] a layer, leaves of the graph.
@@ -233,16 +237,16 @@ class _Rows:
     @contextmanager
     def growing(self, tree: ModelTree, layers: Sequence[int]) -> Iterator[None]:
         """Context manager: rows join at the layers."""
-        before: dict[nn.Module, Callable[..., Any]] = {
+        before: dict[nn.Module, Callable[..., object]] = {
             block: self._enter(i, joins=i in layers) for i, block in enumerate(tree.blocks)
         }
         before |= {tree.mlp_out(i).module(tree.model): self._scale for i in layers}
         with hooked(before=before):
             yield
 
-    def _enter(self, i: int, *, joins: bool) -> Callable[..., Any]:
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state = args[0] if args else kwargs["hidden_states"]
+    def _enter(self, i: int, *, joins: bool) -> Callable[..., Arguments]:
+        def enter(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
+            state = entering_states(args, kwargs)
             if joins and len(self._points):
                 same = state[:1].detach().expand(len(self._points), *state.shape[1:])
                 state = torch.cat([state, same])
@@ -261,11 +265,11 @@ class _Rows:
         return enter
 
     def _scale(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
         rows = args[0].reshape(-1, args[0].shape[-1])
         count = len(self._points)
-        whole, earlier, _ = rows.split([1, len(rows) - 1 - count, count])
+        whole, earlier = torch.split(rows, [1, len(rows) - 1 - count, count])[:2]
         if not whole.requires_grad:
             whole = whole.detach().requires_grad_()
         # Exactly a multiple of the unchanged row, whatever the rounding of its copies.

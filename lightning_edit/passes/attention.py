@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -33,19 +32,19 @@ def short_attention(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    usual: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
     half = device.type == "cpu" and dtype != torch.float32
 
     def grouped(
-        module: Any,
+        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
         rows, heads, count, _ = query.shape
         groups, mask = key.shape[1], attention_mask
         plain = mask is not None and mask.shape[1] == 1 and kwargs.get("position_bias") is None

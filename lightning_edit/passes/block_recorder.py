@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,20 @@ from torch import Tensor, nn
 
 from lightning_edit.passes.hooks import hooked
 
-__all__ = ["Arguments", "BlockRecord", "StopPass", "hidden_states", "recorded_blocks"]
+__all__ = [
+    "Arguments",
+    "BlockOutput",
+    "BlockRecord",
+    "StopPass",
+    "entering_states",
+    "hidden_states",
+    "recorded_blocks",
+]
 
-#: What a block is called with after the hidden states.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+#: Positional and named arguments of a block.
+Arguments = tuple[tuple[object, ...], dict[str, object]]
+#: What a block returns: the hidden states, and in some models more behind them.
+BlockOutput = Tensor | tuple[Tensor, *tuple[object, ...]]
 
 
 class StopPass(Exception):  # noqa: N818  # control flow, not an error
@@ -72,18 +82,18 @@ def recorded_blocks(
     seen = BlockRecord()
 
     def enter(i: int) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            state = args[0] if args else kwargs.pop("hidden_states")
+        def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            state = entering_states(args, kwargs)
             if i in kept:
                 seen.states[i] = state
-            seen.arguments[i] = (tuple(args[1:]), kwargs)
+            further = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+            seen.arguments[i] = (tuple(args[1:]), further)
             if stops and i == end:
                 raise StopPass
 
         return record
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
+    def leave(_: nn.Module, __: object, output: BlockOutput) -> None:
         if end + 1 in kept:
             seen.states[end + 1] = hidden_states(output)
 
@@ -92,7 +102,12 @@ def recorded_blocks(
         yield seen
 
 
-def hidden_states(output: Any) -> Tensor:
+def entering_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among what a block is called with: the first argument, or a named one."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def hidden_states(output: BlockOutput) -> Tensor:
     """A block's hidden states: some blocks return a tuple around them."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+    return output[0] if isinstance(output, tuple) else output

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 __all__ = [
     "Prefix",
@@ -36,7 +39,7 @@ class Prefix:
         self.layers = dict(layers)
 
     def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """The prefix's keys and values and then the new ones."""
         if layer_idx not in self.layers:
@@ -77,7 +80,7 @@ def explained(problem: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def running(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
     """Context manager: modules run something else in place of their ``forward``."""
     # Other packages put a method of their own into the instance.
     kept = {module: vars(module).get("forward") for module in forwards}
@@ -94,18 +97,18 @@ def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 def with_cache(
-    args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[object, ...], kwargs: dict[str, object], cache: Cache | Prefix
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """A block's arguments with another cache of keys and values, in a new dict."""
     from transformers import Cache
 
-    def swap(value: Any) -> Any:
+    def swap(value: object) -> object:
         return cache if isinstance(value, Cache) else value
 
     return tuple(swap(a) for a in args), {name: swap(v) for name, v in kwargs.items()}
 
 
-def scaled_logits(model: Any, logits: Tensor) -> Tensor:
+def scaled_logits(model: nn.Module, logits: Tensor) -> Tensor:
     """What a model does to the output of its projection to the vocabulary, by its configuration.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class GradientPass:
     batch: EditBatch
     taken: dict[str, tuple[Tensor, Tensor]]
     losses: list[float]
-    below: dict[nn.Module, Any]
+    below: dict[nn.Module, object]
 
 
 def gradient_passes(
@@ -145,12 +144,12 @@ def recorded(
 
 
 @contextmanager
-def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, Any]]:
+def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[nn.Module, object]]:
     """Context manager: records what the block below the edited ones returns, for all below."""
     below = tree.blocks[: min(site.layer for site in sites)]
-    seen: dict[nn.Module, Any] = {}
+    seen: dict[nn.Module, object] = {}
 
-    def record(_: nn.Module, __: Any, output: Any) -> None:
+    def record(_: nn.Module, __: object, output: object) -> None:
         seen.update(dict.fromkeys(below, output))
 
     with hooked(dict.fromkeys(below[-1:], record)):
@@ -158,7 +157,7 @@ def output_below(tree: ModelTree, sites: Sequence[WeightSite]) -> Iterator[dict[
 
 
 @contextmanager
-def skipped(below: dict[nn.Module, Any]) -> Iterator[None]:
+def skipped(below: dict[nn.Module, object]) -> Iterator[None]:
     """Context manager: blocks return what is given, without being run."""
     with running({block: lambda *_, o=output, **__: o for block, output in below.items()}):
         yield

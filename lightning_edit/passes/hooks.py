@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -15,8 +14,8 @@ __all__ = ["hooked"]
 
 @contextmanager
 def hooked(
-    after: Mapping[nn.Module, Callable[..., Any]] | None = None,
-    before: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    after: Mapping[nn.Module, Callable[..., object]] | None = None,
+    before: Mapping[nn.Module, Callable[..., object]] | None = None,
 ) -> Iterator[None]:
     """Context manager: modules with forward hooks, which are removed whatever happens in it.
 
@@ -58,9 +57,12 @@ def hooked(
 
 
 def _remove(
-    hook: Callable[..., Any], hooks: dict[int, Callable[..., Any]], *further: dict[int, Any]
+    hook: Callable[..., object],
+    hooks: dict[int, Callable[..., object]],
+    *further: dict[int, bool],
 ) -> None:
     """Takes a function out of a module's hooks, having taken its number out of further tables."""
     for number in [number for number, one in hooks.items() if one is hook]:
-        for table in (*further, hooks):
+        for table in further:
             table.pop(number, None)
+        hooks.pop(number, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["KeyPass", "KeyPasses"]
 
@@ -68,7 +71,7 @@ class KeyPass:
             place: What takes target values at the last edited layer.
         """
         layers = sorted({tree.index(layer) for layer in layers})
-        model: Any = tree.model
+        model: PreTrainedModel = tree.model
         device = next(tree.blocks[0].parameters()).device
         ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
         first, last = layers[0], layers[-1]
@@ -105,10 +108,10 @@ class KeyPass:
             rows = states.reshape(self.state.shape[0], -1, states.shape[-1])
             return rows[:, -1].float().clone()
 
-        def take_key(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        def take_key(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
             seen["key"] = at_end(args[0])
 
-        def take_output(_: nn.Module, __: Any, output: Tensor) -> None:
+        def take_output(_: nn.Module, __: object, output: Tensor) -> None:
             seen["output"] = at_end(output)
 
         state = self.state

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 __all__ = ["SharedPrefix", "shared_prefixes"]
 
@@ -64,7 +67,7 @@ class SharedPrefix:
         ids: The tokens, P.
     """
 
-    def __init__(self, model: Any, ids: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
         from transformers import DynamicCache
 
         device = next(model.parameters()).device
@@ -74,7 +77,7 @@ class SharedPrefix:
         self.length = len(ids)
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
 
-    def cache(self, rows: int) -> Any:
+    def cache(self, rows: int) -> Cache:
         """A cache for so many rows that go on from the prefix."""
         from transformers import DynamicCache
 

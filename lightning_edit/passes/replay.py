@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -35,7 +34,7 @@ def blocks_below(tree: ModelTree, layer: int) -> list[nn.Module]:
 
 @contextmanager
 def replayed(
-    blocks: list[nn.Module], outputs: dict[nn.Module, Any] | None = None
+    blocks: list[nn.Module], outputs: dict[nn.Module, object] | None = None
 ) -> Iterator[None]:
     """Context manager: blocks run once, and from then on return what they returned.
 
@@ -57,10 +56,10 @@ def replayed(
         >>> layer(torch.zeros(1, 2)) is first
         False
     """
-    kept: dict[nn.Module, Any] = {} if outputs is None else outputs
+    kept: dict[nn.Module, object] = {} if outputs is None else outputs
 
-    def once(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def recall(*args: Any, **kwargs: Any) -> Any:
+    def once(block: nn.Module, forward: Callable[..., object]) -> Callable[..., object]:
+        def recall(*args: object, **kwargs: object) -> object:
             if block not in kept:
                 kept[block] = forward(*args, **kwargs)
             return kept[block]

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.processes import Processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "BATCH_ROWS",
@@ -39,7 +42,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def sample_templates(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     seed: int,
     per_kind: int = 2,
@@ -80,7 +83,9 @@ def sample_templates(
     return templates
 
 
-def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) -> Tensor:
+def sample_text_ids(
+    model: PreTrainedModel, tokens: PromptTokenizer, count: int, seed: int
+) -> Tensor:
     """Rows of text that the model writes itself, each begun with a random word.
 
     Each batch of rows has a seed of its own, so that processes can share them out.
@@ -98,7 +103,7 @@ def sample_text_ids(model: Any, tokens: PromptTokenizer, count: int, seed: int) 
 
 
 def sample_rows(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     count: int,
     seed: int,

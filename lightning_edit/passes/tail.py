@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,17 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.attention import short_attention
-from lightning_edit.passes.block_recorder import hidden_states, recorded_blocks
+from lightning_edit.passes.block_recorder import (
+    BlockOutput,
+    entering_states,
+    hidden_states,
+    recorded_blocks,
+)
 from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
 from lightning_edit.passes.hooks import hooked
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 __all__ = ["Place", "Tail", "frozen", "split_rows"]
 
@@ -103,7 +111,7 @@ class Tail:
     keys: Tensor
     values: Tensor
     state: Tensor
-    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+    calls: list[tuple[nn.Module, tuple[object, ...], dict[str, object]]]
     prefix: Prefix
     inside: bool
     dtype: torch.dtype | None = None
@@ -162,7 +170,7 @@ class Tail:
         from transformers import DynamicCache
 
         layer = tree.index(layer)
-        model: Any = tree.model
+        model: PreTrainedModel = tree.model
         device = next(tree.blocks[0].parameters()).device
         parts = (part.to(device) for part in split_rows(rows, splits, pad_id))
         before_NP, mask_NP, after_NQ, mask_NQ = parts
@@ -244,12 +252,16 @@ class Tail:
         }
         return replace(self, dtype=dtype, matrices=matrices)
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def _precision(self) -> torch.autocast:
         on = self.dtype is not None
         return torch.autocast(self.state.device.type, dtype=self.dtype, enabled=on)
 
     def _run(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        state: Tensor,
     ) -> Tensor:
         lowered = self.matrices.get(module)
         if not lowered:
@@ -274,13 +286,13 @@ class Tail:
         count = self.state.shape[0]
         prefix = self.prefix.select(rows)
 
-        def pick(value: Any, name: str = "") -> Any:
+        def pick(value: object, name: str = "") -> object:
             if value is self.prefix:
                 return prefix
             if name == "position_bias":  # of each head
                 return value
-            if name == "alibi" and value is not None:  # of each row's heads
-                return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
+            if name == "alibi" and isinstance(value, Tensor):  # of each row's heads
+                return torch.unflatten(value, 0, (count, -1))[rows].flatten(0, 1)
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == count:
                 return value[rows]
             if isinstance(value, tuple):
@@ -288,7 +300,11 @@ class Tail:
             return value
 
         calls = [
-            (block, pick(args), {name: pick(v, name) for name, v in kwargs.items()})
+            (
+                block,
+                tuple(pick(arg) for arg in args),
+                {name: pick(v, name) for name, v in kwargs.items()},
+            )
             for block, args, kwargs in self.calls
         ]
         return replace(
@@ -305,7 +321,7 @@ class Tail:
         if self.tree.lm_head is None:
             return 0.0
         n = max(range(len(rows)), key=lambda n: splits[n])
-        model: Any = self.tree.model
+        model: PreTrainedModel = self.tree.model
         device = self.state.device
         with torch.no_grad():
             tail = self.select(torch.tensor([n], device=device))
@@ -358,9 +374,9 @@ def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterat
     seen = _Outputs(torch.empty(0), [torch.empty(0) for _ in sites])
     count = 0
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal count
-        count = (args[0] if args else kwargs["hidden_states"]).shape[0]
+        count = entering_states(args, kwargs).shape[0]
 
     def column_0(states: Tensor) -> Tensor:
         # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
@@ -368,7 +384,7 @@ def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterat
         return states.reshape(count, -1, states.shape[-1])[:, 0].clone()
 
     def leave(place: int) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.values[place] = column_0(output)
             if not place:
                 seen.key = column_0(args[0])
@@ -380,11 +396,11 @@ def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterat
         yield seen
 
 
-def _adder(change: Tensor) -> Callable[..., Any]:
+def _adder(change: Tensor) -> Callable[..., BlockOutput]:
     """A hook that adds a change to a module's output at column 0."""
 
-    def add(_: nn.Module, __: Any, output: Any) -> Any:
-        whole = output[0] if isinstance(output, tuple) else output
+    def add(_: nn.Module, __: object, output: BlockOutput) -> BlockOutput:
+        whole = hidden_states(output)
         rows = whole.reshape(change.shape[0], -1, whole.shape[-1])
         moved = torch.cat([rows[:, :1] + change[:, None].to(rows.dtype), rows[:, 1:]], 1)
         moved = moved.reshape(whole.shape)
@@ -393,7 +409,7 @@ def _adder(change: Tensor) -> Callable[..., Any]:
     return add
 
 
-def _masked(cache: Any, mask_NP: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+def _masked(cache: Cache, mask_NP: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values by layer, zero on padding: a row of nothing but padding makes them NaN."""
     kept = mask_NP.bool()[:, None, :, None]
     layers: dict[int, tuple[Tensor, Tensor]] = {}

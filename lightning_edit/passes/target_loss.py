@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.hooks import hooked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "Objective",
@@ -139,7 +142,7 @@ def place_logits(tree: ModelTree, batch: EditBatch, where: tuple[Tensor, Tensor]
     # A part of a batch may be padded too far, and what no place can see need not be read.
     width = int(batch.attention_mask.sum(1).max())
     last = int(where[1].max()) + 1
-    model: Any = tree.model
+    model: PreTrainedModel = tree.model
     inputs: dict[str, Tensor] = {}
     if tree.is_encoder_decoder:
         make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -199,7 +202,9 @@ def _only_at(head: nn.Module | None, rows: Tensor, columns: Tensor) -> Iterator[
         yield
         return
 
-    def select(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def select(
+        _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
         return (args[0][rows, columns][None], *args[1:]), kwargs
 
     with hooked(before={head: select}):
