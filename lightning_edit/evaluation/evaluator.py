@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from lightning_edit.functional.counterfact import efficacy_success, neighborhood
 from lightning_edit.functional.matching import autoregressive_hit
 from lightning_edit.functional.metrics import kl_divergence
 from lightning_edit.metrics.reading import Reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Baseline", "Evaluation", "Evaluator", "ScoredProbe"]
 
@@ -61,6 +64,22 @@ class ScoredProbe:
     nll_new: float | None = None
     nll_old: float | None = None
     kl: float | None = None
+
+
+class _Scores(TypedDict, total=False):
+    """Fields of a ``ScoredProbe`` that are worked out."""
+
+    text: str
+    teacher_forced: float
+    exact: bool
+    autoregressive: bool | None
+    nll_new: float
+    nll_old: float
+    kl: float
+
+
+#: What an answer is scored for: agreement with it, or its likelihood.
+_Use = Literal["answer", "nll_new", "nll_old"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +190,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         tokens: PromptTokenizer,
         *,
         readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
@@ -231,7 +250,7 @@ class Evaluator:
             baseline = self.baseline(requests)
             known = {(prompt, 1): text for prompt, text in baseline.texts.items()}
         probes = [probe for request in requests for probe in _expand(request)]
-        scored: list[dict[str, Any]] = [{} for _ in probes]
+        scored: list[_Scores] = [{} for _ in probes]
         if not probes:
             return Evaluation([], baseline)
         if "autoregressive" in self.readings:
@@ -271,13 +290,13 @@ class Evaluator:
     def _add_teacher_forced(
         self,
         probes: Sequence[ScoredProbe],
-        scored: Sequence[dict[str, Any]],
+        scored: Sequence[_Scores],
         by_id: Mapping[str, EditRequest],
         baseline: Baseline,
     ) -> None:
         """Adds accuracies, likelihoods and divergences; one pass over all of them."""
         pairs: list[tuple[list[int], list[int]]] = []
-        owner: list[tuple[int, str]] = []
+        owner: list[tuple[int, _Use]] = []
         ids = prompt_ids(self.model, self.tokens, [probe.prompt for probe in probes])
         for i, probe in enumerate(probes):
             prompt = ids[probe.prompt]
@@ -300,10 +319,10 @@ class Evaluator:
 
     def _targets(
         self, probe: ScoredProbe, request: EditRequest, baseline: Baseline
-    ) -> dict[str, list[int]]:
+    ) -> dict[_Use, list[int]]:
         """Answers whose tokens are scored after the probe's prompt, by what they are for."""
         target = self.tokens.target
-        found: dict[str, list[int]] = {}
+        found: dict[_Use, list[int]] = {}
         if probe.metric == "locality":
             said = baseline.ids.get(probe.prompt)
             if said:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 from lightning_edit.core.errors import EditError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["perplexity", "read_prose"]
 
@@ -43,7 +46,9 @@ def read_prose(path: str | Path | None = None) -> str:
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: PromptTokenizer, text: str, *, window: int = 256) -> float:
+def perplexity(
+    model: PreTrainedModel, tokens: PromptTokenizer, text: str, *, window: int = 256
+) -> float:
     """The exponential of the mean negative log-likelihood of a text's tokens.
 
     The text is cut into windows that are read apart, each after the token for the beginning where
@@ -89,7 +94,7 @@ def perplexity(model: Any, tokens: PromptTokenizer, text: str, *, window: int = 
             halves = [len(row) // 2 for row in part]
             inputs, mask = pad_rows([r[:h] for r, h in zip(part, halves, strict=True)], 0)
             labels, _ = pad_rows([r[h:] for r, h in zip(part, halves, strict=True)], IGNORE_INDEX)
-            more: dict[str, Any] = {"labels": labels.to(device)}
+            more: dict[str, object] = {"labels": labels.to(device)}
         else:
             inputs, mask = pad_rows([[*begin, *row] for row in part], tokens.pad_id)
             labels = inputs.masked_fill(mask == 0, IGNORE_INDEX)[:, 1:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.nn.functional import pad
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.passes.prefixes import SharedPrefix, shared_prefixes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Continuation", "Score", "continuations", "prompt_ids", "score_targets"]
 
@@ -72,7 +75,7 @@ class Continuation:
 
 @torch.no_grad()
 def score_targets(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
@@ -120,7 +123,7 @@ def score_targets(
 
 
 def _all_decoder_logits(
-    model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+    model: PreTrainedModel, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Logits of the places of each row's answer, [K, V], also where prompts begin alike."""
     prefixes = _prefixes(model, tokens, [prompt for prompt, _ in rows])
@@ -132,7 +135,9 @@ def _all_decoder_logits(
         yield from _logits_after(model, tokens, prefix, own, max_tokens)
 
 
-def _prefixes(model: Any, tokens: PromptTokenizer, prompts: Sequence[_Ids]) -> dict[_Ids, _Ids]:
+def _prefixes(
+    model: PreTrainedModel, tokens: PromptTokenizer, prompts: Sequence[_Ids]
+) -> dict[_Ids, _Ids]:
     """Prompts that begin like others, and what can be read once for all of these."""
     memory = EditMemory.find(model)
     # A memory that looks at whole prompts has to see them whole.
@@ -143,7 +148,11 @@ def _prefixes(model: Any, tokens: PromptTokenizer, prompts: Sequence[_Ids]) -> d
 
 
 def _logits_after(
-    model: Any, tokens: PromptTokenizer, beginning: _Ids, rows: Sequence[_Row], max_tokens: int
+    model: PreTrainedModel,
+    tokens: PromptTokenizer,
+    beginning: _Ids,
+    rows: Sequence[_Row],
+    max_tokens: int,
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Logits of rows whose prompts begin with the same tokens."""
     prefix, length = SharedPrefix(model, beginning), len(beginning)
@@ -169,7 +178,7 @@ def _logits_after(
 
 
 def _decoder_logits(
-    model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+    model: PreTrainedModel, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Logits of the places of each row's answer, [K, V]: one more than it has forced tokens."""
     from transformers import DynamicCache
@@ -237,7 +246,7 @@ class _Begun:
 
 
 def _go_on(
-    model: Any, tokens: PromptTokenizer, parts: Sequence[_Begun], max_tokens: int
+    model: PreTrainedModel, tokens: PromptTokenizer, parts: Sequence[_Begun], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Reads the forced tokens of answers whose prompts have been read."""
     from transformers import DynamicCache
@@ -284,7 +293,7 @@ def _go_on(
 
 
 def _encoder_decoder_logits(
-    model: Any, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+    model: PreTrainedModel, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Logits of the places of each row's answer, [K, V]: one more than it has forced tokens."""
     device = next(model.parameters()).device
@@ -316,11 +325,13 @@ def _batches(lengths: Mapping[_T, int], max_tokens: int, enough: int) -> Iterato
         yield batch
 
 
-def _keeps_logits(model: Any) -> bool:
+def _keeps_logits(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def prompt_ids(model: Any, tokens: PromptTokenizer, prompts: Sequence[str]) -> dict[str, list[int]]:
+def prompt_ids(
+    model: PreTrainedModel, tokens: PromptTokenizer, prompts: Sequence[str]
+) -> dict[str, list[int]]:
     """Token ids of each prompt, as the model's memory has it asked, where there is one.
 
     Args:
@@ -336,7 +347,7 @@ def prompt_ids(model: Any, tokens: PromptTokenizer, prompts: Sequence[str]) -> d
 
 @torch.no_grad()
 def continuations(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     prompts: Sequence[str],
     *,
@@ -386,7 +397,7 @@ def continuations(
 
 
 def _generate(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -413,7 +424,7 @@ def _generate(
     lengths = [max_new_tokens] * len(prompts)
 
     class NaturalStop(StoppingCriteria):  # type: ignore[misc, unused-ignore]
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
             count = input_ids.shape[1] - begin
             for b, piece in enumerate(tokenizer.batch_decode(input_ids[:, -1:])):
                 if not done[b]:
