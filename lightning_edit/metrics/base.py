@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torchmetrics import Metric
 
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.functional.intervals import wilson_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["CountingMetric", "EditMetric"]
 
@@ -89,7 +92,7 @@ class CountingMetric(Metric):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return torch.tensor(value, dtype=dtype, device=self.device)
 
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+    def merge_state(self, incoming_state: dict[str, list[Tensor] | Tensor] | Metric) -> None:
         """Adds the counts of another metric of the same kind, for instance of another run.
 
         Args:
@@ -102,7 +105,7 @@ class CountingMetric(Metric):
         """Returns the metric as it is: counts stay integers."""
         return self
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> Any:
         """Plots the metric's value, or several values of it.
 
         Args:
@@ -119,11 +122,11 @@ class CountingMetric(Metric):
             raise MissingDependencyError("matplotlib", "plot", "Plotting a metric")
         return self._plot(val, ax)
 
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_compute(self, compute: Callable[..., object]) -> Callable[..., object]:
         wrapped = super()._wrap_compute(compute)
 
         @functools.wraps(compute)
-        def quiet(*args: Any, **kwargs: Any) -> Any:
+        def quiet(*args: object, **kwargs: object) -> object:
             # No rows is a result (nan) and not an accident: a run without portability probes.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*was called before the ``update`` method")
@@ -143,7 +146,7 @@ class EditMetric(CountingMetric):
         kwargs: Arguments of every torchmetrics metric.
     """
 
-    def __init__(self, key: str, **kwargs: Any) -> None:
+    def __init__(self, key: str, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.key = key
         self.state = key.replace("/", "_")

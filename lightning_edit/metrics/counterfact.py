@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lightning_edit.functional.counterfact import (
@@ -53,7 +51,7 @@ class EfficacySuccess(_NewIsLikelier):
         arXiv 2202.05262, section 3.3.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(key="efficacy_success", **kwargs)
 
 
@@ -77,7 +75,7 @@ class ParaphraseSuccess(_NewIsLikelier):
         arXiv 2202.05262, section 3.3.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(key="paraphrase_success", **kwargs)
 
 
@@ -101,7 +99,7 @@ class NeighborhoodSuccess(EditMetric):
         arXiv 2202.05262, section 3.3.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(key="neighborhood_success", **kwargs)
 
     def update(self, nll_new: Tensor, nll_old: Tensor) -> None:
@@ -138,7 +136,7 @@ class EditScore(CountingMetric):
     key = "edit_score"
     _parts = ("efficacy", "paraphrase", "neighborhood")
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         for part in self._parts:
             self.add_counter(f"{self.key}_{part}")

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class ReadingMetric(EditMetric):
         reading: Reading = "teacher_forced",
         strict: bool = False,
         kind: str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if reading not in ("teacher_forced", "autoregressive"):
             raise ValueError(
