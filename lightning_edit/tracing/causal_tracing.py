@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.tracing.restoration import KINDS, CorruptedRun, Kind, Restoration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "POSITIONS",
@@ -129,6 +132,22 @@ class FactTrace:
         return dict(zip(POSITIONS, (*found, [*range(stop + 1, last)], [last]), strict=True))
 
 
+class TracingRecord(TypedDict):
+    """A ``TracingResult`` as plain JSON types.
+
+    Args:
+        settings: How the facts were traced, with the deviation.
+        unknown: Ids of the requests whose old answer the model does not give.
+        average_indirect_effect: By kind and class of tokens, [L] each.
+        facts: The fields of each ``FactTrace``.
+    """
+
+    settings: dict[str, float]
+    unknown: list[str]
+    average_indirect_effect: dict[Kind, dict[str, list[float | None]]]
+    facts: list[dict[str, object]]
+
+
 @dataclass(frozen=True, eq=False)
 class TracingResult:
     """Traces of the facts that a model knows.
@@ -175,13 +194,13 @@ class TracingResult:
             )
         return torch.stack(rows)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TracingRecord:
         """The result as plain JSON types, with averages beside the facts."""
 
         def plain(tensor: Tensor) -> list[list[float | None]]:
             return [[round(v, 6) if v == v else None for v in row] for row in tensor.tolist()]
 
-        facts = []
+        facts: list[dict[str, object]] = []
         for fact in self.facts:
             scores = {kind: plain(tensor) for kind, tensor in fact.scores.items()}
             names = ("id", "prompt", "subject", "answer", "tokens", "subject_range", "high", "low")
@@ -199,7 +218,7 @@ class TracingResult:
 
 
 def trace_facts(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     requests: Sequence[EditRequest],
     settings: TracingSettings | None = None,

@@ -5,20 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.tracing.causal_tracing import POSITIONS, FactTrace, TracingResult
+from lightning_edit.tracing.restoration import Kind
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["plot_tracing"]
 
 # Color map of each kind, and its title.
-_PANELS = {
+_PANELS: dict[Kind, tuple[str, str]] = {
     "hidden": ("Purples", "one hidden state"),
     "mlp": ("Greens", "MLP outputs, window of {}"),
     "attention": ("Reds", "attention outputs, window of {}"),
@@ -77,7 +78,7 @@ def plot_tracing(result: TracingResult, facts: int = 3) -> Figure:
     return figure
 
 
-def _kinds(result: TracingResult) -> list[Any]:
+def _kinds(result: TracingResult) -> list[Kind]:
     return list(result.facts[0].scores if result.facts else _PANELS)
 
 
@@ -94,9 +95,9 @@ def _plain(text: str) -> str:
 
 
 def _draw(
-    grid: Any,
+    grid: SubFigure,
     title: str,
-    values: dict[Any, Tensor],
+    values: dict[Kind, Tensor],
     labels: Sequence[str],
     bounds: tuple[float, float],
     unit: str,

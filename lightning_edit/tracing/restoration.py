@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
 from lightning_edit.passes.hooks import hooked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
 
@@ -121,7 +124,7 @@ class CorruptedRun:
         Raises:
             ModelError: If the model does more than pass states from block to block.
         """
-        model: Any = self.tree.model
+        model: PreTrainedModel = self.tree.model
         nothing = Restoration("mlp", 0, 0)
         found_SV = self._logits(self._run(self.subject.start, [nothing]))
         with noisy_embeddings(self.tree, self.subject, self._noise, first=0):
@@ -177,13 +180,13 @@ class CorruptedRun:
         return state[:, -1].reshape(len(joined), samples, -1)[order].view(len(state), -1)
 
     def _block(
-        self, i: int, t: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, i: int, t: int, state: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
         keys, values = (part[1:, :, :t] for part in self._cache[i])
         prefix = Prefix({i: (keys, values)})
         args, kwargs = with_cache(args, kwargs, prefix)
-        if kwargs.get("alibi") is not None:  # of each row's heads
-            kwargs["alibi"] = kwargs["alibi"].repeat(state.shape[0], 1, 1)
+        if isinstance(alibi := kwargs.get("alibi"), Tensor):  # of each row's heads
+            kwargs["alibi"] = alibi.repeat(state.shape[0], 1, 1)
         with short_attention(state.device, self._precision()):
             return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
 
@@ -211,7 +214,7 @@ class CorruptedRun:
         from transformers import DynamicCache
 
         tree = self.tree
-        model: Any = tree.model
+        model: PreTrainedModel = tree.model
         cache = DynamicCache()
         rows = self._ids_T.expand(1 + self.samples, -1)
         after: dict[nn.Module, Callable[..., None]] = {}
@@ -229,7 +232,7 @@ class CorruptedRun:
         """What the model gives each block for the tokens from t on, in a batch of one row."""
         from transformers import DynamicCache
 
-        model: Any = self.tree.model
+        model: PreTrainedModel = self.tree.model
         cache = DynamicCache()
         if t:
             for i, (keys, values) in enumerate(self._cache):
@@ -266,7 +269,7 @@ def noisy_embeddings(
         first: Rows before this one stay clean.
     """
 
-    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def add(_: nn.Module, __: object, output: Tensor) -> Tensor:
         output = output.clone()
         output[first:, subject.start : subject.stop] += noise.to(output)
         return output
@@ -300,14 +303,14 @@ def _forks(restorations: Sequence[Restoration]) -> tuple[list[int], list[int]]:
 def _keep(outputs: list[Tensor], rows: int) -> Callable[..., None]:
     # Some models flatten batch and positions before the MLP, and some (Falcon) add attention's
     # output to the MLP's in place.
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keep(_: nn.Module, __: object, output: Tensor) -> None:
         outputs.append(output.reshape(rows, -1, output.shape[-1])[0].clone())
 
     return keep
 
 
 def _put(rows_R: Tensor, clean_D: Tensor) -> Callable[..., Tensor]:
-    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def put(_: nn.Module, __: object, output: Tensor) -> Tensor:
         moved = output.reshape(rows_R.shape[0], -1, output.shape[-1]).clone()
         moved[rows_R, 0] = clean_D
         return moved.reshape(output.shape)
