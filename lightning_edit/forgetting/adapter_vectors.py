@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Required, TypedDict
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.sharding import whole_tensor
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
 __all__ = ["adapter_changes", "has_adapter", "load_adapter", "plain_names"]
 
 CONFIG = "adapter_config.json"
@@ -28,6 +31,20 @@ TENSORS = "adapter_model.safetensors"
 _MOVES_BASE = ("corda", "lora_ga", "loftq", "olora", "pissa")
 # Kinds of LoRA that compute something else.
 _OTHER_KINDS = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config")
+
+
+class _Config(TypedDict, total=False):
+    """What is read of ``adapter_config.json``."""
+
+    peft_type: Required[str]
+    lora_alpha: Required[float]
+    init_lora_weights: bool | str
+    r: int
+    alpha_pattern: dict[str, float] | None
+    use_rslora: bool
+    fan_in_fan_out: bool
+    target_modules: list[str] | str | None
+    base_model_name_or_path: str | None
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
@@ -81,7 +98,7 @@ def adapter_changes(
     for path, module in model.named_modules():
         if not _is_adapted(module):
             continue
-        layer: Any = module
+        layer: LoraLayer = module
         for adapter in layer.active_adapters:
             if adapter not in layer.lora_A or adapter in getattr(layer, "lora_variant", {}):
                 raise ModelError(
@@ -136,8 +153,8 @@ def load_adapter(folder: str | Path, model: nn.Module) -> WeightDelta:
         )
         rank = a_RI.shape[0]
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        module: Any = modules[target]
-        base = module.base_layer if _is_adapted(module) else module
+        module = modules[target]
+        base = module.get_submodule("base_layer") if _is_adapted(module) else module
         changes[f"{target}.weight"] = _factors(
             a_RI, b_OR, scale, _is_transposed(base, bool(config.get("fan_in_fan_out")))
         )
@@ -148,9 +165,9 @@ def load_adapter(folder: str | Path, model: nn.Module) -> WeightDelta:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> _Config:
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
+        config: _Config = json.loads((folder / CONFIG).read_text("utf-8"))
         kind, moves = config["peft_type"], str(config.get("init_lora_weights")).lower()
         _ = config["lora_alpha"] if kind == "LORA" else None
     except (OSError, ValueError, KeyError, TypeError) as error:

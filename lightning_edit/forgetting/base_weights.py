@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class BaseWeights:
         return WeightDelta(changes)
 
     def save_task_vector(
-        self, model: nn.Module, folder: str | Path, settings: dict[str, Any], is_writer: bool
+        self, model: nn.Module, folder: str | Path, settings: Mapping[str, object], is_writer: bool
     ) -> None:
         """Writes τ as an artefact; every process must call this.
 
@@ -155,6 +155,6 @@ class BaseWeights:
             sha256="" if self.adapts else weight_hash(model, self.whole(model)),
             parameters=sum(p.numel() for p in model.parameters()),
         )
-        vector.provenance = Provenance("TaskVector", _PAPER, settings, base)
+        vector.provenance = Provenance("TaskVector", _PAPER, dict(settings), base)
         if is_writer:
             vector.save(folder, originals=False)
