@@ -8,7 +8,8 @@ et al., 2023 (arXiv:2305.17553); portability Yao et al., EMNLP 2023 (arXiv:2305.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import EditRequest, Probe
@@ -17,6 +18,17 @@ from lightning_edit.data.json import read_records
 from lightning_edit.data.records import Record, optional_text, probe_if, text, texts
 
 __all__ = ["CounterFact", "counterfact_from_record"]
+
+
+class _Fields(TypedDict):
+    """Fields of a request that both schemas have."""
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_old: str | None
+    rephrases: list[str]
+    locality: Sequence[Probe]
 
 
 def counterfact_from_record(record: Record, where: str) -> EditRequest:
@@ -75,11 +87,11 @@ def counterfact_from_record(record: Record, where: str) -> EditRequest:
         portability.append(Probe(prompt, fields["target_new"], "subject_alias"))
     case = record.get("case_id")
     identity = "" if case is None else f"counterfact-{case}"
-    fields.update(locality=locality, portability=portability, id=identity)
-    return EditRequest.from_dict(fields, where)
+    probes = {"locality": locality, "portability": portability}
+    return EditRequest.from_dict({**fields, **probes, "id": identity}, where)
 
 
-def _original(record: Record, where: str) -> dict[str, Any]:
+def _original(record: Record, where: str) -> _Fields:
     old = text(record, "requested_rewrite.target_true.str", where)
     return {
         "prompt": text(record, "requested_rewrite.prompt", where),
@@ -94,7 +106,7 @@ def _original(record: Record, where: str) -> dict[str, Any]:
     }
 
 
-def _flat(record: Record, where: str) -> dict[str, Any]:
+def _flat(record: Record, where: str) -> _Fields:
     neighbor = optional_text(record, "locality_prompt", where)
     answer = optional_text(record, "locality_ground_truth", where)
     return {

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
@@ -71,9 +69,9 @@ class HeldOut(PlainCheckpoints, LightningDataModule):
         return self.held_out.predict_dataloader()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, dict[str, object]]:
         return {"train": self.train.state_dict()}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, dict[str, object]]) -> None:
         self.train.load_state_dict(state_dict["train"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -62,10 +61,12 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
                 "Put the records between [ and ], or one a line in a .jsonl file."
             )
         placed = [(f"{path.name}[{i}]", record) for i, record in enumerate(records)]
+    checked: list[tuple[str, Record]] = []
     for where, record in placed:
         if not isinstance(record, dict):
             raise RequestError(f"{where}: expected a record of named fields, but got {record!r}.")
-    return placed
+        checked.append((where, record))
+    return checked
 
 
 def read_requests(path: str | Path) -> list[EditRequest]:
@@ -140,7 +141,7 @@ def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
     path.write_text(content, encoding="utf-8")
 
 
-def _parse_json(content: str, path: Path, line: int | None = None) -> Any:
+def _parse_json(content: str, path: Path, line: int | None = None) -> object:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
@@ -149,7 +150,7 @@ def _parse_json(content: str, path: Path, line: int | None = None) -> Any:
         ) from None
 
 
-def _parse_yaml(content: str, path: Path) -> Any:
+def _parse_yaml(content: str, path: Path) -> object:
     try:
         return yaml.safe_load(content)
     except yaml.YAMLError as error:
@@ -159,7 +160,7 @@ def _parse_yaml(content: str, path: Path) -> Any:
         raise RequestError(f"{path}{place}: not YAML: {problem}.") from None
 
 
-def _check_texts(value: Any, name: str, where: str) -> None:
+def _check_texts(value: object, name: str, where: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             _check_texts(item, f"{name}.{key}" if name else str(key), where)
@@ -172,7 +173,7 @@ def _check_texts(value: Any, name: str, where: str) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Turns tuples into lists, which is how they come back."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -74,14 +74,13 @@ class Known1000(EditDataModule):
         if not self.counterfactual:
             return records
         relations: defaultdict[str, list[str]] = defaultdict(list)
-        places: list[int] = []
+        places: list[tuple[list[str], int]] = []
         for where, record in records:
             attributes = relations[text(record, "relation_id", where)]
-            places.append(len(attributes))
+            places.append((attributes, len(attributes)))
             attributes.append(text(record, "attribute", where))
         targeted: list[tuple[str, Record]] = []
-        for (where, record), place in zip(records, places, strict=True):
-            attributes = relations[record["relation_id"]]
+        for (where, record), (attributes, place) in zip(records, places, strict=True):
             following = attributes[place + 1 :] + attributes[:place]
             target = next((a for a in following if a != record["attribute"]), None)
             if target is not None:

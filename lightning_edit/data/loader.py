@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Literal, TypedDict
 
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import EditRequest
@@ -67,6 +67,20 @@ class RequestLoader:
         return list(self.requests[index * self.batch_size : (index + 1) * self.batch_size])
 
 
+class LoaderState(TypedDict):
+    """How far an epoch has come, and over which requests.
+
+    Args:
+        batches: Batches that were carried out.
+        batch_size: Requests in each.
+        requests_sha256: Hash of all requests in their order.
+    """
+
+    batches: int
+    batch_size: int
+    requests_sha256: str
+
+
 class ResumableRequestLoader(RequestLoader):
     """Yields every request on every rank, and resumes an interrupted epoch where it stopped.
 
@@ -94,7 +108,7 @@ class ResumableRequestLoader(RequestLoader):
         start, self._start = self._start, 0
         return (self[i] for i in range(start, len(self)))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LoaderState:
         """The position in the epoch, and a mark of the requests it refers to."""
         # Kept, for a run may save after each of ten thousand edits.
         self._mark = self._mark or requests_sha256(self.requests)
@@ -104,7 +118,7 @@ class ResumableRequestLoader(RequestLoader):
             "requests_sha256": self._mark,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: LoaderState) -> None:
         """Lets the next pass begin at the stored position.
 
         Raises:
@@ -112,8 +126,12 @@ class ResumableRequestLoader(RequestLoader):
         """
         start = state_dict["batches"]
         if start:
-            now = {**self.state_dict(), "batches": start}
-            for name, what in (("batch_size", "`batch_size`"), ("requests_sha256", "requests")):
+            now = self.state_dict()
+            marks: dict[Literal["batch_size", "requests_sha256"], str] = {
+                "batch_size": "`batch_size`",
+                "requests_sha256": "requests",
+            }
+            for name, what in marks.items():
                 if now[name] != state_dict[name]:
                     raise RequestError(
                         f"The checkpoint stopped after {start} batches of an epoch whose {what} "

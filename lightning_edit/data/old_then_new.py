@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
 from typing_extensions import override
 
 from lightning_edit.checkpoints import PlainCheckpoints
@@ -76,7 +77,7 @@ class OldThenNew(PlainCheckpoints, LightningDataModule):
 
     @classmethod
     def from_dataloaders(
-        cls, old: Iterable[Any], new: Iterable[Any], forget_epochs: int = 1
+        cls, old: Iterable[object], new: Iterable[object], forget_epochs: int = 1
     ) -> OldThenNew:
         """The same from two loaders.
 
@@ -114,7 +115,7 @@ class OldThenNew(PlainCheckpoints, LightningDataModule):
             data.teardown(stage)
 
     @override
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
         epoch = 0
         if self.trainer is not None:
             every = getattr(self.trainer, "reload_dataloaders_every_n_epochs", 0)
@@ -132,11 +133,11 @@ class OldThenNew(PlainCheckpoints, LightningDataModule):
         return old.old_dataloader()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, dict[str, object]]:
         return {"new": self.new.state_dict(), "old": self.old.state_dict() if self.old else {}}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, dict[str, object]]) -> None:
         self.new.load_state_dict(state_dict["new"])
         if self.old:
             self.old.load_state_dict(state_dict["old"])
@@ -146,10 +147,10 @@ class OldThenNew(PlainCheckpoints, LightningDataModule):
 
 
 class _Loader(LightningDataModule):
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[object]) -> None:
         super().__init__()
         self._batches = batches
 
     @override
-    def train_dataloader(self) -> Iterable[Any]:
+    def train_dataloader(self) -> Iterable[object]:
         return self._batches

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias, overload
 
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import Probe
@@ -21,7 +21,7 @@ __all__ = [
     "without_nones",
 ]
 
-Record: TypeAlias = Mapping[str, Any]
+Record: TypeAlias = Mapping[str, object]
 """One entry of a data set as plain JSON types."""
 
 _NQ_PREFIX = "nq question: "
@@ -44,14 +44,14 @@ def text(record: Record, name: str, where: str) -> str:
         >>> text({"target_new": {"str": "Rome"}}, "target_new.str", "edits.json[0]")
         'Rome'
     """
-    value: Any = record
+    value: object = record
     for part in name.split("."):
-        inner = _get(value, part, where)
-        if inner is None:
+        fields = _fields(value, part, where)
+        value = fields.get(part)
+        if value is None:
             raise RequestError(
-                f"{where}: the field `{name}` is missing. Fields here: {', '.join(value)}."
+                f"{where}: the field `{name}` is missing. Fields here: {', '.join(fields)}."
             )
-        value = inner
     if not isinstance(value, str) or not value.strip():
         raise RequestError(f"{where}: `{name}` is expected to be text, but got {value!r}.")
     return value.strip()
@@ -63,7 +63,7 @@ def optional_text(record: Record, name: str, where: str) -> str | None:
     Raises:
         RequestError: If the field holds something other than text.
     """
-    value = _get(record, name, where)
+    value = _fields(record, name, where).get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     return text(record, name, where)
@@ -86,7 +86,7 @@ def texts(record: Record, name: str, where: str) -> list[str]:
     """
     found: list[str] = []
 
-    def collect(value: Any) -> None:
+    def collect(value: object) -> None:
         if isinstance(value, str):
             if value.strip():
                 found.append(value.strip())
@@ -96,7 +96,7 @@ def texts(record: Record, name: str, where: str) -> list[str]:
         else:
             raise RequestError(f"{where}: `{name}` is expected to hold text, but got {value!r}.")
 
-    collect(_get(record, name, where) or [])
+    collect(_fields(record, name, where).get(name) or [])
     return found
 
 
@@ -124,13 +124,22 @@ def question_of(prompt: str | None) -> str | None:
     return None if prompt is None else prompt.removeprefix(_NQ_PREFIX)
 
 
-def _get(record: Any, name: str, where: str) -> Any:
+def _fields(record: object, name: str, where: str) -> Record:
+    """A record's fields, of which one is wanted."""
     if not isinstance(record, Mapping):
         raise RequestError(f"{where}: expected a record with `{name}`, but got {record!r}.")
-    return record.get(name)
+    return record
 
 
-def without_nones(value: Any) -> Any:
+@overload
+def without_nones(value: Record) -> Record: ...
+
+
+@overload
+def without_nones(value: object) -> object: ...
+
+
+def without_nones(value: object) -> object:
     """Drops the fields that hold ``None``, at any depth: tables write absent fields so.
 
     Examples:

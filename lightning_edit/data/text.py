@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
@@ -90,16 +89,17 @@ class TextDataModule(PlainCheckpoints, LightningDataModule):
             if text.strip():
                 yield text.strip()
 
-    def _rows(self, hub: str) -> Any:
+    def _rows(self, hub: str) -> Iterable[Mapping[str, object]]:
         try:
             from datasets import load_dataset
         except ImportError:
             purpose = f"Reading the data set {hub!r} by its hub name"
             raise MissingDependencyError("datasets", "data", purpose) from None
         name, _, revision = hub.partition("@")
-        return load_dataset(
+        rows: Iterable[Mapping[str, object]] = load_dataset(
             name, self.subset, split=self.split, revision=revision or None, streaming=True
         )
+        return rows
 
 
 class _Texts(IterableDataset[str]):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -78,7 +78,7 @@ def tiny_model(kind: TinyKind = "llama", seed: int = 0) -> PreTrainedModel:
     """
     import transformers
 
-    tokens: dict[str, Any] = {
+    tokens: dict[str, int | None] = {
         "vocab_size": _VOCABULARY,
         "pad_token_id": 0,
         "eos_token_id": 1,
