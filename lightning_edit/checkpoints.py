@@ -45,7 +45,9 @@ class PlainCheckpoints:
     unsaved_arguments: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path | IO[bytes], *args: object, **kwargs: object
+    ) -> Self:
         """Makes a module from a checkpoint, as Lightning does, of tensors and plain values alone.
 
         Args:
@@ -88,7 +90,9 @@ class _PlainLoading:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
 
-    def __call__(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> Any:
+    def __call__(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, object]:
         where = str(checkpoint_path)
         if Path(where).is_dir():
             raise ArtifactError(
@@ -176,7 +180,7 @@ def read_plainly(where: str) -> Iterator[None]:
         ) from None
 
 
-def check_hyper_parameters(found: Any, family: type, where: str) -> str | None:
+def check_hyper_parameters(found: object, family: type, where: str) -> str | None:
     """Checks the arguments in a checkpoint before anything is made or imported from them.
 
     Args:
@@ -244,14 +248,14 @@ def _subclasses(cls: type) -> list[type]:
     return found
 
 
-def _describes_object(value: Any) -> bool:
+def _describes_object(value: object) -> bool:
     """Whether a parser would make an object of a value, however deep."""
     if isinstance(value, Mapping):
         return "class_path" in value or any(map(_describes_object, value.values()))
     return isinstance(value, (list, tuple)) and any(map(_describes_object, value))
 
 
-def _is_object(cls: type, name: str, value: Any) -> bool:
+def _is_object(cls: type, name: str, value: object) -> bool:
     """Whether a parser would import what an argument names: one that takes objects, not text."""
     if value is None or name not in getattr(cls, "unsaved_arguments", ()):
         return False

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -81,7 +81,7 @@ def load_model(
             f"`dtype` is expected to be one of {', '.join(get_args(DTypeName))}, but got {dtype!r}."
         )
     name = resolve_model(model, cache_dir=cache_dir)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    where: dict[str, str | bool | None] = {"revision": revision, "trust_remote_code": False}
     with _explained(model, "model"), _quiet(name):
         config = transformers.AutoConfig.from_pretrained(name, **where)
         auto = (

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Generic, cast
+from typing import Generic, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 from typing_extensions import TypeVar
 
 from lightning_edit.core.delta import WeightDelta
@@ -20,6 +21,7 @@ __all__ = ["E", "EditOptimizer"]
 
 #: The kind of edits that an editor makes.
 E = TypeVar("E", bound=Edit, default=WeightDelta)
+R = TypeVar("R")
 
 
 class EditOptimizer(Optimizer, Generic[E]):
@@ -78,7 +80,13 @@ class EditOptimizer(Optimizer, Generic[E]):
         """The edit that the next step writes: inspect, replace or drop it before the step."""
         return self._staged
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], R]) -> R: ...
+
+    def step(self, closure: Callable[[], object] | None = None) -> object:
         """Writes the staged edit; without one, the step changes nothing.
 
         Raises:
@@ -96,7 +104,7 @@ class EditOptimizer(Optimizer, Generic[E]):
             self.delta, self._staged = total, None
         return result
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The sum of all edits so far, as tensors and names."""
         return {
             "state": {},
@@ -106,7 +114,7 @@ class EditOptimizer(Optimizer, Generic[E]):
             "request_ids": list(self.delta.provenance.request_ids),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Takes over the edits of an earlier run; what they changed comes with the model."""
         delta = self._nothing.from_state(state_dict["delta"], self.model)
         delta.provenance = replace(

@@ -7,11 +7,18 @@ from __future__ import annotations
 import codecs
 import locale
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from lightning_edit.core.errors import EditError
 
 __all__ = ["config_folder", "find_config", "load_preset", "presets_of"]
+
+
+class _Editor(TypedDict):
+    """The section of a configuration that describes the editor."""
+
+    class_path: str
+    init_args: dict[str, object]
 
 
 def config_folder() -> Path:
@@ -65,11 +72,11 @@ def presets_of(method: str) -> dict[str, Path]:
         if section["class_path"].rpartition(".")[2] == method:
             is_form = path.stem.replace("_", "") != method.lower()
             file = path.relative_to(folder).with_suffix("").as_posix()
-            found[file if is_form else section["init_args"]["model"]] = path
+            found[file if is_form else str(section["init_args"]["model"])] = path
     return found
 
 
-def load_preset(method: str, name: str) -> dict[str, Any]:
+def load_preset(method: str, name: str) -> dict[str, object]:
     """Settings of a method that suit a model.
 
     Args:
@@ -93,15 +100,15 @@ def load_preset(method: str, name: str) -> dict[str, Any]:
             f"{method} has no preset `{name}`; there is {there}. Choose one, or leave it out and "
             "give the settings themselves."
         )
-    settings: dict[str, Any] = _editor_in(presets[name])["init_args"]
+    settings = _editor_in(presets[name])["init_args"]
     return {key: value for key, value in settings.items() if key != "model"}
 
 
-def _editor_in(path: Path) -> dict[str, Any]:
+def _editor_in(path: Path) -> _Editor:
     """The section of a configuration that describes the editor."""
     import yaml
 
-    section: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    section: _Editor = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     return section
 
 
