@@ -30,6 +30,7 @@ from lightning_edit.functional.patches import activation_loss, margin_losses
 from lightning_edit.memories.beside import beside_mlp
 from lightning_edit.memories.patches import PatchNeurons, patch_output
 from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.sampling import sample_text_ids, seeded
 from lightning_edit.passes.target_loss import target_logits, target_probabilities
@@ -365,8 +366,9 @@ class TPatcher(MemoryModule):
         """Collects what goes into the MLP inside a ``with`` block."""
         seen: list[Tensor] = []
         layer = self.tree.mlp_in(self._layer)[0].module(self.model)
-        handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
-        try:
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
+            seen.append(args[0].float())
+
+        with hooked(before={layer: record}):
             yield seen
-        finally:
-            handle.remove()

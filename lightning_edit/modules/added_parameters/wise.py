@@ -25,6 +25,7 @@ from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, routing_loss
 from lightning_edit.memories.side_matrix import RoutesBy, SideMatrices
 from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.sampling import sample_text_ids
 from lightning_edit.passes.target_loss import row_means, target_nll, target_probabilities
@@ -318,11 +319,8 @@ class WISE(MemoryModule):
             distances.append(activation_distance(own, other, kept, self.side.activation))
             return changed.to(output.dtype)
 
-        handle = site.module(self.model).register_forward_hook(change)
-        try:
+        with hooked({site.module(self.model): change}):
             yield distances
-        finally:
-            handle.remove()
 
     def _other_texts(self) -> tuple[Tensor, Tensor, Tensor]:
         """What goes through the layer in other texts: inputs, outputs and a mask, [L, T, ...]."""
@@ -339,12 +337,8 @@ class WISE(MemoryModule):
                 parts = (args[0], output)
                 found.extend(p.reshape(len(rows), -1, p.shape[-1]).float() for p in parts)
 
-            handle = self._site(tree).module(self.model).register_forward_hook(record)
-            try:
-                with torch.no_grad():
-                    self.model(**given, use_cache=False)
-            finally:
-                handle.remove()
+            with torch.no_grad(), hooked({self._site(tree).module(self.model): record}):
+                self.model(**given, use_cache=False)
             mask = torch.ones(found[0].shape[:2], dtype=torch.bool, device=rows.device)
             self._others = found[0], found[1], mask
         inputs, outputs, kept = (part.to(self.model.device) for part in self._others)

@@ -30,6 +30,7 @@ from lightning_edit.functional.codebook import (
 )
 from lightning_edit.memories.codebook import Codebook
 from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.target_loss import row_means, target_nll
 
@@ -208,12 +209,8 @@ class GRACE(MemoryModule):
                 rows = states.reshape(len(batch), -1, states.shape[-1])
                 found.append(rows[at, positions].float())
 
-        handle = layer.register_forward_hook(record)
-        try:
-            with torch.no_grad():
-                target_nll(tree, batch)
-        finally:
-            handle.remove()
+        with torch.no_grad(), hooked({layer: record}):
+            target_nll(tree, batch)
         return found[0], found[1]
 
     def _place(
@@ -332,11 +329,8 @@ class GRACE(MemoryModule):
             replaced = replace_outputs(outputs, values, hits, positions, self.replacement)
             return replaced.reshape(output.shape)
 
-        handle = layer.register_forward_hook(answer)
-        try:
+        with hooked({layer: answer}):
             yield
-        finally:
-            handle.remove()
 
 
 def _waves(names: Sequence[str]) -> Iterator[list[int]]:
