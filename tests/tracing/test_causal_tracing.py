@@ -197,13 +197,13 @@ def traced(n: int = 3, window: int = 2, max_rows: int = 1024) -> TracingResult:
 def test_facts_are_traced_as_the_paper_has_it() -> None:
     model, tokenizer = trained_tiny_model()
     result = traced()
-    [fact] = [f for f in result.facts if f.id == tiny_requests(1)[0].id]
-    assert (fact.prompt, fact.answer) == ("The capital of Velmora is", " Dorin")
+    [fact] = [f for f in result.facts if f.id == tiny_requests(2)[1].id]
+    assert (fact.prompt, fact.answer) == ("People in Velmora speak", " Velm")
     assert "".join(fact.tokens) == fact.prompt
     start, stop = fact.subject_range
     assert "".join(fact.tokens[start:stop]) == " Velmora"
     assert fact.high > 0.9
-    assert fact.low < fact.high - 0.2
+    assert fact.low < 0.5
     assert {kind: tuple(s.shape) for kind, s in fact.scores.items()} == dict.fromkeys(
         get_args(Kind), (len(fact.tokens), 4)
     )
@@ -214,7 +214,7 @@ def test_facts_are_traced_as_the_paper_has_it() -> None:
     assert result.deviation == pytest.approx(float(entries.std()))
     noise = torch.randn(10, stop - start, 32, generator=torch.Generator().manual_seed(0))
     ids = tokenizer(fact.prompt)["input_ids"]
-    answer = tokenizer(" Dorin")["input_ids"][0]
+    answer = tokenizer(" Velmic")["input_ids"][0]
     layers = model.model.layers
     for kind, modules in (("hidden", [layers[1]]), ("mlp", [layers[0].mlp, layers[1].mlp])):
         scores = plain_scores(
