@@ -16,6 +16,8 @@ from typing_extensions import TypeVar
 
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.hashing import quick_hash
 
 __all__ = ["E", "EditOptimizer"]
 
@@ -29,6 +31,7 @@ class EditOptimizer(Optimizer, Generic[E]):
 
     The step is what Lightning counts, checkpoints and resumes by. Weights are set to original
     plus the sum of all edits so far, so the order of rounding does not depend on interruptions.
+    What something else wrote to them would be lost, so a step is refused then.
 
     Args:
         model: The model whose parameters the edits name.
@@ -59,6 +62,7 @@ class EditOptimizer(Optimizer, Generic[E]):
         self._nothing: E = cast(E, WeightDelta({})) if nothing is None else nothing
         self.delta: E = self._nothing
         self._staged: E | None = None
+        self._marks = self._quick_hashes()
 
     def stage(self, edit: E) -> None:
         """Sets the edit that the next step writes."""
@@ -68,7 +72,48 @@ class EditOptimizer(Optimizer, Generic[E]):
         """Goes back to an earlier sum of edits: to none, or to one that ``delta`` was."""
         earlier = self._nothing if delta is None else delta
         earlier.reset_(self.model, self.originals)
-        self.delta = earlier
+        self.take_over(earlier)
+
+    def take_over(self, delta: E) -> None:
+        """Goes on from edits that stand in the model already."""
+        self.delta, self._marks = delta, self._quick_hashes()
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the weights are original + all edits so far, and nothing else wrote to them."""
+        return not self._foreign()
+
+    def check(self) -> None:
+        """Checks that the weights are original + all edits so far.
+
+        Raises:
+            EditError: If something else wrote to them.
+        """
+        if foreign := self._foreign():
+            raise EditError(
+                f"`{foreign[0]}` is not what this editor left there"
+                + (f" (nor are {len(foreign) - 1} others)" if foreign[1:] else "")
+                + ": something else wrote to it, such as an edit's `apply_`, a callback that "
+                "averages weights, training, or a checkpoint without the edits. Going on would "
+                "lose that. Take it out again (`revert_`), commit edits with "
+                "`editor.commit(edit)`, or make a new editor of the model as it stands."
+            )
+
+    def _foreign(self) -> list[str]:
+        """Names of the parameters that are not original + all edits so far."""
+        found = self._quick_hashes()
+        changed = [name for name, mark in found.items() if mark != self._marks.get(name)]
+        # A resumed run knows no fingerprints yet.
+        foreign = [
+            name
+            for name in changed
+            if not self.delta.made(name, self.model.get_parameter(name), self.originals[name])
+        ]
+        self._marks |= {name: found[name] for name in changed if name not in foreign}
+        return foreign
+
+    def _quick_hashes(self) -> dict[str, tuple[object, ...]]:
+        return {name: quick_hash(self.model.get_parameter(name)) for name in self.originals}
 
     @property
     def nothing(self) -> E:
@@ -90,18 +135,21 @@ class EditOptimizer(Optimizer, Generic[E]):
         """Writes the staged edit; without one, the step changes nothing.
 
         Raises:
-            EditError: If the edit changes what the editor did not announce.
+            EditError: If the edit changes what the editor did not announce, or something else
+                wrote to the weights since the last step.
         """
         result = closure() if closure is not None else None
         if self._staged is not None:
             self._staged.check_targets(self.model, self.originals)
+            self.check()
             total = self.delta + self._staged
             try:
                 total.write_(self.model, self.originals)
             except BaseException:  # an interruption, too, leaves the last committed state
                 self.delta.reset_(self.model, self.originals)
                 raise
-            self.delta, self._staged = total, None
+            self.take_over(total)
+            self._staged = None
         return result
 
     def state_dict(self) -> StateDict:
@@ -124,4 +172,5 @@ class EditOptimizer(Optimizer, Generic[E]):
         delta.carried = {
             name: tensor.to(device) for name, tensor in state_dict.get("carried", {}).items()
         }
-        self.delta = delta
+        # Lightning loads the weights before or after, so that they are looked at when it matters.
+        self.delta, self._marks = delta, {}

@@ -68,7 +68,8 @@ def test_a_run_goes_on_from_its_checkpoint(name: str) -> None:
     trainer = bare_trainer(max_epochs=2)
     data = EditDataModule(requests=requests, batch_size=batch_size)
     trainer.fit(editor, data, ckpt_path=FOLDER / name / "run.ckpt", weights_only=True)
-    assert trainer.global_step == (2 + count if batch_size == 1 else 2)
+    # Two edits are in the model already, and not made again.
+    assert trainer.global_step == (count if batch_size == 1 else 2)
     edit = editor.committed()
     assert set(edit.provenance.request_ids) == {request.id for request in requests}
     assert {row["id"] for row in editor.history} == {request.id for request in requests}

@@ -275,8 +275,8 @@ class WeightDelta(Edit):
                 "originals (`save(folder, originals=True)`)."
             )
         parameters = self._parameters(model)
-        for name in self.hashes:
-            parameter, kept = parameters[name], self.originals[name]
+        for name, parameter in parameters.items():
+            kept = self.originals[name]
             if self.wrote(name, parameter):
                 continue
             dtypes = [str(t.dtype).removeprefix("torch.") for t in (parameter, kept)]
@@ -307,9 +307,6 @@ class WeightDelta(Edit):
     def wrote(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor is what this edit made of the original that it keeps.
 
-        On another machine the terms of u vᵀ are summed in another order; in float32 that changes
-        a sum of R terms by less than 2 R ε |u| |v|ᵀ, which is allowed for.
-
         Args:
             name: Name of a parameter that the edit changes.
             tensor: The parameter's values.
@@ -317,15 +314,31 @@ class WeightDelta(Edit):
         _, edited = self.hashes.get(name, ("", ""))
         if edited and tensor_hash(tensor) == edited:
             return True
-        change, original = self.changes[name], _full(self.originals[name])
+        return self.made(name, tensor, self.originals[name])
+
+    def made(self, name: str, tensor: Tensor, original: Tensor) -> bool:
+        """Whether a tensor is original + change, or the original where nothing is changed.
+
+        On another machine the terms of u vᵀ are summed in another order; in float32 that changes
+        a sum of R terms by less than 2 R ε |u| |v|ᵀ, which is allowed for.
+
+        Args:
+            name: Name of a parameter.
+            tensor: The parameter's values; each process looks at its own part.
+            original: What stood there before.
+        """
         if tensor.dtype != original.dtype:
             return False
-        found = _full(tensor).detach().to(original.device)
-        wanted = original.float() + self.dense(name).to(original.device)
-        slack = torch.zeros((), device=original.device)
+        found = local_shard(tensor)
+        before = shard_like(tensor, original)
+        if name not in self.changes:
+            return torch.equal(found, before)
+        change = self.changes[name]
+        wanted = before.float() + shard_like(tensor, self.dense(name))
+        slack = torch.zeros((), device=found.device)
         if isinstance(change, LowRank):
-            slack = (change.u.abs() @ change.v.abs().T).to(original.device)
-            slack *= 2 * change.rank * torch.finfo(torch.float32).eps
+            slack = shard_like(tensor, change.u.abs() @ change.v.abs().T)
+            slack = slack * 2 * change.rank * torch.finfo(torch.float32).eps
         # Rounding keeps order.
         least, most = (wanted - slack).to(found.dtype), (wanted + slack).to(found.dtype)
         return bool(((least <= found) & (found <= most)).all())

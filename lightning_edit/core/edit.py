@@ -175,6 +175,10 @@ class Edit(ABC):
         """Sets what the edit touches to original + change, without checks."""
 
     @abstractmethod
+    def made(self, name: str, tensor: Tensor, original: Tensor) -> bool:
+        """Whether a parameter is what this edit makes of its original, up to rounding."""
+
+    @abstractmethod
     def reset_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Sets all that could have been touched to original + change."""
 

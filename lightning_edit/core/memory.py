@@ -18,6 +18,7 @@ from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.provenance import Provenance
+from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.core.storage import (
     EditAbout,
@@ -278,6 +279,10 @@ class MemoryWrite(Edit):
         _memory(model).write({n: e for n, e in self.entries.items() if e is not None})
 
     reset_ = write_
+
+    def made(self, name: str, tensor: Tensor, original: Tensor) -> bool:
+        """Whether a parameter is its original: a memory changes none."""
+        return torch.equal(local_shard(tensor), shard_like(tensor, original))
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""

@@ -123,6 +123,7 @@ class EditMemory(nn.Module, ABC):
         self.is_temporary = False
         self._records: dict[str, MemoryEntry] = {}  # without tensors
         self._handles: list[RemovableHandle] = []
+        self._stale: frozenset[int] = frozenset()  # numbers of hooks that a copy came with
         self._model: weakref.ref[nn.Module] | None = None
         self._is_off = False
         #: Decides once for each prompt who answers it; None where every token is looked up.
@@ -271,7 +272,11 @@ class EditMemory(nn.Module, ABC):
     def find(model: nn.Module) -> EditMemory | None:
         """The memory that is attached to a model."""
         found = getattr(model, _ATTRIBUTE, None)
-        return found if isinstance(found, EditMemory) else None
+        if not isinstance(found, EditMemory):
+            return None
+        if found._model is None:  # copied with its model
+            found._move_in(model)
+        return found
 
     def attach_(self, model: nn.Module) -> Self:
         """Makes this the memory of a model.
@@ -310,7 +315,7 @@ class EditMemory(nn.Module, ABC):
     @property
     def is_hooked(self) -> bool:
         """Whether the model's passes go through the memory."""
-        return bool(self._handles)
+        return len(self._handles) > 1
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -326,7 +331,9 @@ class EditMemory(nn.Module, ABC):
         self.derive()
         model = self._model() if self._model is not None else None
         if len(self) and not self._handles and model is not None:
-            self._handles = self.hook(model)
+            # First, since it must run before the others of the model itself.
+            first = model.register_forward_pre_hook(_find_before_a_pass)
+            self._handles = [first, *self.hook(model)]
         elif not len(self):
             self._unhook()
 
@@ -335,7 +342,30 @@ class EditMemory(nn.Module, ABC):
             handle.remove()
         self._handles = []
 
+    def _move_in(self, model: nn.Module) -> None:
+        """Takes the place of the memory of which it is a copy, in a copy of the model.
+
+        Hooks are functions, which a deep copy shares with what it is a copy of: those that came
+        with it look into the other memory.
+        """
+        for module in model.modules():
+            for table in (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                for number in self._stale & table.keys():
+                    del table[number]
+        self._stale = frozenset()
+        self._model = weakref.ref(model)
+        self._settle()
+
     # -- state -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        stale = frozenset(handle.id for handle in self._handles) | self._stale
+        return {**self.__dict__, "_handles": [], "_model": None, "_stale": stale}
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -392,3 +422,8 @@ class EditMemory(nn.Module, ABC):
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
+
+
+def _find_before_a_pass(model: nn.Module, _: tuple[object, ...]) -> None:
+    """Hook by which a copied memory moves into its model before the first pass."""
+    EditMemory.find(model)

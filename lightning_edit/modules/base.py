@@ -7,10 +7,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -32,6 +34,7 @@ from lightning_edit.modules.fitting import (
     Stateful,
     edit_or_go_on,
     log_metrics,
+    request_rows,
 )
 from lightning_edit.modules.protocols import EditProtocol, ProtocolName, make_protocol
 from lightning_edit.modules.session import EditSession
@@ -67,6 +70,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
             requests at once (``batch``), or all after one another (``sequential``).
         max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+        repeat_requests: Have ``fit`` make the edit of a request again that is in the model already,
+            as in a second epoch.
     """
 
     #: Address of the paper that describes the method.
@@ -86,6 +91,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         cache_dir: str | None = None,
         test_protocol: ProtocolName = "independent",
         max_new_tokens: int = 24,
+        repeat_requests: bool = False,
         **unknown: Any,
     ) -> None:
         # Subclasses hand on what they do not know, so that the error can name the editor.
@@ -100,6 +106,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.cache_dir = cache_dir
         self.test_protocol = test_protocol
         self.max_new_tokens = max_new_tokens
+        self.repeat_requests = repeat_requests
         self.strict_loading = False  # checkpoints hold only what changed
         self.model: Any = None
         self.val_metrics = edit_metrics("val/")
@@ -215,6 +222,17 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 "convert the weights after their originals were kept. Give the editor its `dtype` "
                 "instead, such as `dtype='bfloat16'`."
             )
+        if stage == "fit" and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise EditError(
+                "`ddp_spawn`, `ddp_fork` and `ddp_notebook` edit in processes of their own, from "
+                "which weights come back without the record of what changed them. Start with "
+                "`strategy='ddp'`, or in a notebook with `devices=1`."
+            )
+        if self.repeat_requests and not isinstance(self.fitting, CommitEdits):
+            raise EditError(
+                f"{type(self).__name__} has no use for `repeat_requests`: it is trained in epochs, "
+                "each of which sees every request. Leave it out."
+            )
         self.fitting.setup(self.trainer, self, stage)
 
     @override
@@ -306,7 +324,12 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         return Provenance(type(self).__name__, self.paper, settings, self.base)
 
     def base_weights(self) -> AbstractContextManager[None]:
-        """Context manager: the unedited model."""
+        """Context manager: the unedited model.
+
+        Raises:
+            EditError: If something else than the editor wrote to the weights.
+        """
+        self.target.check()
         return self.target.base_weights()
 
     def relative_norm(self) -> float:
@@ -336,7 +359,44 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 the edit is that of the others, with a warning and the reasons in
                 ``edit.details["failed"]``.
         """
-        return self.session.edit(requests, self.compute_edit, self.provenance)
+        provenance = replace(self.provenance, base=self.session.state)
+        return self.session.edit(requests, self.compute_edit, provenance)
+
+    def commit(self, edit: E) -> None:
+        """Writes an edit into the model to stay, after all that were committed, as ``fit`` does.
+
+        Args:
+            edit: An edit that was made of the model as it stands.
+
+        Raises:
+            EditError: If it was made of another state of the model, changes what the editor did
+                not announce, or something else wrote to the weights, or ``fit`` trains this editor
+                rather than committing edits. Nothing is written then.
+
+        Examples:
+            >>> from lightning_edit import ROME
+            >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+            >>> editor = ROME.from_model(tiny_model(), tiny_tokenizer(), layers=[1], steps=3)
+            >>> for request in tiny_requests(2):
+            ...     editor.commit(editor.edit(request))
+            >>> editor.committed()
+            WeightDelta(model.layers.1.mlp.down_proj.weight: rank 2)
+        """
+        if not isinstance(self.fitting, CommitEdits):
+            raise EditError(
+                f"{type(self).__name__} does not commit edits: `Trainer.fit` trains it. Write this "
+                "one into the model with `edit.apply_(model)`."
+            )
+        self.target.check()
+        made_of, now = edit.provenance.base.sha256, self.session.state.sha256
+        if made_of and made_of != now:
+            raise EditError(
+                f"This edit was made of weights with the hash {made_of[:12]}…, but the model "
+                f"stands at {now[:12]}…, so that it does not reckon with what was committed since. "
+                "Make it again of the model as it stands: `editor.commit(editor.edit(requests))`."
+            )
+        self.session.commit(edit)
+        self.history += request_rows(edit, edit.provenance.request_ids)
 
     def remove(self, request_ids: Sequence[str]) -> E:
         """Forgets requests: commits an edit that takes them out of the memory.
@@ -439,7 +499,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     def edit_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the edits, as tensors and primitives."""
-        state: dict[str, Any] = {"history": self.history}
+        state: dict[str, Any] = {"history": self.history, "asked": self.session.asked}
         for part in self.parts:
             state |= part.edit_state()
         return state
@@ -447,6 +507,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     def load_edit_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``edit_state`` returned in an earlier run."""
         self.history = [cast(RequestFigures, dict(row)) for row in state["history"]]
+        self.session.asked = dict(state.get("asked", {}))
         for part in self.parts:
             part.load_edit_state(state)
 
@@ -477,6 +538,6 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.target.load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
         # The other verbs, for which Lightning restores no optimizer, have to know the edits, too.
-        for state in checkpoint.get("optimizer_states", ()):
+        for state in (*checkpoint.get("optimizer_states", ()), saved.get("edits", {})):
             if "delta" in state:
                 self.edit_optimizer.load_state_dict(state)

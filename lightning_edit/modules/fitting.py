@@ -7,16 +7,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import FailedRequestsError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.optim import E
@@ -24,7 +27,15 @@ from lightning_edit.optim import E
 if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule
 
-__all__ = ["CommitEdits", "Fitting", "Stateful", "edit_or_go_on", "log_metrics", "measure"]
+__all__ = [
+    "CommitEdits",
+    "Fitting",
+    "Stateful",
+    "edit_or_go_on",
+    "log_metrics",
+    "measure",
+    "request_rows",
+]
 
 
 class Stateful(Protocol):
@@ -71,9 +82,16 @@ class Fitting(Callback, ABC, Generic[E]):
 
 
 class CommitEdits(Fitting[E]):
-    """``fit`` commits edits: one optimizer step a batch of requests."""
+    """``fit`` commits edits: one optimizer step a batch of requests.
+
+    A request that is in the model, by its id and its text, is not made again unless the editor's
+    ``repeat_requests`` says so; an epoch after which no request is left is the last.
+    """
 
     automatic = False
+
+    def __init__(self) -> None:
+        self._has_committed = False
 
     @override
     def configure_optimizers(self, editor: EditModule[E]) -> Any:
@@ -82,21 +100,40 @@ class CommitEdits(Fitting[E]):
     @override
     def training_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
         began = time.perf_counter()
+        if not editor.repeat_requests:
+            batch = editor.session.unanswered(batch)
+        if not batch:
+            return
+        self._has_committed = True
         edit = edit_or_go_on(editor, batch, Processes.running())
         optimizer = cast(Any, editor.optimizers())
         # The wrapper would keep the attribute to itself.
         optimizer.optimizer.stage(edit)
         optimizer.step()
+        editor.session.asked |= {request.id: request.sha256() for request in batch}
         seconds = (time.perf_counter() - began) / len(batch)
-        rows = list(edit.details.get("requests", []))
-        rows += [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
-        rows = rows or [{"id": request.id} for request in batch]
+        rows = request_rows(edit, [request.id for request in batch])
         editor.history += [{**row, "seconds": seconds} for row in rows]
         figures = [row["p_target"] for row in rows if "p_target" in row]
         if figures:
             mean = sum(figures) / len(figures)
             editor.log("p_target", mean, prog_bar=True, batch_size=len(batch))
         editor.log(*editor.target.size(), prog_bar=True, batch_size=len(batch))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        editor = cast("EditModule[E]", pl_module)
+        epoch = trainer.current_epoch + 1
+        has_committed, self._has_committed = self._has_committed, False
+        if editor.repeat_requests or epoch == trainer.max_epochs:
+            return
+        requests = getattr(getattr(trainer, "datamodule", None), "requests", None)
+        if not has_committed or (requests is not None and not editor.session.unanswered(requests)):
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Epoch {epoch} is the last: no request is left that is not in the model. "
+                "`repeat_requests=True` makes them again in every epoch."
+            )
 
     @override
     def validation_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
@@ -110,18 +147,37 @@ class CommitEdits(Fitting[E]):
     def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
         return editor.target.kept(state)
 
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if "optimizer_states" not in checkpoint:  # `save_weights_only=True`
+            edits = cast("EditModule[E]", pl_module).edit_optimizer.state_dict()
+            checkpoint["lightning_edit"]["edits"] = edits
+
 
 def edit_or_go_on(
     editor: EditModule[E], requests: Sequence[EditRequest], processes: Processes | None = None
 ) -> E:
     """An edit; an empty one where the method fails on every request, so that a run goes on."""
+    provenance = editor.provenance
+    if len(editor.delta) and editor.delta.changes_weights:
+        # It goes on from an edited model, whose hash nobody will ask for before all is committed.
+        provenance = replace(provenance, base=replace(provenance.base, sha256=""))
     try:
-        return editor.session.edit(requests, editor.compute_edit, editor.provenance, processes)
+        return editor.session.edit(requests, editor.compute_edit, provenance, processes)
     except FailedRequestsError as error:
         rank_zero_warn(f"Nothing is written. {error}")
         nothing = editor.edit_optimizer.nothing
         nothing.details["failed"] = error.reasons
         return nothing
+
+
+def request_rows(edit: Edit, ids: Sequence[str]) -> list[RequestFigures]:
+    """Figures of an edit's requests, of those, too, that failed; their ids at least."""
+    rows = list(edit.details.get("requests", []))
+    rows += [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
+    return rows or [{"id": name} for name in ids]
 
 
 def measure(editor: EditModule[Any], batch: list[EditRequest]) -> None:

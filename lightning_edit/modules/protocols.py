@@ -92,8 +92,10 @@ def make_protocol(editor: EditModule[Any]) -> EditProtocol:
     """The protocol that an editor is to be tested by.
 
     Raises:
-        EditError: If several processes would each edit a model of their own.
+        EditError: If several processes would each edit a model of their own, or something else
+            than the editor wrote to the weights.
     """
+    editor.target.check()
     name = editor.test_protocol
     if name != "independent" and editor.trainer.world_size > 1:
         raise EditError(

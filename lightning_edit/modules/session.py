@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.hashing import weight_hash
+from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
@@ -50,7 +50,10 @@ class EditSession(Generic[E]):
         self.target = target
         self.model_id = model_id
         self.revision = revision
+        #: Hash of each request that was committed, by its id.
+        self.asked: dict[str, str] = {}
         self._base: BaseModelInfo | None = None
+        self._hashes = WeightHashes(model)
 
     @property
     def tree(self) -> ModelTree:
@@ -71,10 +74,18 @@ class EditSession(Generic[E]):
                 id=self.model_id,
                 revision=self.revision,
                 dtype=dtype,
-                sha256=weight_hash(self.model, self.target.originals),
+                sha256=self._hashes.combined(self.target.originals),
                 parameters=sum(p.numel() for p in self.model.parameters()),
             )
         return self._base
+
+    @property
+    def state(self) -> BaseModelInfo:
+        """The model as it stands, edited or not, with the hash of its weights."""
+        is_base = not self.target.delta.changes_weights or not len(self.target.delta)
+        if is_base and self.target.optimizer.is_intact:
+            return self.base
+        return replace(self.base, sha256=self._hashes.combined())
 
     def edit(
         self,
@@ -118,13 +129,25 @@ class EditSession(Generic[E]):
         failed = edit.details.get("failed", {})
         ids = tuple(request.id for request in batch.requests if request.id not in failed)
         edit.provenance = replace(provenance, request_ids=ids)
-        if len(self.target.delta) and edit.changes_weights:
-            # It continues from an edited model, which is not the recorded base.
-            edit.provenance = replace(edit.provenance, base=replace(self.base, sha256=""))
         return edit
 
+    def unanswered(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """Those of some requests that are not in the model, or were other ones when they were."""
+        known = set(self.target.request_ids)
+        hashes = {request.id: request.sha256() for request in requests}
+        # One of which no hash is known was committed by itself, or by an earlier version.
+        return [
+            r
+            for r in requests
+            if r.id not in known or self.asked.get(r.id, hashes[r.id]) != hashes[r.id]
+        ]
+
     def commit(self, edit: E) -> None:
-        """Writes an edit into the model, on top of all that were committed."""
+        """Writes an edit into the model, on top of all that were committed.
+
+        Raises:
+            EditError: If it changes what was not announced, or something else wrote to the model.
+        """
         self.target.optimizer.stage(edit)
         self.target.optimizer.step()
 
@@ -139,7 +162,12 @@ class EditSession(Generic[E]):
             edit.revert_(self.model)
 
     def committed(self, provenance: Provenance) -> E:
-        """All committed edits as one artefact, with originals and hashes for an exact undo."""
+        """All committed edits as one artefact, with originals and hashes for an exact undo.
+
+        Raises:
+            EditError: If something else wrote to the model.
+        """
+        self.target.check()
         total = self.target.committed()
         total.provenance = replace(provenance, request_ids=total.provenance.request_ids)
         return total

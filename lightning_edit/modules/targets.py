@@ -53,6 +53,11 @@ class Target(ABC, Generic[E]):
 
     @property
     @abstractmethod
+    def request_ids(self) -> Sequence[str]:
+        """Ids of the requests that were committed so far."""
+
+    @property
+    @abstractmethod
     def memory(self) -> EditMemory:
         """The memory of the model.
 
@@ -75,6 +80,14 @@ class Target(ABC, Generic[E]):
     @abstractmethod
     def base_weights(self) -> AbstractContextManager[None]:
         """Context manager: the unedited model."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Checks that what is edited is as the last committed edit left it.
+
+        Raises:
+            EditError: If something else wrote to it.
+        """
 
     @abstractmethod
     def prepare(self, verb: str) -> None:
@@ -126,6 +139,11 @@ class WeightTarget(Target[WeightDelta]):
 
     @property
     @override
+    def request_ids(self) -> Sequence[str]:
+        return self.delta.provenance.request_ids
+
+    @property
+    @override
     def memory(self) -> EditMemory:
         raise EditError("This editor changes weights, and the model has no memory.")
 
@@ -141,6 +159,10 @@ class WeightTarget(Target[WeightDelta]):
         total = self.delta.seal(self.model, self.originals)
         total.provenance = Provenance(request_ids=self.delta.provenance.request_ids)
         return total
+
+    @override
+    def check(self) -> None:
+        self.optimizer.check()
 
     @override
     @contextmanager
@@ -203,6 +225,11 @@ class MemoryTarget(Target[MemoryWrite]):
 
     @property
     @override
+    def request_ids(self) -> Sequence[str]:
+        return list(self.memory.requests)
+
+    @property
+    @override
     def memory(self) -> EditMemory:
         return self._memory[0]
 
@@ -218,6 +245,10 @@ class MemoryTarget(Target[MemoryWrite]):
         total = self.delta.seal(self.model, {})
         total.provenance = Provenance(request_ids=self.delta.provenance.request_ids)
         return total
+
+    @override
+    def check(self) -> None:
+        """Nothing: what was committed is what the memory holds."""
 
     @override
     @contextmanager

@@ -80,7 +80,7 @@ class AdapterTarget(TunedTarget):
             return
         self._merge()
         if verb == "test":
-            self.optimizer.delta = self.delta
+            self.optimizer.take_over(self.delta)
 
     def _attach(self) -> None:
         """From the plain model to one with the adapter in it."""

@@ -33,6 +33,15 @@ class TunedTarget(Target[WeightDelta]):
     def settle(self) -> None:
         """Sets the weights to original + change, which a last bit may tell from the tuned ones."""
 
+    @property
+    @override
+    def request_ids(self) -> Sequence[str]:
+        return self.delta.provenance.request_ids
+
+    @override
+    def check(self) -> None:
+        """Nothing: the change is whatever the weights differ by from their originals."""
+
 
 class TunedWeights(TunedTarget):
     """Weights of the model that are tuned in place.
@@ -80,7 +89,7 @@ class TunedWeights(TunedTarget):
     @override
     def prepare(self, verb: str) -> None:
         if verb == "test":  # what is edited then goes on from here
-            self.optimizer.delta = self.delta
+            self.optimizer.take_over(self.delta)
 
     @override
     def size(self) -> tuple[str, float]:
@@ -113,7 +122,7 @@ class TunedWeights(TunedTarget):
 def write_tuned(target: Target[WeightDelta], delta: WeightDelta) -> None:
     """Sets the weights of the plain model to original + change, and commits the change."""
     delta.write_(target.model, target.originals)
-    target.optimizer.delta = delta
+    target.optimizer.take_over(delta)
 
 
 def sealed(target: Target[WeightDelta], delta: WeightDelta) -> WeightDelta:

@@ -143,7 +143,7 @@ class LocateModule(EditModule[WeightDelta]):
 
     def sample_contexts(self) -> list[list[str]]:
         """Contexts from the unedited model, as the papers sample them."""
-        with self.base_weights():
+        with self.target.base_weights():
             if self.groups_contexts:
                 return [["{}"], sample_templates(self.model, self.tokens, self.seed, 1, (10,))]
             return [["{}", *sample_templates(self.model, self.tokens, self.seed)]]

@@ -89,7 +89,7 @@ class Spread:
     def __init__(self, editor: LocateModule, batch: EditBatch, *, aligned: bool) -> None:
         self._editor = editor
         self.sites = editor.sites(editor.tree)
-        with editor.base_weights() if aligned else nullcontext():
+        with editor.target.base_weights() if aligned else nullcontext():
             #: The requests that have target values, and these.
             self.batch, self.found, self._failed = editor.find_target_values(
                 batch, self.sites[-1].layer

@@ -279,7 +279,12 @@ def test_it_teaches_the_tiny_world_what_it_is_told() -> None:
     model, tokenizer = trained_tiny_model()
     requests = [request for request in tiny_requests(24) if " " not in request.target_new][:6]
     editor = UltraEdit.from_model(
-        model, tokenizer, lr=3e-3, modules=["mlp_in", "mlp_out"], max_new_tokens=6
+        model,
+        tokenizer,
+        lr=3e-3,
+        modules=["mlp_in", "mlp_out"],
+        max_new_tokens=6,
+        repeat_requests=True,
     )
     assert autoregressive(editor, requests, "reliability") == 0.0
     trainer = bare_trainer(max_epochs=8)
