@@ -34,6 +34,8 @@ from lightning_edit.core.storage import (
 
 __all__ = ["WeightDelta"]
 
+_Place = tuple[int, torch.Size, torch.dtype]
+
 # Below this share of the wanted change the rounding of the weights' dtype is worth a warning.
 SURVIVAL_WARNING = 0.9
 
@@ -112,14 +114,16 @@ class WeightDelta(Edit):
             provenance: Where the edit comes from.
 
         Raises:
-            ArtifactError: If ``base`` lacks a tensor or shapes differ.
+            ArtifactError: If ``base`` lacks a tensor, shapes differ, or weights that are tied in
+                ``base`` are not tied in ``tuned`` and differ there.
 
         References:
             Editing Models with Task Arithmetic, arXiv 2212.04089, section 2.
         """
         changes: dict[str, Change] = {}
         originals: dict[str, Tensor] = {}
-        seen: set[tuple[int, torch.Size, torch.dtype]] = set()
+        seen: set[_Place] = set()
+        first: dict[_Place, tuple[str, Tensor]] = {}
         for name, after in tuned.items():
             before = base.get(name)
             if before is None or before.shape != after.shape:
@@ -127,8 +131,15 @@ class WeightDelta(Edit):
                     f"The tensor `{name}` of the tuned model has no counterpart of the shape "
                     f"{list(after.shape)} in the base. Compare two models of one architecture."
                 )
+            other, same = first.setdefault(_place(before), (name, after))
+            if same is not after and not torch.equal(same, after):
+                raise ArtifactError(
+                    f"`{other}` and `{name}` are one tensor in the base and two in the tuned "
+                    "model, so that no change of the base makes it the other. Untie the base's "
+                    "weights, or tie those of the tuned model."
+                )
             # A state dict names tied weights twice; a model's parameters, the first time only.
-            place = (after.data_ptr() or id(after), after.shape, after.dtype)
+            place = _place(after)
             if after.is_floating_point() and place not in seen and not torch.equal(before, after):
                 seen.add(place)
                 changes[name] = after.detach().float() - before.detach().float()
@@ -477,6 +488,11 @@ def _read_change(
             f"`{TENSORS}` has {list(change.shape)}. The files do not belong together."
         )
     return change
+
+
+def _place(tensor: Tensor) -> _Place:
+    """Where a tensor lies, which tied weights have in common."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.dtype
 
 
 def _full(tensor: Tensor) -> Tensor:

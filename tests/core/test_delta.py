@@ -160,6 +160,17 @@ def test_between_knows_tied_weights() -> None:
     torch.testing.assert_close(base.lm_head.weight, tuned.lm_head.weight)
 
 
+def test_between_tells_that_tied_weights_were_untied() -> None:
+    base, tuned = zoo.build("gpt2"), zoo.build("gpt2")
+    before, after = base.state_dict(), tuned.state_dict()
+    after["lm_head.weight"] = after["lm_head.weight"].clone()
+    assert not WeightDelta.between(before, after).changes  # two tensors that say the same
+    after["lm_head.weight"][0] += 1
+    message = r"`transformer.wte.weight` and `lm_head.weight` are one tensor in the base and two"
+    with pytest.raises(ArtifactError, match=message):
+        WeightDelta.between(before, after)
+
+
 def test_between_subtracts_in_float32() -> None:
     before = torch.full((2, 2), 256.0).bfloat16()
     after = torch.full((2, 2), 258.0).bfloat16()
