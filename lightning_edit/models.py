@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import re
 import tempfile
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = [
@@ -55,7 +58,8 @@ def load_model(
     """Loads a language model, decoder-only or encoder-decoder by its configuration, in eval mode.
 
     Only safetensors are read and no code of the model's repository is run. A folder that
-    `lightning-edit apply` has written for an edit of a memory gives the model with its memory.
+    `lightning-edit apply` has written for an edit of a memory gives the model with its memory, and
+    so does one that ``save_pretrained`` of a model with a memory has written.
 
     Args:
         model: ``smollm2``, a folder, a GGUF file or a hub id; see ``resolve_model``.
@@ -102,7 +106,38 @@ def load_model(
         # The name by which it is loaded again, not a folder of this machine.
         loaded.name_or_path = loaded.config.name_or_path = model
     _remember(loaded, Path(name) / MEMORY_FOLDER)
+    if EditMemory.find(loaded) is None and any(
+        key.startswith(MEMORY_PREFIX) for key in report["unexpected_keys"]
+    ):
+        _recall(loaded, name, revision)
     return loaded.eval()
+
+
+def _recall(model: PreTrainedModel, name: str, revision: str | None) -> None:
+    """Gives a model the memory that ``save_pretrained`` wrote among its weights."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    from lightning_edit.memories import MemoryWrite  # with all kinds of memories
+
+    folder = name
+    if not Path(name).is_dir():  # in the cache of the hub, since the weights have just been read
+        folder = snapshot_download(name, revision=revision, local_files_only=True)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            own = [key for key in file.keys() if key.startswith(MEMORY_PREFIX)]  # noqa: SIM118
+            tensors |= {key.removeprefix(MEMORY_PREFIX): file.get_tensor(key) for key in own}
+    try:
+        about = json.loads(bytes(tensors["_extra_state"].tolist()))
+        memory = MemoryWrite(about["kind"], about["settings"], {}).build().attach_(model)
+        memory.load_state_dict(tensors)
+    except (ArtifactError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"The weights in `{name}` come with a memory (`{MEMORY_PREFIX}…`) that cannot be "
+            f"restored: {error}. Save the edit itself (`edit.save(folder)`) and apply it to the "
+            "base, or load the model with transformers alone, which leaves the memory out."
+        ) from error
 
 
 def _remember(model: PreTrainedModel, folder: Path) -> None:

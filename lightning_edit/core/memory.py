@@ -204,7 +204,7 @@ class MemoryWrite(Edit):
         if check:
             self.check_base(model)
         found = EditMemory.find(model)
-        memory = self._build() if found is None else found
+        memory = self.build() if found is None else found
         memory.check_kind(self.kind, self.settings)
         before = memory.entries
         missing = [n for n, entry in self.entries.items() if entry is None and n not in before]
@@ -297,7 +297,12 @@ class MemoryWrite(Edit):
         """The edit that brings an empty memory to what the model's memory holds."""
         return cls.of(model)
 
-    def _build(self) -> EditMemory:
+    def build(self) -> EditMemory:
+        """An empty memory of the kind and the settings that the entries belong to.
+
+        Raises:
+            ArtifactError: If that kind is not known.
+        """
         kind = EditMemory.kinds.get(self.kind)
         if kind is None:
             raise ArtifactError(

@@ -23,9 +23,11 @@ from lightning_edit.core.errors import ArtifactError, EditError
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["EditMemory", "MemoryEntry", "MemoryRecord"]
+__all__ = ["MEMORY_PREFIX", "EditMemory", "MemoryEntry", "MemoryRecord"]
 
 _ATTRIBUTE = "edit_memory"
+#: What the names of a memory's tensors in its model's state begin with.
+MEMORY_PREFIX = f"{_ATTRIBUTE}."
 
 #: What a memory keeps of a request or an entry, as JSON types: each kind of memory knows its own.
 MemoryRecord: TypeAlias = Mapping[str, Any]

@@ -18,7 +18,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import local_shard, shard_like
-from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory, MemoryEntry
 from lightning_edit.optim import E, EditOptimizer
 
 __all__ = ["MemoryTarget", "Target", "WeightTarget"]
@@ -266,11 +266,11 @@ class MemoryTarget(Target[MemoryWrite]):
 
     @override
     def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {n: t for n, t in state.items() if n.startswith("model.edit_memory.")}
+        return {n: t for n, t in state.items() if n.startswith(f"model.{MEMORY_PREFIX}")}
 
     @override
     def load_kept(self, state: dict[str, Any]) -> None:
-        prefix = "model.edit_memory."
+        prefix = f"model.{MEMORY_PREFIX}"
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         if own:
             self.memory.load_state_dict(own)

@@ -14,7 +14,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from lightning_edit import CaliNET, Edit, EditDataModule, EditModule, WeightDelta
+from lightning_edit import (
+    CaliNET,
+    Edit,
+    EditDataModule,
+    EditModule,
+    WeightDelta,
+    load_model,
+)
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_model, tiny_requests
@@ -269,3 +276,16 @@ def test_a_request_that_is_in_the_model_is_not_made_again(cls: type[EditModule])
     bare_trainer(inference_mode=False, max_epochs=2).fit(asked, data)
     assert [row["id"] for row in asked.history] == [first.id, first.id]
     assert not same_edit(asked.committed(), edit) or not isinstance(edit, WeightDelta)
+
+
+def test_a_saved_model_comes_with_its_edit(edited: tuple[Any, Any], tmp_path: Path) -> None:
+    editor, edit = edited
+    ids = editor.tokens.tokenizer(tiny_requests(1)[0].prompt, return_tensors="pt").input_ids
+    with edit.applied(editor.model):
+        editor.model.save_pretrained(tmp_path)
+        stood, logits = fingerprint(editor.model), editor.model(ids).logits
+    loaded = load_model(str(tmp_path))
+    assert fingerprint(loaded) == stood
+    assert torch.equal(loaded(ids).logits, logits)
+    edit.revert_(loaded)
+    assert fingerprint(loaded) == fingerprint(editor.model)
