@@ -62,6 +62,7 @@ def plain(editor: Any, requests: list[Any]) -> dict[str, Tensor]:
         ),
     )
     taken: dict[str, list[tuple[Tensor, Tensor]]] = {site.name: [] for site in sites}
+    total = sum(len(editor.tokens.target(r.prompt, r.target_new)) for r in requests)
     from lightning_edit import EditBatch
 
     for start in range(0, len(order), editor.micro_batch_size):
@@ -86,7 +87,8 @@ def plain(editor: Any, requests: list[Any]) -> dict[str, Tensor]:
         logits = model(
             input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1]
         ).logits
-        torch.autograd.backward(cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+        flat = logits.flatten(0, 1).float(), labels.flatten()
+        torch.autograd.backward(cross_entropy(*flat, reduction="sum") / total)
         for hook in hooks:
             hook.remove()
         for name, (keys, gradients) in seen.items():

@@ -4,7 +4,7 @@
 
 Version 0.1.0 wrote them with the tiny model that comes with the package: ROME, MEMIT and GRACE
 stopped after two of four requests, CaliNET and LoRATuning after one epoch over two, MEND after one
-step over four.
+step over four, MALMEN after ten over the same eight.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from lightning_edit import (
     GRACE,
+    MALMEN,
     MEMIT,
     MEND,
     ROME,
@@ -89,3 +90,49 @@ def test_a_trained_editor_edits() -> None:
     mend = MEND.from_model(model, tokenizer, rank=2, layers=[3], modules=["mlp_out"])
     mend.load_editor(checkpoint)
     assert mend.edit(tiny_requests(1)).norm() == pytest.approx(edit.norm(), rel=1e-4)
+
+
+def test_malmen_edits_as_it_did_with_so_many_facts_and_better_with_fewer() -> None:
+    """Gradients were of a pass's mean; the eight facts of its training have 15 target tokens."""
+    model, tokenizer = trained_tiny_model()
+    checkpoint = FOLDER / "malmen" / "run.ckpt"
+    editor = TrainedEditor.from_model(model, tokenizer, checkpoint=str(checkpoint))
+    assert float(editor.network.divisor) == 15
+    # Version 0.1.0 made edits of these sizes of eight facts and of one.
+    assert editor.edit(tiny_requests(8)).norm() == pytest.approx(8.236, rel=1e-2)
+    assert editor.edit(tiny_requests(1)).norm() < 0.2 * 61.09
+    settings: dict[str, Any] = {"rank": 2, "blocks": 1, "layers": [3]}
+    malmen = MALMEN.from_model(model, tokenizer, **settings)
+    malmen.load_editor(checkpoint)
+    resumed = MALMEN.from_model(model, tokenizer, **settings)
+    data = EditDataModule(requests=tiny_requests(8), batch_size=8)
+    trainer = bare_trainer(max_epochs=11)
+    trainer.fit(resumed, data, ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == 11
+    for one in (malmen, resumed):
+        assert float(one.network.divisor) == 15
+
+
+def test_passes_of_an_unknown_size_are_told(tmp_path: Path) -> None:
+    model, tokenizer = trained_tiny_model()
+    saved = torch.load(FOLDER / "malmen" / "run.ckpt", weights_only=True)
+    del saved["loops"]
+    torch.save(saved, tmp_path / "run.ckpt")
+    with pytest.warns(UserWarning, match="does not tell how large the passes"):
+        editor = TrainedEditor.from_model(model, tokenizer, checkpoint=str(tmp_path / "run.ckpt"))
+    assert editor.edit(tiny_requests(8)).norm() == pytest.approx(8.236, rel=1e-2)
+
+
+def test_mend_averages_over_the_requests_of_an_edit_if_it_was_trained_so(tmp_path: Path) -> None:
+    model, tokenizer = trained_tiny_model()
+    saved = torch.load(FOLDER / "mend" / "run.ckpt", weights_only=True)
+    settings = saved["lightning_edit"]["editor"]["settings"]
+    for edits_at_once, averages in ((1, False), (4, True), (None, True)):
+        settings["edits_at_once"] = edits_at_once
+        path = tmp_path / f"{edits_at_once}.ckpt"
+        torch.save(saved, path)
+        trained: Any = TrainedEditor.from_model(model, tokenizer, checkpoint=str(path)).trained
+        assert trained.gradient_of == ("edit" if averages else "mean")
+    mend = MEND.from_model(model, tokenizer, rank=2, layers=[3], modules=["mlp_out"])
+    with pytest.warns(UserWarning, match="Here they add up. Set `average=True`"):
+        mend.load_editor(tmp_path / "4.ckpt")

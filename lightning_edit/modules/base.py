@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -537,6 +537,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             )
         self.target.load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
+        self.fitting.on_load_checkpoint(cast(Trainer, self._trainer), self, checkpoint)
         # The other verbs, for which Lightning restores no optimizer, have to know the edits, too.
         for state in (*checkpoint.get("optimizer_states", ()), saved.get("edits", {})):
             if "delta" in state:

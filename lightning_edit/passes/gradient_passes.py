@@ -50,19 +50,20 @@ class GradientPass:
 
 
 def gradient_passes(
-    tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch, size: int
+    tree: ModelTree, sites: Sequence[WeightSite], batch: EditBatch, size: int, divisor: float
 ) -> tuple[list[GradientPass], Tensor]:
     """Runs a batch in passes and takes what enters projections, and the gradients at their outputs.
 
-    The gradient is that of the mean loss of a pass over its target tokens. Weights take no part in
-    it: those of the projections are frozen here, and it is for the caller to give them their flags
-    back.
+    The gradient is that of the sum of the losses of target tokens over a divisor, so that no
+    request's depends on those beside it in a pass. Weights take no part in it: those of the
+    projections are frozen here, and it is for the caller to give them their flags back.
 
     Args:
         tree: A decoder-only or encoder-decoder model.
         sites: Projections.
         batch: Prompts and targets.
         size: Requests in a pass; they are sorted by length.
+        divisor: What the loss is divided by.
 
     Returns:
         The passes, and the order in which their tokens follow the batch's labels, [N] int64.
@@ -79,7 +80,7 @@ def gradient_passes(
         with recorded(tree.model, sites) as seen, output_below(tree, sites) as below:
             nll = target_nll(tree, part)
         outputs = [seen[site.name][1] for site in sites]
-        gradients = torch.autograd.grad(nll.mean(), outputs)
+        gradients = torch.autograd.grad(nll.sum() / divisor, outputs)
         rows, columns = torch.nonzero(part.labels != IGNORE_INDEX, as_tuple=True)
         at = columns if tree.is_encoder_decoder else columns - 1
         taken = {}

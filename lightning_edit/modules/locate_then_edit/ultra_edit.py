@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
@@ -49,6 +49,9 @@ class UltraEdit(EditModule):
     ΔWᵀ = (Hᵀ H + λ I)⁻¹ Hᵀ V, where H are the inputs as they were. No gradient of a weight is ever
     made.
 
+    Gradients are of the mean loss over all target tokens of an edit, however its requests are put
+    into passes.
+
     What is carried is the normalizer alone. It advances when an edit is committed: an edit that is
     only computed, or applied by hand, changes no later one.
 
@@ -67,8 +70,7 @@ class UltraEdit(EditModule):
             if None.
         lr: Scale of the update.
         ridge: λ of the regression.
-        micro_batch_size: Requests in a pass; they are sorted by length. A gradient is of the mean
-            loss of its pass.
+        micro_batch_size: Requests in a pass, which bounds memory; they are sorted by length.
         eps: ε of the normalizer.
         biased_variance: Let the normalizer add variances as the authors' code does; its figures
             then depend on ``micro_batch_size``.
@@ -134,7 +136,8 @@ class UltraEdit(EditModule):
     @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         sites = self.sites(self.tree)
-        passes, order = gradient_passes(self.tree, sites, batch, self.micro_batch_size)
+        tokens = int((batch.labels != IGNORE_INDEX).sum())
+        passes, order = gradient_passes(self.tree, sites, batch, self.micro_batch_size, tokens)
         normalizers = self._normalizers(sites, passes)
         changes: dict[str, Change] = {}
         found: dict[str, tuple[Tensor, ...]] = {}

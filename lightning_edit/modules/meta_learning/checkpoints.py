@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_edit.checkpoints import read_checkpoint
@@ -17,6 +19,7 @@ __all__ = [
     "NETWORK",
     "EditorCheckpoint",
     "EditorRecord",
+    "complete_checkpoint",
     "editor_record",
     "read_editor",
     "take_network",
@@ -24,6 +27,8 @@ __all__ = [
 
 #: What the names of the network's tensors begin with.
 NETWORK = "network."
+#: The tensor by which gradients are divided; checkpoints of version 0.1.0 have none.
+DIVISOR = f"{NETWORK}divisor"
 
 
 class EditorRecord(TypedDict):
@@ -44,11 +49,29 @@ class EditingRecord(TypedDict):
     editor: EditorRecord
 
 
+class Progress(TypedDict):
+    """How far a loop of the Trainer is."""
+
+    total: dict[str, int]
+
+
+class Loaders(TypedDict):
+    """Where data loaders are."""
+
+    combined_loader: list[dict[str, int]]
+
+
+FitLoop = TypedDict(
+    "FitLoop", {"epoch_loop.batch_progress": Progress, "state_dict": Loaders}, total=False
+)
+
+
 class EditorCheckpoint(TypedDict):
     """The part of a Trainer's checkpoint that a trained editor needs."""
 
     state_dict: dict[str, Tensor]
     lightning_edit: EditingRecord
+    loops: NotRequired[dict[str, FitLoop]]
 
 
 def editor_record(editor: EditModule[Any], parameters: list[str]) -> EditorRecord:
@@ -83,7 +106,68 @@ def read_editor(checkpoint: str | Path) -> EditorCheckpoint:
             f"`{checkpoint}` holds no trained editor. Give a file that training an editor (KE, "
             "MEND, MALMEN, RLEdit or SERAC) has written."
         )
-    return cast(EditorCheckpoint, saved)
+    found = cast(EditorCheckpoint, saved)
+    about = found["lightning_edit"]["editor"]
+    if _averages(about):
+        about["settings"]["average"] = True
+    return found
+
+
+def _averages(about: EditorRecord) -> bool:
+    """Whether a training took gradients of the mean loss of several requests of an edit."""
+    settings = about["settings"]
+    # Before there was `average`, MEND always did.
+    always = about["method"] == "MEND" and settings["edits_at_once"] != 1
+    return bool(settings.get("average", always))
+
+
+def complete_checkpoint(
+    editor: EditModule[Any], network: nn.Module, saved: EditorCheckpoint, where: str
+) -> None:
+    """Gives a checkpoint of an earlier version what it lacks, and warns of what cannot be given.
+
+    In version 0.1.0 gradients were of the mean loss of a pass or of an edit. So what they are
+    divided by is the number of target tokens of a pass in training, reckoned from how many rows
+    the statistics have seen.
+
+    Args:
+        editor: The editor.
+        network: Its network.
+        saved: The checkpoint, which is completed in place.
+        where: Its name in warnings.
+    """
+    if _averages(saved["lightning_edit"]["editor"]) and not editor.hparams.get("average"):
+        rank_zero_warn(
+            f"`{where}` was trained with the mean loss of an edit's requests, by which each of n "
+            "is written at about 1/n. Here they add up. Set `average=True`, or train it anew."
+        )
+    state = saved["state_dict"]
+    if DIVISOR in state or "divisor" not in dict(network.named_buffers()):
+        return
+    tokens = 0.0 if editor.tree.is_encoder_decoder else _tokens_of_a_pass(saved)
+    if not tokens:
+        rank_zero_warn(
+            f"`{where}` was written by an earlier version, and does not tell how large the passes "
+            "of its training were. So gradients are divided by the tokens of their own edit, as "
+            "they were then. Edit with about as many requests at once as in training, or train it "
+            "anew."
+        )
+    state[DIVISOR] = torch.tensor(tokens)
+
+
+def _tokens_of_a_pass(saved: EditorCheckpoint) -> float:
+    """Mean number of target tokens of a pass in training; 0 where it is not to be known."""
+    about, state = saved["lightning_edit"]["editor"], saved["state_dict"]
+    settings, loop = about["settings"], saved.get("loops", {}).get("fit_loop", {})
+    batches = loop.get("epoch_loop.batch_progress", {"total": {}})["total"].get("ready", 0)
+    loaders = loop.get("state_dict", {"combined_loader": []})["combined_loader"]
+    size = loaders[0].get("batch_size", 0) if loaders else 0
+    if not batches or not size:
+        return 0.0
+    rows = sum(float(tensor) for name, tensor in state.items() if name.endswith(".total"))
+    a_request = rows / len(about["parameters"]) / batches / size
+    requests = min(settings["micro_batch_size"], -(-size // settings["sequence"]))
+    return a_request * float(requests)
 
 
 def take_network(
@@ -128,6 +212,7 @@ def take_network(
             "been edited already. Load the one it was trained with, or set `any_base` to edit "
             "this one anyway."
         )
+    complete_checkpoint(editor, network, saved, where)
     state = {
         name.removeprefix(NETWORK): tensor
         for name, tensor in saved["state_dict"].items()

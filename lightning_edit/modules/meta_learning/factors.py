@@ -11,9 +11,9 @@ and an edit u vᵀ adds (x v) uᵀ to that output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -23,12 +23,15 @@ from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.core.processes import Processes
+from lightning_edit.core.request import EditRequest
 from lightning_edit.passes.gradient_passes import recorded
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.target_loss import row_means, target_nll, target_places
 
 __all__ = [
     "FactorRows",
     "Factors",
+    "Gradients",
     "Positions",
     "as_change",
     "capture",
@@ -54,6 +57,10 @@ class FactorRows:
     gradients: Tensor
     requests: Tensor
 
+    def divided(self, divisor: float) -> Self:
+        """The same of a loss that is divided by a number."""
+        return replace(self, gradients=self.gradients / divisor)
+
     def joined(self, processes: Processes) -> Self:
         """The rows of all processes, in the order of their requests."""
         if processes.count == 1:
@@ -74,6 +81,28 @@ class Factors:
 
     u: Tensor
     v: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a network makes edits of: the gradients of requests, and which edit answers each.
+
+    Args:
+        rows: Factors by the parameter's name.
+        requests: The requests.
+        groups: The edit that each request belongs to, [len(requests)] int64.
+        count: G, the number of edits.
+        tokens: Target tokens of all requests.
+        processes: Those that have such rows, all of which statistics take in; None outside
+            training, when statistics stay as they are.
+    """
+
+    rows: Mapping[str, FactorRows]
+    requests: Sequence[EditRequest]
+    groups: Tensor
+    count: int
+    tokens: int
+    processes: Processes | None
 
 
 def capture(
@@ -195,27 +224,23 @@ def edited(
     if factors is None:
         yield
         return
-    handles = []
-    for site in sites:
-        u, v = factors[site.name].u, factors[site.name].v
+
+    def added(one: Factors) -> Callable[..., Tensor]:
+        u, v = one.u, one.v
         if edits is not None and len(u) > 1:
             u, v = u[edits], v[edits]
 
-        def add(
-            _: nn.Module, args: tuple[Tensor, ...], output: Tensor, u: Tensor = u, v: Tensor = v
-        ) -> Tensor:
+        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows = args[0].to(v.dtype)
             # Some models flatten rows and positions before a projection.
             rows = rows.reshape(len(v), -1, v.shape[2])
             change = (rows @ v.mT) @ u
             return output + change.reshape(output.shape).to(output.dtype)
 
-        handles.append(site.module(model).register_forward_hook(add))
-    try:
+        return add
+
+    with hooked({site.module(model): added(factors[site.name]) for site in sites}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def stacked(one: Factors, other: Factors) -> Factors:

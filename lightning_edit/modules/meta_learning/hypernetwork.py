@@ -30,8 +30,8 @@ from lightning_edit.modules.meta_learning.checkpoints import (
     take_network,
 )
 from lightning_edit.modules.meta_learning.factors import (
-    FactorRows,
     Factors,
+    Gradients,
     Positions,
     as_change,
     capture,
@@ -89,8 +89,10 @@ class HyperEditModule(EditModule[WeightDelta]):
     #: Which rows the network gets, and at which places locality counts.
     positions: ClassVar[Positions] = "all"
     locality_positions: ClassVar[Positions] = "all"
-    #: Whose mean loss a gradient is of: that of the tokens of an ``edit``, or of a ``pass``.
-    gradient_of: ClassVar[Literal["edit", "pass"]] = "edit"
+    #: What a request's gradient is of: the ``mean`` or the ``sum`` of the losses of its own target
+    #: tokens, so that it does not depend on other requests, or its part of the mean over all
+    #: tokens of its ``edit``.
+    gradient_of: Literal["mean", "sum", "edit"] = "mean"
 
     def __init__(
         self,
@@ -144,23 +146,11 @@ class HyperEditModule(EditModule[WeightDelta]):
         """
 
     @abstractmethod
-    def transform(
-        self,
-        rows: Mapping[str, FactorRows],
-        requests: Sequence[EditRequest],
-        groups: Tensor,
-        count: int,
-        processes: Processes | None,
-    ) -> dict[str, Factors]:
-        """Makes edits of the factors of gradients.
+    def transform(self, gradients: Gradients) -> dict[str, Factors]:
+        """Makes edits of gradients.
 
         Args:
-            rows: Factors by the parameter's name.
-            requests: The requests.
-            groups: The edit that each request belongs to, [len(requests)] int64.
-            count: G, the number of edits.
-            processes: Those that have such rows, all of which statistics take in; None outside
-                training, when statistics stay as they are.
+            gradients: Those of some requests.
 
         Returns:
             Factors [G, n, O] and [G, n, I] by the parameter's name.
@@ -180,9 +170,12 @@ class HyperEditModule(EditModule[WeightDelta]):
         Returns:
             [B, T] float32.
         """
-        if self.gradient_of == "pass":
-            groups = torch.arange(len(batch), device=groups.device) // self.micro_batch_size
-        return shared_weights(batch.labels != IGNORE_INDEX, groups)
+        mask = batch.labels != IGNORE_INDEX
+        if self.gradient_of == "sum":
+            return mask.float()
+        if self.gradient_of == "mean":
+            groups = torch.arange(len(batch), device=groups.device)
+        return shared_weights(mask, groups)
 
     # -- a model -----------------------------------------------------------------------------
 
@@ -294,7 +287,8 @@ class HyperEditModule(EditModule[WeightDelta]):
             positions=self.positions,
         )
         with torch.no_grad():
-            factors = self.transform(rows, batch.requests, groups, 1, None)
+            tokens = int((batch.labels != IGNORE_INDEX).sum())
+            factors = self.transform(Gradients(rows, batch.requests, groups, 1, tokens, None))
         changes: dict[str, Change] = {}
         for site in self.sites:
             found = factors[site.name]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,13 +19,12 @@ from typing_extensions import override
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.evaluator import Evaluation, Evaluator
 from lightning_edit.functional.ke import ke_factors
 from lightning_edit.functional.label_smoothing import smoothed_nll
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, Positions, grouped
+from lightning_edit.modules.meta_learning.factors import Factors, Gradients, Positions, grouped
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from lightning_edit.modules.meta_learning.objectives import Objective
 from lightning_edit.modules.meta_learning.training_batch import TrainOn
@@ -291,14 +290,8 @@ class KE(HyperEditModule):
         }
 
     @override
-    def transform(
-        self,
-        rows: Mapping[str, FactorRows],
-        requests: Sequence[EditRequest],
-        groups: Tensor,
-        count: int,
-        processes: Processes | None,
-    ) -> dict[str, Factors]:
+    def transform(self, gradients: Gradients) -> dict[str, Factors]:
+        requests, groups, count = gradients.requests, gradients.groups, gradients.count
         if count < len(requests):
             raise EditError(
                 f"KE makes one edit at a time, but got {len(requests)} requests. Set "
@@ -311,15 +304,15 @@ class KE(HyperEditModule):
         codes = self.network(embedded, mask.sum(1))
         found: dict[str, Factors] = {}
         for site, site_codes in zip(self.sites, codes, strict=True):
-            own = rows[site.name]
+            own = gradients.rows[site.name]
             parts = []
             for i, code in enumerate(site_codes):
                 mine = own.requests == i
-                inputs, gradients = own.inputs[mine], own.gradients[mine]
-                parts.append(ke_factors(inputs, gradients, code, self.max_scale))
+                rows = own.inputs[mine], own.gradients[mine]
+                parts.append(ke_factors(*rows, code, self.max_scale))
             sizes = torch.tensor([len(u) for u, _ in parts], device=groups.device)
             owners = torch.repeat_interleave(groups, sizes)
-            u, v = (torch.cat(rows) for rows in zip(*parts, strict=True))
+            u, v = (torch.cat(part) for part in zip(*parts, strict=True))
             found[site.name] = grouped(u, v, owners, count)
         return found
 

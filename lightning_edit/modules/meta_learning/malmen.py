@@ -4,19 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.core.processes import Processes
-from lightning_edit.core.request import EditRequest
-from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, Positions
+from lightning_edit.modules.meta_learning.factors import Factors, Gradients, Positions
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule, check_counts
-from lightning_edit.modules.meta_learning.malmen_network import MALMENNetwork
+from lightning_edit.modules.meta_learning.malmen_network import MALMENNetwork, MALMENSettings
 from lightning_edit.modules.meta_learning.training_loss import SequenceLoss
 
 __all__ = ["MALMEN"]
@@ -32,7 +30,9 @@ class MALMEN(HyperEditModule):
     the solution, so η and λ of each matrix are learned, too.
 
     Trained on NLL of the rephrases plus KL at the answers of unrelated questions, with all requests
-    of a batch in one edit: train with about as many as you will edit with.
+    of a batch in one edit: train with about as many as you will edit with at most; fewer are
+    edited by the same scale. All gradients are divided by the target tokens of the first edit in
+    training, and by nothing without ``normalize``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -44,7 +44,7 @@ class MALMEN(HyperEditModule):
         edit_lr_lr: Learning rate of η and of log λ; that of the network if None.
         log_ridge: log λ at the beginning.
         edits_at_once: Requests that one edit answers in training; all of a batch if None.
-        micro_batch_size: Requests in a pass. A gradient is of the mean loss of its pass.
+        micro_batch_size: Requests in a pass, which bounds memory and changes no edit.
         edit_weight: Weight of the loss of the new answers.
         normalize: Normalize rows by running statistics, which go on in training.
         biased_variance: Let the statistics add variances as the authors' code does, which
@@ -67,7 +67,7 @@ class MALMEN(HyperEditModule):
     default_modules: ClassVar[tuple[str, ...]] = ("mlp_out",)
     positions: ClassVar[Positions] = "answers"
     locality_positions: ClassVar[Positions] = "answers"
-    gradient_of: ClassVar[Literal["edit", "pass"]] = "pass"
+    gradient_of: Literal["mean", "sum", "edit"] = "sum"
 
     def __init__(
         self,
@@ -103,14 +103,9 @@ class MALMEN(HyperEditModule):
             raise ValueError(
                 "`sequence` divides a batch into edits itself. Leave `edits_at_once` out."
             )
-        self.rank = rank
-        self.blocks = blocks
-        self.lr = lr
-        self.edit_lr = edit_lr
-        self.edit_lr_lr = edit_lr_lr
-        self.log_ridge = log_ridge
-        self.normalize = normalize
-        self.biased_variance = biased_variance
+        self.network_settings = MALMENSettings(
+            rank, blocks, lr, edit_lr, edit_lr_lr, log_ridge, normalize, biased_variance
+        )
         if sequence > 1:
             self.training_loss = SequenceLoss(sequence, discount, back_depth, shift_penalty)
 
@@ -118,31 +113,13 @@ class MALMEN(HyperEditModule):
     def build(
         self, tree: ModelTree, sites: Sequence[WeightSite], generator: torch.Generator
     ) -> nn.Module:
-        return MALMENNetwork(
-            sites,
-            self.rank,
-            self.blocks,
-            self.edit_lr,
-            self.log_ridge,
-            generator,
-            normalize=self.normalize,
-            biased_variance=self.biased_variance,
-        )
+        return MALMENNetwork(sites, self.network_settings, generator)
 
     @override
     def network_optimizer(self) -> Any:
-        return self.network.optimizer(self.lr, self.edit_lr_lr)
+        return self.network.optimizer()
 
     @override
-    def transform(
-        self,
-        rows: Mapping[str, FactorRows],
-        requests: Sequence[EditRequest],
-        groups: Tensor,
-        count: int,
-        processes: Processes | None,
-    ) -> dict[str, Factors]:
-        if processes is not None:
-            self.network.learn(rows, len(requests), self.micro_batch_size, processes)
-        found: dict[str, Factors] = self.network(rows, groups, count)
+    def transform(self, gradients: Gradients) -> dict[str, Factors]:
+        found: dict[str, Factors] = self.network(gradients, self.micro_batch_size)
         return found

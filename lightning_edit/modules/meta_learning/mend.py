@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam
 from typing_extensions import override
 
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.core.processes import Processes
-from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.mend import mend_factors
 from lightning_edit.modules.meta_learning.factor_network import (
     FactorNetwork,
@@ -22,7 +20,7 @@ from lightning_edit.modules.meta_learning.factor_network import (
     members,
     shape_key,
 )
-from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, grouped
+from lightning_edit.modules.meta_learning.factors import Factors, Gradients, grouped
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule, check_counts
 
 __all__ = ["MEND"]
@@ -54,8 +52,8 @@ class MEND(HyperEditModule):
     It begins as a normalized gradient step.
 
     Trained on 0.1 NLL of the rephrases plus KL on unrelated texts. Edits have the rank of their
-    tokens. Several requests make one edit by adding up; the network is trained for that with
-    ``edits_at_once``.
+    tokens. Several requests make one edit by adding up, each as it is by itself; the network is
+    trained for that with ``edits_at_once``.
 
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
@@ -67,6 +65,8 @@ class MEND(HyperEditModule):
         edit_lr_lr: Learning rate of α.
         normalize: Normalize factors by running statistics, which go on in training.
         descent: Subtract the edit, as in the paper; the authors' code adds it.
+        average: Take the gradient of the mean loss of all tokens of an edit, as the authors' code
+            does, so that each of n requests is written at about 1/n.
         kwargs: Further arguments of ``HyperEditModule``, such as ``modules`` and ``train_on``.
 
     Examples:
@@ -97,6 +97,7 @@ class MEND(HyperEditModule):
         edit_lr_lr: float = 1e-4,
         normalize: bool = True,
         descent: bool = True,
+        average: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
@@ -108,6 +109,8 @@ class MEND(HyperEditModule):
         self.edit_lr_lr = edit_lr_lr
         self.normalize = normalize
         self.descent = descent
+        if average:
+            self.gradient_of = "edit"
 
     @override
     def build(
@@ -137,23 +140,17 @@ class MEND(HyperEditModule):
         )
 
     @override
-    def transform(
-        self,
-        rows: Mapping[str, FactorRows],
-        requests: Sequence[EditRequest],
-        groups: Tensor,
-        count: int,
-        processes: Processes | None,
-    ) -> dict[str, Factors]:
+    def transform(self, gradients: Gradients) -> dict[str, Factors]:
+        groups, processes = gradients.groups, gradients.processes
         found: dict[str, Factors] = {}
         places: dict[str, int] = {}
         for site, edit_lr in zip(self.sites, self.network.edit_lr, strict=True):
-            own, key = rows[site.name], shape_key(site)
+            own, key = gradients.rows[site.name], shape_key(site)
             network, matrix = self.network.by_shape[key], places.setdefault(key, 0)
             places[key] += 1
             if processes is not None:
                 network.learn(own.inputs, own.gradients, processes)
-            inputs, gradients = network(own.inputs, own.gradients, matrix)
-            u, v = mend_factors(inputs, gradients, edit_lr, descent=self.descent)
-            found[site.name] = grouped(u, v, groups[own.requests], count)
+            pseudo_inputs, pseudo_gradients = network(own.inputs, own.gradients, matrix)
+            u, v = mend_factors(pseudo_inputs, pseudo_gradients, edit_lr, descent=self.descent)
+            found[site.name] = grouped(u, v, groups[own.requests], gradients.count)
         return found

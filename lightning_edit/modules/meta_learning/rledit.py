@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_edit.core.locator import ModelTree, WeightSite
-from lightning_edit.core.processes import Processes
-from lightning_edit.core.request import EditRequest
 from lightning_edit.modules.arguments import check_arguments
-from lightning_edit.modules.meta_learning.factors import FactorRows, Factors, Positions
+from lightning_edit.modules.meta_learning.factors import Factors, Gradients, Positions
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule, check_counts
-from lightning_edit.modules.meta_learning.malmen_network import MALMENNetwork
+from lightning_edit.modules.meta_learning.malmen_network import MALMENNetwork, MALMENSettings
 from lightning_edit.modules.meta_learning.training_loss import SequenceLoss
 
 __all__ = ["RLEdit"]
@@ -53,7 +51,7 @@ class RLEdit(HyperEditModule):
         discount: γ, how much each earlier edit counts for those after it.
         back_depth: How many edits' requests count, the latest included.
         shift_penalty: λ of the loss, the weight of ‖ΔW‖².
-        micro_batch_size: Requests in a pass. A gradient is of the mean loss of its pass.
+        micro_batch_size: Requests in a pass, which bounds memory and changes no edit.
         edit_weight: a, the weight of the loss of the new answers.
         locality_weight: b, that of the divergence on the locality probes.
         normalize: Normalize rows by running statistics, which go on in training.
@@ -84,7 +82,7 @@ class RLEdit(HyperEditModule):
     default_modules: ClassVar[tuple[str, ...]] = ("mlp_in",)
     positions: ClassVar[Positions] = "answers"
     locality_positions: ClassVar[Positions] = "answers"
-    gradient_of: ClassVar[Literal["edit", "pass"]] = "pass"
+    gradient_of: Literal["mean", "sum", "edit"] = "sum"
 
     def __init__(
         self,
@@ -118,45 +116,22 @@ class RLEdit(HyperEditModule):
             **kwargs,
         )
         check_counts(rank=rank, blocks=blocks, sequence=sequence, back_depth=back_depth)
-        self.rank = rank
-        self.blocks = blocks
-        self.lr = lr
-        self.edit_lr = edit_lr
-        self.edit_lr_lr = edit_lr_lr
-        self.log_ridge = log_ridge
-        self.normalize = normalize
-        self.biased_variance = biased_variance
+        self.network_settings = MALMENSettings(
+            rank, blocks, lr, edit_lr, edit_lr_lr, log_ridge, normalize, biased_variance
+        )
         self.training_loss = SequenceLoss(sequence, discount, back_depth, shift_penalty)
 
     @override
     def build(
         self, tree: ModelTree, sites: Sequence[WeightSite], generator: torch.Generator
     ) -> nn.Module:
-        return MALMENNetwork(
-            sites,
-            self.rank,
-            self.blocks,
-            self.edit_lr,
-            self.log_ridge,
-            generator,
-            normalize=self.normalize,
-            biased_variance=self.biased_variance,
-        )
+        return MALMENNetwork(sites, self.network_settings, generator)
 
     @override
     def network_optimizer(self) -> Any:
-        return self.network.optimizer(self.lr, self.edit_lr_lr)
+        return self.network.optimizer()
 
     @override
-    def transform(
-        self,
-        rows: Mapping[str, FactorRows],
-        requests: Sequence[EditRequest],
-        groups: Tensor,
-        count: int,
-        processes: Processes | None,
-    ) -> dict[str, Factors]:
-        if processes is not None:
-            self.network.learn(rows, len(requests), self.micro_batch_size, processes)
-        found: dict[str, Factors] = self.network(rows, groups, count)
+    def transform(self, gradients: Gradients) -> dict[str, Factors]:
+        found: dict[str, Factors] = self.network(gradients, self.micro_batch_size)
         return found

@@ -24,6 +24,7 @@ from lightning_edit.modules.fitting import Fitting, log_metrics
 from lightning_edit.modules.meta_learning.checkpoints import (
     NETWORK,
     EditorCheckpoint,
+    complete_checkpoint,
     editor_record,
 )
 from lightning_edit.optim import E
@@ -223,6 +224,14 @@ class EditorTraining(Fitting[E]):
         editor = cast(EditModule[E], pl_module)
         record = editor_record(editor, _trainable(editor).trained_for())
         checkpoint["lightning_edit"]["editor"] = record
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        editor, saved = cast(EditModule[E], pl_module), cast(EditorCheckpoint, checkpoint)
+        if "editor" in saved["lightning_edit"]:
+            complete_checkpoint(editor, cast(nn.Module, editor.network), saved, "the checkpoint")
 
     def edit_state(self) -> dict[str, Any]:
         """What a resumed training has to know."""

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_edit.core.batch import IGNORE_INDEX
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.modules.meta_learning.edit_losses import EditLosses, edit_losses
-from lightning_edit.modules.meta_learning.factors import Factors, capture, edited, stacked
+from lightning_edit.modules.meta_learning.factors import (
+    Factors,
+    Gradients,
+    capture,
+    edited,
+    stacked,
+)
 from lightning_edit.modules.meta_learning.training import zero_loss
 from lightning_edit.modules.meta_learning.training_batch import GroupedRequests, TrainingBatch
 
@@ -198,7 +205,10 @@ def _edits(
         # Rows that have been joined are those of all processes already.
         own = Processes() if editor.edits_at_once is None else processes
         learning = own if asked.in_training else None
-        return editor.transform(rows, asked.requests, asked.groups, asked.count, learning)
+        tokens = int((asked.batch.inner.labels != IGNORE_INDEX).sum())
+        return editor.transform(
+            Gradients(rows, asked.requests, asked.groups, asked.count, tokens, learning)
+        )
 
 
 def _losses(

@@ -122,19 +122,15 @@ def test_the_normalizer_goes_on_from_committed_edits() -> None:
     )
 
 
-def test_passes_split_the_loss_and_nothing_else() -> None:
+def test_passes_change_no_figure() -> None:
     editor = editor_of(zoo.build("llama"), layers=[1])
     requests = tiny_requests(5)
     whole = editor.edit(requests).details
     editor.micro_batch_size = 2
     split = editor.edit(requests).details
-    for name in editor.delta.changes or whole["keys"]:
-        torch.testing.assert_close(whole["keys"][name], split["keys"][name], atol=1e-5, rtol=1e-4)
-        # A gradient is of the mean loss of its pass, so directions stay and lengths do not.
-        one, other = whole["gradients"][name], split["gradients"][name]
-        cosines = torch.cosine_similarity(one, other)
-        assert float(cosines.min()) > 0.999
-        assert not torch.allclose(one, other)
+    for figure in ("keys", "gradients"):
+        for name, wanted in whole[figure].items():
+            torch.testing.assert_close(split[figure][name], wanted, atol=1e-5, rtol=1e-4)
     losses = [[row["loss"] for row in details["requests"]] for details in (whole, split)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -197,6 +197,17 @@ def test_without_normalization_it_begins_as_gradient_descent() -> None:
         torch.testing.assert_close(ascent.dense(name), -edit.dense(name))
 
 
+def test_by_the_mean_each_request_is_written_at_its_share_of_the_tokens() -> None:
+    requests = tiny_requests(3)
+    editor = MEND.from_model(*trained_tiny_model(), rank=4, normalize=False, average=True)
+    sizes = [len(editor.tokens.target(r.prompt, r.target_new)) for r in requests]
+    assert len(set(sizes)) == 3
+    whole, parts = editor.edit(requests), [editor.edit(request) for request in requests]
+    for name in whole.changes:
+        shares = [n / sum(sizes) * p.dense(name) for n, p in zip(sizes, parts, strict=True)]
+        torch.testing.assert_close(whole.dense(name), sum(shares), rtol=1e-3, atol=1e-8)
+
+
 def test_an_edit_before_any_statistics_is_refused() -> None:
     editor = MEND.from_model(*trained_tiny_model(), rank=4)
     with pytest.raises(EditError, match="no statistics yet"):
@@ -260,7 +271,8 @@ def test_figures_are_those_of_the_authors_code(
     wanted = json.loads((folder / "outputs.json").read_text())
     figures = wanted[case]
     model, tokenizer = default_model
-    editor = MEND.from_model(model, tokenizer, descent=False, rank=64, **CASES[case])
+    settings = {"descent": False, "average": True, "rank": 64, **CASES[case]}
+    editor = MEND.from_model(model, tokenizer, **settings)
     assert [site.name for site in editor.sites] == inputs["inner_params"]
     loss, found = editor.edit_loss([FRANCE], Processes())
     assert found["edit"] == pytest.approx(figures["l_edit"], rel=1e-3)
