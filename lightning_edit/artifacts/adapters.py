@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -93,7 +93,7 @@ def save_adapter(
     [(usual, _)] = Counter(ranks.values()).most_common(1)
     others = {name: rank for name, rank in ranks.items() if rank != usual}
     base = provenance.base
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "alpha_pattern": others,
         "base_model_name_or_path": base.id or None,
         "bias": "none",

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.lora import LoRAFactors
@@ -26,11 +25,18 @@ def model_card(edit: Edit, memory: MemoryWrite | None = None) -> str:
         memory: What the model's memory holds, which lies in a folder of its own.
     """
     norm = edit.norm() if edit.changes_weights else None
-    values: dict[str, Any] = {"library": "transformers", "kind": type(edit).__name__, "norm": norm}
-    if memory is not None:
-        values["library"] = "lightning_edit"
-        values["memory"] = {"kind": memory.kind, "folder": MEMORY_FOLDER, "entries": len(memory)}
-    return _card("edited_model", edit.provenance, **values)
+    kind = type(edit).__name__
+    if memory is None:
+        return _card("edited_model", edit.provenance, library="transformers", kind=kind, norm=norm)
+    held = {"kind": memory.kind, "folder": MEMORY_FOLDER, "entries": len(memory)}
+    return _card(
+        "edited_model",
+        edit.provenance,
+        library="lightning_edit",
+        kind=kind,
+        norm=norm,
+        memory=held,
+    )
 
 
 def adapter_card(
@@ -55,13 +61,28 @@ def adapter_card(
         f"model = {load}({json.dumps(base)})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
     ]
-    values = {"tags": ["lora"], "factors": factors, "code": "\n".join(code)}
-    return _card("adapter", provenance, library="peft", **values)
+    return _card(
+        "adapter",
+        provenance,
+        library="peft",
+        tags=["lora"],
+        factors=factors,
+        code="\n".join(code),
+    )
 
 
-def _card(template: str, provenance: Provenance, **values: Any) -> str:
+def _card(
+    template: str,
+    provenance: Provenance,
+    *,
+    library: str,
+    tags: Sequence[str] = (),
+    **values: object,
+) -> str:
     return make_card(
         template,
+        library=library,
+        tags=tags,
         method=provenance.method,
         base=provenance.base.id,
         paper=provenance.paper,

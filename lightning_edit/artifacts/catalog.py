@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from lightning_edit.artifacts.outcomes import Offer, OfferKind, SavedEdit
 from lightning_edit.presets import config_folder
@@ -134,7 +134,21 @@ def _saved_edit(path: Path) -> SavedEdit:
     )
 
 
-def _remembered(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+class _KeptRequest(TypedDict, total=False):
+    """What an entry of a memory keeps of a request, as far as it is listed."""
+
+    prompt: str
+    target: str
+
+
+class _KeptEntry(TypedDict, total=False):
+    """An entry of a memory as the description of a saved edit has it."""
+
+    id: str
+    requests: dict[str, _KeptRequest]
+
+
+def _remembered(entries: Sequence[_KeptEntry]) -> dict[str, str]:
     """Requests in words by id, as a memory keeps them."""
     kept = {i: request for entry in entries for i, request in entry.get("requests", {}).items()}
     return {i: f"{r.get('prompt', '')} → {r.get('target', '')}" for i, r in kept.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_edit.report.results import RunReport
 
@@ -40,7 +40,7 @@ class Written:
 
     folder: Path
     what: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, str | float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -150,10 +150,12 @@ def _convert_(model: PreTrainedModel, dtype: torch.dtype) -> None:
         memory.write(entries)
 
 
-def facts_of(edit: Edit) -> dict[str, Any]:
+def facts_of(edit: Edit) -> dict[str, str | float]:
     """What is to be known of an edit, name -> value."""
     ids = edit.provenance.request_ids
-    facts: dict[str, Any] = {"method": edit.provenance.method} if edit.provenance.method else {}
+    facts: dict[str, str | float] = {}
+    if edit.provenance.method:
+        facts["method"] = edit.provenance.method
     if ids:
         facts["requests"] = f"{len(ids)}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}"
     if isinstance(edit, MemoryWrite):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning_edit.rendering.templates import render
 
@@ -25,7 +24,7 @@ def make_card(
     method: str = "",
     base: str = "",
     tags: Sequence[str] = (),
-    **values: Any,
+    **values: object,
 ) -> str:
     """A model card: metadata that programs read, and a text for people.
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from markupsafe import Markup
 
@@ -29,7 +28,7 @@ _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _HARMLESS |= {code: f"\\u{code:04x}" for code in _BIDI}
 
 
-def visible(text: Any) -> str:
+def visible(text: object) -> str:
     r"""Text with its control characters (but tab and newline) replaced by what can be seen.
 
     These are those of ASCII, C1 and the ones that change the direction of writing.
@@ -43,19 +42,19 @@ def visible(text: Any) -> str:
     return str(text).replace("\r\n", "\n").translate(_HARMLESS)
 
 
-def escape_markdown(text: Any) -> str:
+def escape_markdown(text: object) -> str:
     r"""Makes a text safe inside a line or table cell of Markdown; line breaks become ``↵``.
 
     Examples:
         >>> escape_markdown("a|b <i>\n*c*")
         'a\\|b &lt;i&gt; ↵ \\*c\\*'
     """
-    text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    escaped = "".join(f"\\{char}" if char in "\\`*_[]|#~$" else char for char in text)
+    shown = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = "".join(f"\\{char}" if char in "\\`*_[]|#~$" else char for char in shown)
     return re.sub(r"\s*\n\s*", " ↵ ", escaped)
 
 
-def code_span(text: Any) -> Markup:
+def code_span(text: object) -> Markup:
     r"""A text as code inside a line or table cell of Markdown, whatever it holds.
 
     Examples:
@@ -68,7 +67,7 @@ def code_span(text: Any) -> Markup:
     return Markup(f"{fence}{space}{line}{space}{fence}")  # noqa: S704 - code is shown as it is
 
 
-def code_block(text: Any, language: str = "") -> Markup:
+def code_block(text: object, language: str = "") -> Markup:
     r"""Lines of code in Markdown, fenced by more backticks than any line of them has.
 
     Examples:

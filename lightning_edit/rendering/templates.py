@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["render"]
 
 
-def render(package: str, name: str, **values: Any) -> Markup:
+def render(package: str, name: str, **values: object) -> Markup:
     """Fills in one of a package's templates.
 
     Args:
@@ -51,7 +51,7 @@ def _markdown(package: str) -> Environment:
     return made
 
 
-def _environment(package: str, escape: Callable[[Any], str]) -> Environment:
+def _environment(package: str, escape: Callable[[object], str]) -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(

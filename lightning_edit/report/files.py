@@ -8,13 +8,12 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.report.card import render_card
 from lightning_edit.report.markdown import render_markdown
 from lightning_edit.report.page import render_html
-from lightning_edit.report.results import RunReport
+from lightning_edit.report.results import RunReport, plain
 
 __all__ = [
     "EDITS",
@@ -116,7 +115,7 @@ def is_foreign_card(path: Path) -> bool:
 
 
 def _edits(report: RunReport) -> str:
-    return "".join(f"{_json(edit)}\n" for edit in report.to_dict()["edits"])
+    return "".join(f"{_json(plain(edit))}\n" for edit in report.edits)
 
 
 def _results(report: RunReport) -> str:
@@ -135,11 +134,11 @@ _RENDER = {
 }
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def _json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _parse(text: bytes, where: str) -> Any:
+def _parse(text: bytes, where: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning_edit.report.results import RunReport
 from lightning_edit.report.summary import outcomes
 from lightning_edit.report.table import metrics_table
@@ -37,7 +35,7 @@ def render_markdown(report: RunReport) -> str:
     )
 
 
-def _figure(value: Any) -> str:
+def _figure(value: object) -> str:
     if isinstance(value, float):
         return number(value, 3)
     return DASH if value is None else str(value)

@@ -105,7 +105,7 @@ class EditRow:
     norm: float | None = None
     relative_norm: float | None = None
     seconds: float | None = None
-    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, object] = field(default_factory=dict)
     probes: Sequence[ProbeRow] = ()
 
     def __post_init__(self) -> None:
@@ -150,8 +150,8 @@ class RunReport:
 
     method: str
     paper: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    model: Mapping[str, object] = field(default_factory=dict)
     requests_sha256: str = ""
     metrics: Mapping[str, MetricRow] = field(default_factory=dict)
     edits: Sequence[EditRow] = ()
@@ -159,7 +159,7 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float | None] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
-    sequence: Sequence[Mapping[str, Any]] = ()
+    sequence: Sequence[Mapping[str, float | str | None]] = ()
     notes: Sequence[str] = ()
     created: str = ""
     artifact: str = "delta"
@@ -171,13 +171,12 @@ class RunReport:
         for name in ("edits", "sequence", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The report as plain JSON types; numbers that are not finite become ``None``."""
-        record: dict[str, Any] = plain(self)
-        return record
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any], where: str = "report") -> Self:
+    def from_dict(cls, record: Mapping[str, object], where: str = "report") -> Self:
         """Reads a report from plain JSON types; keys it does not know are left aside.
 
         Args:
@@ -198,7 +197,7 @@ class RunReport:
         return cls(**data)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Turns a value into JSON types: not finite -> ``None``, tensors -> lists, others -> text.
 
     Examples:
@@ -217,8 +216,9 @@ def plain(value: Any) -> Any:
         return sorted((plain(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if callable(getattr(value, "tolist", None)):  # tensors and arrays, without importing either
-        return plain(value.tolist())
+    to_list = getattr(value, "tolist", None)
+    if callable(to_list):  # tensors and arrays, without importing either
+        return plain(to_list())
     return str(value)
 
 
@@ -226,7 +226,7 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _metric(record: Any, where: str) -> MetricRow:
+def _metric(record: object, where: str) -> MetricRow:
     data = _fields(MetricRow, record, where)
     try:
         if data.get("ci") is not None:
@@ -240,7 +240,7 @@ def _metric(record: Any, where: str) -> MetricRow:
         ) from None
 
 
-def _edit(record: Any, where: str) -> EditRow:
+def _edit(record: object, where: str) -> EditRow:
     data = _fields(EditRow, record, where)
     data["probes"] = tuple(
         ProbeRow(**_fields(ProbeRow, probe, f"{where}, probes[{i}]"))
@@ -249,7 +249,7 @@ def _edit(record: Any, where: str) -> EditRow:
     return EditRow(**data)
 
 
-def _items(data: Mapping[str, Any], name: str, where: str) -> list[tuple[Any, Any]]:
+def _items(data: Mapping[str, object], name: str, where: str) -> list[tuple[object, object]]:
     value = data.get(name) or {}
     if not isinstance(value, Mapping):
         raise ArtifactError(
@@ -259,7 +259,7 @@ def _items(data: Mapping[str, Any], name: str, where: str) -> list[tuple[Any, An
     return list(value.items())
 
 
-def _fields(cls: type, record: Any, where: str) -> dict[str, Any]:
+def _fields(cls: type, record: object, where: str) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise ArtifactError(
             f"{where}: expected a mapping of fields, but got {record!r}. Write the results again."

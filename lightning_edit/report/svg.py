@@ -141,8 +141,9 @@ def sequence_series(report: RunReport) -> dict[str, list[tuple[float, float]]]:
     for i, point in enumerate(report.sequence):
         at = point.get("edits") or i + 1
         for name, value in point.items():
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if name != "edits" and real and metric_name(name).is_rate:
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if name != "edits" and metric_name(name).is_rate:
                 series.setdefault(name, []).append((float(at), float(value)))
     return dict(list(series.items())[:MAX_SERIES])
 

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 __all__ = [
     "DASH",
@@ -108,7 +107,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((1, int(p), "") if p.isdecimal() else (0, 0, p) for p in parts)
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as dotted names and JSON values.
 
     Examples:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from itertools import groupby
-from typing import Any
 
 from lightning_edit.rendering.templates import render
 from lightning_edit.report.glossary import MetricName, Term, metric_name, sort_metrics
@@ -26,7 +25,7 @@ from lightning_edit.report.undo import CAUTION, INTENDED_USE, UNDO, apply_comman
 __all__ = ["layer_rows", "mark_answers", "render_report"]
 
 
-def render_report(template: str, report: RunReport, **more: Any) -> str:
+def render_report(template: str, report: RunReport, **more: object) -> str:
     """Fills in a template of the report.
 
     Args:
