@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(function_of(verb)(**options.as_dict()))
 
 
-def function_of(verb: str) -> Callable[..., Any]:
+def function_of(verb: str) -> Callable[..., object]:
     """The function that does what a verb on saved edits says.
 
     Args:
@@ -44,7 +43,7 @@ def function_of(verb: str) -> Callable[..., Any]:
         >>> function_of("list").__name__
         'list_'
     """
-    function: Callable[..., Any] = getattr(artifacts, VERBS[verb].function)
+    function: Callable[..., object] = getattr(artifacts, VERBS[verb].function)
     return function
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
@@ -34,15 +34,15 @@ class EditParser(LightningArgumentParser):
     """Lightning's parser, with errors that say what was wrong and what may have been meant."""
 
     @override
-    def error(self, message: str, ex: Exception | None = None) -> Any:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = _plain(message) + _suggestion(message, self)
         if not self.exit_on_error:
-            return super().error(message, ex)
+            super().error(message, ex)
         # The usage of a verb lists some hundred options and would hide the message.
         verb = getattr(ex, "subcommand_parser", None) or self
         program = verb.prog.replace(" [options]", "")
         sys.stderr.write(f"{program}: {message}\nAll options: {program} --help\n")
-        return self.exit(2)
+        self.exit(2)
 
 
 def _plain(message: str) -> str:
@@ -117,9 +117,10 @@ def _options(parser: LightningArgumentParser) -> list[str]:
 
 def _class_names() -> list[str]:
     names: list[str] = []
-    todo: list[Any] = [EditModule, LightningDataModule, Callback]
+    todo: list[type] = [EditModule, LightningDataModule, Callback]
     while todo:
-        for cls in type.__subclasses__(todo.pop()):
+        found: list[type] = type.__subclasses__(todo.pop())
+        for cls in found:
             names.append(cls.__name__)
             todo.append(cls)
     return names

@@ -36,7 +36,7 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def show(result: Any, file: TextIO | None = None) -> None:
+def show(result: object, file: TextIO | None = None) -> None:
     """Prints what a verb returned.
 
     Args:

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -43,7 +42,7 @@ class SaveConfig(SaveConfigCallback):
     """
 
     @override
-    def setup(self, *args: Any, **kwargs: Any) -> None:
+    def setup(self, *args: object, **kwargs: object) -> None:
         """Waits."""
 
     @override
@@ -52,7 +51,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     @override
-    def save_config(self, trainer: Trainer, *args: Any) -> None:
+    def save_config(self, trainer: Trainer, *args: object) -> None:
         """Called on the first process alone."""
         files = get_filesystem(self.folder)
         files.makedirs(self.folder, exist_ok=True)
@@ -86,7 +85,7 @@ class EditCLI(LightningCLI):
         arguments = {name: value for name, value in found.items() if not name.startswith("_")}
         if not found:
             return
-        model: dict[str, Any] = arguments
+        model: dict[str, object] = arguments
         if class_path is not None:
             model = {"class_path": class_path, "dict_kwargs": arguments}
         self.config = self.parser.parse_object({verb: {"model": model}}, self.config)
