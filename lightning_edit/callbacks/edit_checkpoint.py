@@ -11,11 +11,11 @@ import sys
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from lightning_edit.callbacks.run_folder import is_dry
@@ -48,12 +48,19 @@ class EditCheckpoint(ModelCheckpoint):
         self._has_begun = False
 
     @override
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
         with warnings.catch_warnings():
             # Meant for modules whose step is still to come; an edit's step is over by now.
             message = "Using ModelCheckpoint with manual optimization"
             warnings.filterwarnings("ignore", message=message)
-            super().on_train_batch_end(*args, **kwargs)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

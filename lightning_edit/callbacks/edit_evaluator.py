@@ -81,7 +81,7 @@ class EditEvaluator(Callback):
         self.seconds = 0.0
         self._baseline = Baseline({})
         self._values_before: dict[str, tuple[float, int]] = {}
-        self._restored: dict[str, Any] | None = None
+        self._restored: Mapping[str, Any] | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,7 +109,7 @@ class EditEvaluator(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, *args: object, **kwargs: object
     ) -> None:
         """After every ``every_n_steps`` steps: adds a point to the curve."""
         if not self.every_n_steps or trainer.global_step % self.every_n_steps:
@@ -154,7 +154,7 @@ class EditEvaluator(Callback):
         self.seconds += time.perf_counter() - began
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         if self.before is None:
             return {}
         return {

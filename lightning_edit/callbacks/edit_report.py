@@ -12,7 +12,6 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -128,7 +127,7 @@ class EditReport(Callback):
         requests = evaluator.requests if evaluator else []
         history = pl_module.history if isinstance(pl_module, EditModule) else []
         edits = _edit_rows(evaluator, history, delta) if evaluator else []
-        model: dict[str, Any] = {}
+        model: dict[str, object] = {}
         if isinstance(pl_module, EditModule):
             model = asdict(pl_module.base)
         evaluating = sum(e.seconds for e in evaluators)
@@ -228,7 +227,7 @@ def _edit_rows(
     rows = []
     for request in evaluator.requests:
         old, new = list(before.of(request.id)), list(after.of(request.id))
-        own: dict[str, Any] = {**figures.get(request.id, {})}
+        own = figures.get(request.id, RequestFigures()).copy()
         own.pop("id", None)
         norm = own.pop("norm", None)
         rows.append(
@@ -252,9 +251,9 @@ def _edit_rows(
     return rows
 
 
-def _points(*sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _points(*sequences: list[dict[str, float]]) -> list[dict[str, float]]:
     """Points of several curves, those after the same number of edits as one."""
-    points: dict[int, dict[str, Any]] = {}
+    points: dict[float, dict[str, float]] = {}
     for point in (point for sequence in sequences for point in sequence):
         points.setdefault(point["edits"], {}).update(point)
     return [points[edits] for edits in sorted(points)]

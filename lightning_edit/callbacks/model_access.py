@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -33,7 +33,7 @@ __all__ = [
 
 def model_and_tokens(
     module: LightningModule, attribute: str | None, who: str
-) -> tuple[Any, PromptTokenizer]:
+) -> tuple[PreTrainedModel, PromptTokenizer]:
     """The language model in a module, and its tokenizer.
 
     Args:
@@ -146,7 +146,7 @@ def _models(module: nn.Module, prefix: str = "") -> dict[str, PreTrainedModel]:
     return found
 
 
-def find_tokenizer(module: nn.Module, model: Any) -> PromptTokenizer | None:
+def find_tokenizer(module: nn.Module, model: PreTrainedModel) -> PromptTokenizer | None:
     """The module's tokenizer, ready for prompts, or None where it keeps none that is fast.
 
     Args:

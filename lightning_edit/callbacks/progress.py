@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
@@ -34,14 +32,16 @@ class EditProgressBar(TQDMProgressBar):
         return "Measuring"  # shown until the first edit
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *args: object) -> None:
         super().on_train_epoch_start(trainer, *args)
         passes = trainer.max_epochs
         which = f" {trainer.current_epoch + 1}/{passes}" if passes and passes > 1 else ""
         self.train_progress_bar.set_description(f"Editing{which}")
 
     @override
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {

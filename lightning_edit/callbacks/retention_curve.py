@@ -92,11 +92,11 @@ class RetentionCurve(Callback):
         self.perplexity_before = math.nan
         # Edits so far: id to prompt and answer.
         self._made: dict[str, tuple[str, str]] = {}
-        self._restored: dict[str, Any] | None = None
+        self._restored: Mapping[str, Any] | None = None
         self._is_finished = False
 
     @property
-    def sequence(self) -> list[dict[str, Any]]:
+    def sequence(self) -> list[dict[str, float]]:
         """Points of the curve as a report draws them, with the keys of its metrics."""
         return [
             {
@@ -128,8 +128,8 @@ class RetentionCurve(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Measures where the number of edits has passed a multiple of ``every_n_edits``."""
@@ -155,8 +155,8 @@ class RetentionCurve(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -187,10 +187,11 @@ class RetentionCurve(Callback):
         with unedited(pl_module), evaluating(model):
             self.perplexity_before = perplexity(model, tokens, self.text)
 
-    def _add(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> bool:
+    def _add(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> bool:
         """Takes in a batch; whether it is time to measure."""
-        requests = list(batch) if isinstance(batch, Sequence) else [batch]
-        strange = [type(r).__name__ for r in requests if not isinstance(r, EditRequest)]
+        items = list(batch) if isinstance(batch, Sequence) else [batch]
+        requests = [r for r in items if isinstance(r, EditRequest)]
+        strange = [type(r).__name__ for r in items if not isinstance(r, EditRequest)]
         if strange:
             raise EditError(
                 "RetentionCurve follows edit requests, but a batch holds "
@@ -253,7 +254,7 @@ class RetentionCurve(Callback):
                 rank_zero_info(str(error))
         return figures
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What ``retention.json`` holds: the matrix, its figures and the perplexities.
 
         Raises:
@@ -292,7 +293,7 @@ class RetentionCurve(Callback):
     # -- checkpoints -------------------------------------------------------------------------
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         if not self._made:
             return {}
         return {

@@ -70,7 +70,7 @@ class SaveTaskVector(Callback):
 
     @override
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
         if self._base is not None:
             model = find_model(pl_module, self.model_attribute)

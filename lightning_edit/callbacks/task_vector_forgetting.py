@@ -175,7 +175,7 @@ class TaskVectorForgetting(Callback):
 
     @override
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         # A run resumed at the very end of the first phase skips on_train_epoch_start.
         self._end_first_phase(trainer, pl_module)
@@ -264,7 +264,7 @@ class TaskVectorForgetting(Callback):
     # -- checkpoints -------------------------------------------------------------------------
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"done": self.done, "rate": self.rate, "frozen": dict(self._frozen)}
 
     @override
@@ -281,7 +281,7 @@ class TaskVectorForgetting(Callback):
 
     @override
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
         held: dict[str, dict[str, Tensor]] = {}
         if self._base is not None:
@@ -308,5 +308,5 @@ class TaskVectorForgetting(Callback):
         self._adapter_vector = WeightDelta(changes)
 
 
-def _data(trainer: Trainer) -> Any:
+def _data(trainer: Trainer) -> object:
     return getattr(trainer, "datamodule", None)
