@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -32,7 +31,7 @@ def beside_mlp(
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[:] = [args[0]]
 
-    def give(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    def give(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
         more = add(inputs.pop()) if inputs else None
         return None if more is None else output + more.to(output.dtype)
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Codebook(LayerMemory):
         return torch.where(distances <= self.radii[indices], indices, -1)
 
     @override
-    def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def answer(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         router = self.router
         if self.is_off or (router.positions is None and router.route is None):
             return None

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from typing_extensions import override
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree, StackKind
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["Counterfactual", "SideAdapters", "SmallModel", "linear_maps"]
 
 
@@ -25,7 +28,7 @@ class Counterfactual(nn.Module, ABC):
     """A language model that reads an edit before what it is asked."""
 
     @abstractmethod
-    def answering(self, base: Any) -> Any:
+    def answering(self, base: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         """A context manager that gives the model to run, inside of which it is this one.
 
         Args:
@@ -72,7 +75,7 @@ class SmallModel(Counterfactual):
 
     @override
     @contextmanager
-    def answering(self, base: Any) -> Iterator[Any]:
+    def answering(self, base: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield self.model
 
 
@@ -111,7 +114,7 @@ class SideAdapters(Counterfactual):
 
     @override
     @contextmanager
-    def answering(self, base: Any) -> Iterator[Any]:
+    def answering(self, base: PreTrainedModel) -> Iterator[PreTrainedModel]:
         handles = [
             base.get_submodule(name).register_forward_hook(self._beside(down, up))
             for name, down, up in zip(self.names, self.down, self.up, strict=True)
@@ -122,7 +125,9 @@ class SideAdapters(Counterfactual):
             for handle in handles:
                 handle.remove()
 
-    def _beside(self, down: Tensor, up: Tensor) -> Any:
+    def _beside(
+        self, down: Tensor, up: Tensor
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             change = self.scale * (args[0].to(down.dtype) @ down.T) @ up.T
             return output + change.to(output.dtype)

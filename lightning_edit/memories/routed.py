@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -31,12 +30,12 @@ class LayerMemory(EditMemory):
         settings: Further arguments of the subclass, as JSON types.
     """
 
-    def __init__(self, module: str, stack: StackKind, **settings: Any) -> None:
+    def __init__(self, module: str, stack: StackKind, **settings: object) -> None:
         super().__init__(module=module, stack=stack, **settings)
         self.router: Router = Router()
 
     @abstractmethod
-    def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def answer(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """What the layer returns in place of its output; None for the output itself."""
 
     @override

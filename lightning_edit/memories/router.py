@@ -10,13 +10,16 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edit.core.locator import ModelTree
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 __all__ = ["Router", "argument_names", "bound", "stack_of"]
 
@@ -44,7 +47,7 @@ class Router:
         self.attended: Tensor | None = None
         self.route: Tensor | None = None
         self._asked: Tensor | None = None
-        self._kept: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Cache, Tensor] = weakref.WeakKeyDictionary()
 
     def follow(self, tree: ModelTree, *, begins: bool) -> list[RemovableHandle]:
         """Puts hooks around a stack.
@@ -57,10 +60,10 @@ class Router:
         stack = stack_of(tree)
         names = argument_names(stack)
 
-        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             self._begin(bound(names, args, kwargs), begins=begins)
 
-        def end(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def end(_: nn.Module, args: object, kwargs: dict[str, object], output: object) -> None:
             made = _cache_in(output) if isinstance(output, Mapping) else None
             self._end(_cache_in(kwargs) if made is None else made)
 
@@ -92,11 +95,11 @@ class Router:
         finally:
             self._asked = None
 
-    def kept(self, cache: Any) -> Tensor | None:
+    def kept(self, cache: Cache) -> Tensor | None:
         """The route of rows that a cache of keys and values holds, [B]."""
         return self._kept.get(cache)
 
-    def keep(self, cache: Any, route: Tensor) -> None:
+    def keep(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache that was filled by hand the route of its rows.
 
         Args:
@@ -119,7 +122,12 @@ class Router:
         if not begins and isinstance(mask, Tensor) and mask.ndim == 2:
             attended = mask[:, -width:].bool()
         self.attended = attended
-        if route is not None and cache.get_seq_length() and len(route) == rows:
+        if (
+            cache is not None
+            and route is not None
+            and cache.get_seq_length()
+            and len(route) == rows
+        ):
             self.route = route
             return
         if self._asked is not None:
@@ -130,7 +138,7 @@ class Router:
             self.positions = (attended * columns).amax(1)
         self.prompt = attended & (columns <= self.positions[:, None])
 
-    def _end(self, cache: Any) -> None:
+    def _end(self, cache: Cache | None) -> None:
         if cache is not None and self.route is not None:
             self._kept[cache] = self.route
         self.positions = self.prompt = self.attended = self.route = None
@@ -141,7 +149,9 @@ def argument_names(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bound(
+    names: Sequence[str], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, Any]:
     """Arguments of a pass by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -151,6 +161,6 @@ def stack_of(tree: ModelTree) -> nn.Module:
     return tree.model.get_submodule(tree.block_names[0].rsplit(".", 2)[0])
 
 
-def _cache_in(values: Mapping[str, Any]) -> Any:
+def _cache_in(values: Mapping[str, Any]) -> Cache | None:
     """The cache among a stack's arguments or results; None where there is none."""
     return values.get("cache")

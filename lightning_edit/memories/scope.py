@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from lightning_edit.memories.scope_networks import ScopeNetwork, ScopeNetworks
 from lightning_edit.memories.second_opinion import Asked, SecondOpinion
 from lightning_edit.memories.text_encoder import PLAIN_POOLING, pooling_setting
 
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+    from transformers.utils import ModelOutput
+
 __all__ = ["ScopeMemory"]
 
 
@@ -35,7 +39,7 @@ class _Pass:
 
     route: Tensor
     asked: Asked
-    cache: Any
+    cache: Cache | None
 
 
 class ScopeMemory(EditMemory):
@@ -120,7 +124,7 @@ class ScopeMemory(EditMemory):
         return self.networks.network
 
     @property
-    def base(self) -> Any:
+    def base(self) -> PreTrainedModel | None:
         """The model that the memory belongs to."""
         return self._model() if self._model is not None else None
 
@@ -138,7 +142,7 @@ class ScopeMemory(EditMemory):
             )
         self.settings["weights"] = found
 
-    def prepare(self, model: Any) -> Self:
+    def prepare(self, model: PreTrainedModel) -> Self:
         """Makes the networks for a model, which stays as it is.
 
         Raises:
@@ -196,29 +200,37 @@ class ScopeMemory(EditMemory):
         handles = self.router.follow(tree, begins=tree.is_encoder_decoder)
         handles.append(stack.register_forward_pre_hook(self._begin, with_kwargs=True))
         if tree.is_encoder_decoder:
-            encoder = cast(Any, model).get_encoder()
+            encoder = cast("PreTrainedModel", model).get_encoder()
             handles.append(encoder.register_forward_hook(self._hear, with_kwargs=True))
         handles.append(model.register_forward_hook(self._answer, with_kwargs=True))
         return handles
 
-    def _hear(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _hear(
+        self,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: ModelOutput,
+    ) -> None:
         """Keeps what an encoder has read, for the decoder whose pass follows."""
         if self.is_off:
             return
         given = bound(argument_names(module), args, kwargs)
-        ids, mask = _ids_of(given), given.get("attention_mask")
+        ids, mask = _ids_of(given.get("input_ids")), given.get("attention_mask")
         kept = torch.ones_like(ids) if mask is None else mask
         rows = [row[m.bool()].tolist() for row, m in zip(ids, kept, strict=True)]
         self._heard = rows, output[0]
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Decides the route of rows that are asked, and notes what the pass is about."""
         self._pass = None
         router = self.router
         if self.is_off or (router.positions is None and router.route is None):
             return
         given = bound(argument_names(module), args, kwargs)
-        ids = _ids_of(given)
+        ids = _ids_of(given.get("input_ids"))
         heard: list[list[int]] | None = None
         goes_on = router.positions is None
         if not goes_on:
@@ -244,7 +256,13 @@ class ScopeMemory(EditMemory):
             )
         return [row for row in rows for _ in range(times)]
 
-    def _answer(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _answer(
+        self,
+        model: PreTrainedModel,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: ModelOutput,
+    ) -> ModelOutput | None:
         """Puts the logits of the counterfactual model in the place of the base's."""
         found, self._pass = self._pass, None
         if self.is_off or found is None or not bool((found.route >= 0).any()):
@@ -283,25 +301,26 @@ class ScopeMemory(EditMemory):
     # -- state -------------------------------------------------------------------------------
 
     @override
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.networks.is_made:
             self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @override
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.networks.is_made:
             for name, tensor in self.shared().items():
                 destination[f"{prefix}network.{name}"] = tensor
 
 
-def _ids_of(given: Mapping[str, Any]) -> Tensor:
-    ids = given.get("input_ids")
+def _ids_of(ids: Tensor | None) -> Tensor:
     if ids is None:
         raise EditError(
             "The memory reads tokens, but the model was given `inputs_embeds` alone. Give "
             "`input_ids`, or have the base alone with `memory.off()`."
         )
-    return cast(Tensor, ids)
+    return ids

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.memories.counterfactual import Counterfactual, SideAdapters, SmallModel
 from lightning_edit.memories.scope_encoder import FolderEncoder, ScopeEncoder, TokenEncoder
 from lightning_edit.memories.text_encoder import PLAIN_POOLING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["ScopeNetwork", "ScopeNetworks"]
 
@@ -63,7 +66,7 @@ class ScopeNetworks:
             raise EditError("The memory belongs to no model yet. Call `memory.attach_(model)`.")
         return self._network[0]
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
         """Makes the networks for a model, which stays as it is.
 
         Raises:
@@ -73,7 +76,7 @@ class ScopeNetworks:
         if not self._network:
             self._network = (self._build(model),)
 
-    def _build(self, base: Any) -> ScopeNetwork:
+    def _build(self, base: PreTrainedModel) -> ScopeNetwork:
         own = self.settings
         generator = torch.Generator().manual_seed(own["seed"])
         encoder: ScopeEncoder = (

@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_edit.core.batch import pad_rows
+
+if TYPE_CHECKING:
+    from transformers import Cache, DynamicCache, PreTrainedModel
 
 __all__ = ["Asked", "SecondOpinion"]
 
@@ -53,12 +56,12 @@ class SecondOpinion:
 
     def __call__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         logits: Tensor,
         asked: Asked,
         route: Tensor,
         texts: Sequence[Sequence[int]],
-        cache: Any = None,
+        cache: Cache | None = None,
         keep: int | Tensor = 0,
     ) -> Tensor:
         """Logits with those of the other model in the rows that it answers.
@@ -91,10 +94,10 @@ class SecondOpinion:
 
     def _continue(
         self,
-        model: Any,
+        model: PreTrainedModel,
         asked: Asked,
         texts: Sequence[Sequence[int]],
-        cache: Any,
+        cache: Cache | None,
         hits: Tensor,
         columns: Tensor,
     ) -> Tensor:
@@ -102,7 +105,7 @@ class SecondOpinion:
         from transformers import DynamicCache
 
         attended = asked.attended[hits]
-        given: dict[str, Any] = {}
+        given: dict[str, object] = {}
         if asked.goes_on:
             ids, mask = asked.ids[hits], attended.long()
             before, seen = self._taken(cache, hits)
@@ -141,17 +144,17 @@ class SecondOpinion:
 
     def _decode(
         self,
-        model: Any,
+        model: PreTrainedModel,
         asked: Asked,
         texts: Sequence[Sequence[int]],
-        cache: Any,
+        cache: Cache | None,
         hits: Tensor,
     ) -> Tensor:
         """Answers of a decoder whose encoder reads text and prompt, [H, T, V]."""
         from transformers import DynamicCache, EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
 
-        given: dict[str, Any] = {}
+        given: dict[str, object] = {}
         if asked.goes_on:
             taken, mask = self._taken(cache, hits)
             half = len(taken.layers) // 2
@@ -175,13 +178,13 @@ class SecondOpinion:
             use_cache=before is not None,
             **given,
         ).logits
-        if before is not None:
+        if cache is not None:
             sides = (before.self_attention_cache, before.cross_attention_cache)
             layers = [(layer.keys, layer.values) for side in sides for layer in side.layers]
             self._keep(cache.self_attention_cache, layers, mask, hits, asked)
         return logits
 
-    def _taken(self, cache: Any, hits: Tensor) -> tuple[Any, Tensor]:
+    def _taken(self, cache: Cache, hits: Tensor) -> tuple[DynamicCache, Tensor]:
         """The other model's keys and values of some rows, and the mask of these, [H, W]."""
         from transformers import DynamicCache
 
@@ -193,7 +196,7 @@ class SecondOpinion:
 
     def _keep(
         self,
-        cache: Any,
+        cache: Cache,
         layers: Sequence[tuple[Tensor, Tensor]],
         mask: Tensor,
         hits: Tensor,

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class SideMatrices(LayerMemory):
         self.thresholds = torch.tensor(thresholds, device=self._device())
 
     @override
-    def answer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def answer(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         router = self.router
         if self.is_off or (router.positions is None and router.route is None):
             return None
