@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -30,6 +31,7 @@ from lightning_edit.metrics import edit_metrics
 from lightning_edit.modules.arguments import check_arguments
 from lightning_edit.modules.fitting import (
     CommitEdits,
+    EditState,
     Fitting,
     Stateful,
     edit_or_go_on,
@@ -41,6 +43,9 @@ from lightning_edit.modules.session import EditSession
 from lightning_edit.modules.targets import Target, WeightTarget, relative_norm
 from lightning_edit.optim import E, EditOptimizer
 from lightning_edit.presets import load_preset
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 __all__ = ["DType", "EditModule"]
 
@@ -92,7 +97,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         test_protocol: ProtocolName = "independent",
         max_new_tokens: int = 24,
         repeat_requests: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         # Subclasses hand on what they do not know, so that the error can name the editor.
         check_arguments(type(self), {"layers": layers, **unknown}, self.unused_arguments)
@@ -118,7 +123,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.fit_by(CommitEdits())
         self._tokens: PromptTokenizer | None = None
         self._session: EditSession[E] | None = None
-        self._protocol: EditProtocol | None = None
+        self._protocol: EditProtocol[E] | None = None
 
     # -- the method --------------------------------------------------------------------------
 
@@ -157,7 +162,12 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @classmethod
     def from_model(
-        cls, model: Any, tokenizer: Any, *, preset: str | None = None, **settings: Any
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        preset: str | None = None,
+        **settings: Any,
     ) -> Self:
         """An editor of a model that is in memory already.
 
@@ -187,7 +197,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         module.adopt(model, tokenizer)
         return module
 
-    def adopt(self, model: Any, tokenizer: Any) -> None:
+    def adopt(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Makes a model in memory the one that is edited, in place.
 
         Args:
@@ -334,8 +344,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     def relative_norm(self) -> float:
         """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
-        delta: Any = self.delta
-        return relative_norm(delta, self.target.originals) if self.target.originals else 0.0
+        originals = self.target.originals
+        return relative_norm(self.delta, originals) if originals else 0.0
 
     @property
     def evaluator(self) -> Evaluator:
@@ -422,7 +432,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     # -- fit ---------------------------------------------------------------------------------
 
     @override
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.fitting.configure_optimizers(self)
 
     @override
@@ -442,7 +452,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.fitting.on_before_optimizer_step(self.trainer, self, optimizer)
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, outputs: STEP_OUTPUT, batch: list[EditRequest], batch_idx: int
+    ) -> None:
         self.fitting.on_train_batch_end(self.trainer, self, outputs, batch, batch_idx)
 
     @override
@@ -471,11 +483,11 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        cast(EditProtocol, self._protocol).measure(self, batch)
+        cast(EditProtocol[E], self._protocol).measure(self, batch)
 
     @override
     def on_test_epoch_end(self) -> None:
-        cast(EditProtocol, self._protocol).finish(self)
+        cast(EditProtocol[E], self._protocol).finish(self)
         log_metrics(self, self.test_metrics)
 
     @override
@@ -497,16 +509,16 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         """What a checkpoint keeps beside the edits, as tensors and primitives."""
-        state: dict[str, Any] = {"history": self.history, "asked": self.session.asked}
+        state: EditState = {"history": self.history, "asked": self.session.asked}
         for part in self.parts:
             state |= part.edit_state()
         return state
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         """Takes over what ``edit_state`` returned in an earlier run."""
-        self.history = [cast(RequestFigures, dict(row)) for row in state["history"]]
+        self.history = [row.copy() for row in state["history"]]
         self.session.asked = dict(state.get("asked", {}))
         for part in self.parts:
             part.load_edit_state(state)

@@ -8,11 +8,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
@@ -22,13 +24,14 @@ from lightning_edit.core.errors import FailedRequestsError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
-from lightning_edit.optim import E
+from lightning_edit.optim import E, EditOptimizer
 
 if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule
 
 __all__ = [
     "CommitEdits",
+    "EditState",
     "Fitting",
     "Stateful",
     "edit_or_go_on",
@@ -38,14 +41,36 @@ __all__ = [
 ]
 
 
+class EditState(TypedDict, total=False):
+    """What a checkpoint keeps of an editor beside the edits, as tensors and primitives.
+
+    A part of an editor gives what it knows, and reads nothing else.
+    """
+
+    #: Figures of each committed edit, or of each request that was trained on.
+    history: list[RequestFigures]
+    #: Hash of each request that was committed, by its id.
+    asked: dict[str, str]
+    #: Context templates of locate-then-edit methods, in groups.
+    context_templates: list[list[str]]
+    #: Steps of a training that were left out.
+    skipped: int
+    #: Whether networks were trained, the hash of what they came to, and how states are pooled.
+    is_trained: bool
+    weights: str | None
+    pooling: str
+    #: Block of slots that is being trained.
+    block: str
+
+
 class Stateful(Protocol):
     """A part of an editor with something that a resumed run must have."""
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         """What a checkpoint keeps of it, as tensors and primitives."""
         ...
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         """Takes over what ``edit_state`` returned in an earlier run."""
         ...
 
@@ -61,7 +86,7 @@ class Fitting(Callback, ABC, Generic[E]):
     automatic: bool
 
     @abstractmethod
-    def configure_optimizers(self, editor: EditModule[E]) -> Any:
+    def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
         """What Lightning is to step: an optimizer, or all that it accepts in place of one."""
 
     @abstractmethod
@@ -77,7 +102,7 @@ class Fitting(Callback, ABC, Generic[E]):
         """Logs what was measured, once all batches have been."""
 
     @abstractmethod
-    def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, editor: EditModule[E], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint keeps of the editor's state."""
 
 
@@ -94,7 +119,7 @@ class CommitEdits(Fitting[E]):
         self._has_committed = False
 
     @override
-    def configure_optimizers(self, editor: EditModule[E]) -> Any:
+    def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
         return editor.edit_optimizer
 
     @override
@@ -106,9 +131,9 @@ class CommitEdits(Fitting[E]):
             return
         self._has_committed = True
         edit = edit_or_go_on(editor, batch, Processes.running())
-        optimizer = cast(Any, editor.optimizers())
+        optimizer = cast(LightningOptimizer, editor.optimizers())
         # The wrapper would keep the attribute to itself.
-        optimizer.optimizer.stage(edit)
+        cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
         optimizer.step()
         editor.session.asked |= {request.id: request.sha256() for request in batch}
         seconds = (time.perf_counter() - began) / len(batch)
@@ -144,7 +169,7 @@ class CommitEdits(Fitting[E]):
         log_metrics(editor, editor.val_metrics)
 
     @override
-    def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, editor: EditModule[E], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return editor.target.kept(state)
 
     @override
@@ -180,14 +205,14 @@ def request_rows(edit: Edit, ids: Sequence[str]) -> list[RequestFigures]:
     return rows or [{"id": name} for name in ids]
 
 
-def measure(editor: EditModule[Any], batch: list[EditRequest]) -> None:
+def measure(editor: EditModule[E], batch: list[EditRequest]) -> None:
     """Measures a batch in the model as it stands, beside the unedited one."""
     with editor.base_weights():
         baseline = editor.evaluator.baseline(batch)
     editor.evaluator.evaluate(batch, baseline).update(editor.val_metrics)
 
 
-def log_metrics(editor: EditModule[Any], metrics: MetricCollection) -> None:
+def log_metrics(editor: EditModule[E], metrics: MetricCollection) -> None:
     """Logs metrics, leaving out those that no probe was asked for, and begins them anew."""
     values = metrics.compute()
     found = {name: value for name, value in values.items() if not bool(torch.isnan(value))}

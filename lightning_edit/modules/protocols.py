@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Generic, Literal
 
 import torch
 from typing_extensions import override
 
-from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.evaluator import Baseline
 from lightning_edit.modules.fitting import edit_or_go_on
+from lightning_edit.optim import E
 
 if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule
@@ -25,55 +25,55 @@ __all__ = ["Batch", "EditProtocol", "Independent", "ProtocolName", "Sequential",
 ProtocolName = Literal["independent", "batch", "sequential"]
 
 
-class EditProtocol(ABC):
+class EditProtocol(ABC, Generic[E]):
     """How edits are made and measured by ``test``, which leaves the model as it was."""
 
     @abstractmethod
-    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+    def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
         """Makes and measures the edits of a batch."""
 
     @abstractmethod
-    def finish(self, editor: EditModule[Any]) -> None:
+    def finish(self, editor: EditModule[E]) -> None:
         """Measures what could not be measured before, and puts the model back."""
 
 
-class Independent(EditProtocol):
+class Independent(EditProtocol[E]):
     """Each request is edited, measured and taken out by itself."""
 
     @override
-    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+    def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
         _measure_groups(editor, ([request] for request in batch))
 
     @override
-    def finish(self, editor: EditModule[Any]) -> None:
+    def finish(self, editor: EditModule[E]) -> None:
         """Nothing: the model is back after each request."""
 
 
-class Batch(EditProtocol):
+class Batch(EditProtocol[E]):
     """The requests of a batch are one edit."""
 
     @override
-    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+    def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
         _measure_groups(editor, [batch] if batch else [])
 
     @override
-    def finish(self, editor: EditModule[Any]) -> None:
+    def finish(self, editor: EditModule[E]) -> None:
         """Nothing: the model is back after each batch."""
 
 
-class Sequential(EditProtocol):
+class Sequential(EditProtocol[E]):
     """All requests are committed one after another, and then measured.
 
     Args:
         before: All that was committed before the test.
     """
 
-    def __init__(self, before: Edit) -> None:
+    def __init__(self, before: E) -> None:
         self.before = before
         self._seen: list[tuple[list[EditRequest], Baseline]] = []
 
     @override
-    def measure(self, editor: EditModule[Any], batch: list[EditRequest]) -> None:
+    def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
         with editor.base_weights():
             self._seen.append((batch, editor.evaluator.baseline(batch)))
         with torch.inference_mode(False):
@@ -81,14 +81,14 @@ class Sequential(EditProtocol):
                 editor.session.commit(edit_or_go_on(editor, [request]))
 
     @override
-    def finish(self, editor: EditModule[Any]) -> None:
+    def finish(self, editor: EditModule[E]) -> None:
         for batch, baseline in self._seen:
             editor.evaluator.evaluate(batch, baseline).update(editor.test_metrics)
         if self._seen:
             editor.edit_optimizer.rewind(self.before)
 
 
-def make_protocol(editor: EditModule[Any]) -> EditProtocol:
+def make_protocol(editor: EditModule[E]) -> EditProtocol[E]:
     """The protocol that an editor is to be tested by.
 
     Raises:
@@ -108,7 +108,7 @@ def make_protocol(editor: EditModule[Any]) -> EditProtocol:
     return Batch() if name == "batch" else Independent()
 
 
-def _measure_groups(editor: EditModule[Any], groups: Iterable[Sequence[EditRequest]]) -> None:
+def _measure_groups(editor: EditModule[E], groups: Iterable[Sequence[EditRequest]]) -> None:
     for group in groups:
         baseline = editor.evaluator.baseline(group)
         with editor.session.written(edit_or_go_on(editor, group)):

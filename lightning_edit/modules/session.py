@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class EditSession(Generic[E]):
         model_id: str = "",
         revision: str | None = None,
     ) -> None:
-        self.model: Any = model
+        self.model = model
         self.tokens = tokens
         self.target = target
         self.model_id = model_id

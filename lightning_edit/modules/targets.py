@@ -7,13 +7,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import Provenance
@@ -33,7 +34,7 @@ class Target(ABC, Generic[E]):
     """
 
     def __init__(self, model: nn.Module, optimizer: EditOptimizer[E]) -> None:
-        self.model: Any = model
+        self.model = model
         self.optimizer = optimizer
 
     @property
@@ -102,11 +103,11 @@ class Target(ABC, Generic[E]):
         """Name and value of the figure by which a run shows how much has been changed."""
 
     @abstractmethod
-    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint keeps of a module's state, whose names begin with ``model.``."""
 
     @abstractmethod
-    def load_kept(self, state: dict[str, Any]) -> None:
+    def load_kept(self, state: dict[str, Tensor]) -> None:
         """Takes over what ``kept`` gave where Lightning does not, and may take it out."""
 
 
@@ -180,11 +181,11 @@ class WeightTarget(Target[WeightDelta]):
         return "relative_norm", relative_norm(self.delta, self.originals)
 
     @override
-    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: t for n, t in state.items() if n.removeprefix("model.") in self.originals}
 
     @override
-    def load_kept(self, state: dict[str, Any]) -> None:
+    def load_kept(self, state: dict[str, Tensor]) -> None:
         """Nothing: Lightning loads parameters."""
 
 
@@ -265,11 +266,11 @@ class MemoryTarget(Target[MemoryWrite]):
         return "entries", float(len(self.memory))
 
     @override
-    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: t for n, t in state.items() if n.startswith(f"model.{MEMORY_PREFIX}")}
 
     @override
-    def load_kept(self, state: dict[str, Any]) -> None:
+    def load_kept(self, state: dict[str, Tensor]) -> None:
         prefix = f"model.{MEMORY_PREFIX}"
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         if own:
@@ -313,7 +314,7 @@ def restore(parameters: Mapping[str, nn.Parameter], originals: Mapping[str, Tens
         local_shard(parameter).copy_(shard_like(parameter, originals[name]))
 
 
-def relative_norm(delta: WeightDelta, originals: Mapping[str, Tensor]) -> float:
+def relative_norm(delta: Edit, originals: Mapping[str, Tensor]) -> float:
     """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
     size = sum(float(tensor.float().square().sum()) for tensor in originals.values())
     return delta.norm() / size**0.5 if size else 0.0

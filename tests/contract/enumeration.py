@@ -22,6 +22,7 @@ from lightning_edit import MEND, SERAC, EditDataModule, EditModule, TrainedEdito
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from lightning_edit.modules.meta_learning.training import Trainable
+from lightning_edit.optim import E
 from tests.modules.helpers import bare_trainer
 
 __all__ = [
@@ -135,7 +136,7 @@ def documented_arguments(cls: type) -> dict[str, str]:
     return found
 
 
-def quick(cls: type[EditModule], kind: str = "trained") -> dict[str, Any]:
+def quick(cls: type[EditModule[E]], kind: str = "trained") -> dict[str, Any]:
     """Arguments with which an editor of a tiny model of some kind is quick."""
     known = arguments_of(cls)
     mine = {**QUICK, **QUICK_FOR.get(cls.__name__, {})}
@@ -148,7 +149,7 @@ def quick(cls: type[EditModule], kind: str = "trained") -> dict[str, Any]:
     }
 
 
-def quick_editor(cls: type[EditModule], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+def quick_editor(cls: type[EditModule[E]], dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """An editor of a trained tiny model of its own."""
     model, tokenizer = trained_tiny_model()
     if issubclass(cls, TrainedEditor) and dtype != torch.float32:

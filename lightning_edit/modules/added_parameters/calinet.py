@@ -31,6 +31,7 @@ from lightning_edit.functional.calinet import calibration_score
 from lightning_edit.memories.slots import CalibrationSlots
 from lightning_edit.modules.added_parameters.contrasts import wrong_relations
 from lightning_edit.modules.fine_tuning.loop import AnswerLoss, LightningLoop, OptimizerChoice
+from lightning_edit.modules.fitting import EditState
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.meta_learning.training_batch import TrainOn
 from lightning_edit.modules.targets import MemoryTarget, Target
@@ -56,10 +57,10 @@ class _Block:
     taught: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     learned: list[nn.Parameter] = field(default_factory=list)
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         return {"block": self.name}
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         self.name = str(state["block"])
 
 
@@ -289,9 +290,9 @@ class CaliNET(MemoryModule):
 
     # -- what is learned ---------------------------------------------------------------------
 
-    def _kept(self, request: EditRequest) -> dict[str, Any]:
+    def _kept(self, request: EditRequest) -> dict[str, object]:
         """What is kept of a request: all that its slots are trained on."""
-        kept: dict[str, Any] = {"prompt": request.prompt, "target": request.target_new}
+        kept: dict[str, object] = {"prompt": request.prompt, "target": request.target_new}
         if self.train_on != "prompt":
             if not request.rephrases:
                 raise RequestError(
@@ -300,8 +301,8 @@ class CaliNET(MemoryModule):
                 )
             kept["rephrases"] = list(request.rephrases)
         for text in self._texts(kept):
-            lengths = len(self.tokens.prompt(text)), len(self.tokens.target(text, kept["target"]))
-            self.tokens.check_length(request, *lengths)
+            answer = self.tokens.target(text, request.target_new)
+            self.tokens.check_length(request, len(self.tokens.prompt(text)), len(answer))
         return kept
 
     def _texts(self, kept: Mapping[str, Any]) -> list[str]:

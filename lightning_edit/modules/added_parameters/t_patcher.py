@@ -273,7 +273,7 @@ class TPatcher(MemoryModule):
         self, request_id: str, count: int, entries: Mapping[str, MemoryEntry]
     ) -> list[str]:
         """Names of a request's new neurons."""
-        filled: dict[str, Any] = dict(entries)
+        filled: dict[str, MemoryEntry | None] = dict(entries)
         for _ in range(count):
             filled[self.entry_id(request_id, filled)] = None
         self.check_budget(filled)

@@ -204,7 +204,7 @@ class WISE(MemoryModule):
                 number = self.next_number(entries)
                 request = batch.requests[b]
                 name = self.entry_id(request.id, entries)
-                self.check_budget({**entries, **dict.fromkeys([name])})  # type: ignore[dict-item]
+                self.check_budget({**entries, **dict.fromkeys([name])})
                 tensors, figures = self._learn(batch.select([b]), number, entries)
                 kept = {"prompt": request.prompt, "target": request.target_new}
                 entries[name] = MemoryEntry(tensors, {request.id: kept}, {"number": number})
@@ -345,7 +345,7 @@ class WISE(MemoryModule):
         return inputs, outputs, kept
 
 
-def _activation_name(model: Any) -> str:
+def _activation_name(model: nn.Module) -> str:
     """Name of the activation function of a model's MLPs."""
     config = getattr(model, "config", None)
     names = ("hidden_act", "activation_function", "dense_act_fn", "hidden_activation", "activation")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import LocatorError, MissingDependencyError
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
 from lightning_edit.passes.sampling import seeded
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 __all__ = ["AdapterLayers", "adapter_sites"]
 
@@ -74,7 +77,7 @@ class AdapterLayers:
         )
         with seeded(seed):
             inject_adapter_in_model(config, holder)
-        self.layers: list[Any] = [holder[str(i)] for i in range(len(self.sites))]
+        self.layers: list[LoraLayer] = [holder[str(i)] for i in range(len(self.sites))]
         for layer in self.layers:
             layer.lora_A.float()
             layer.lora_B.float()
@@ -150,7 +153,7 @@ class AdapterLayers:
             setattr(self.model.get_submodule(holder), child, module)
 
 
-def _factors(site: WeightSite, layer: Any) -> LowRank:
+def _factors(site: WeightSite, layer: LoraLayer) -> LowRank:
     a_RI = layer.lora_A[_NAME].weight.detach()
     b_OR = layer.lora_B[_NAME].weight.detach() * layer.scaling[_NAME]
     factors = (b_OR.clone(), a_RI.mT.clone())

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +156,7 @@ class AdapterTarget(TunedTarget):
     # -- checkpoints -------------------------------------------------------------------------
 
     @override
-    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter, and weights beneath it if a callback changed them."""
         kept = {f"model.{name}": t.detach() for name, t in self.adapter.state().items()}
         for name, weight in self._weights_beneath().items():
@@ -166,7 +165,7 @@ class AdapterTarget(TunedTarget):
         return kept
 
     @override
-    def load_kept(self, state: dict[str, Any]) -> None:
+    def load_kept(self, state: dict[str, Tensor]) -> None:
         self.adapter.load({name.removeprefix("model."): t for name, t in state.items()})
         was_attached = self.is_attached
         self._attach()

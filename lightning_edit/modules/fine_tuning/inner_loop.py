@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ class InnerLoop:
             else nn.Parameter(p.detach().to(torch.float32, copy=True))
             for name, p in self.parameters.items()
         }
-        self.optimizer: Any = optimizer(self.masters.values())
+        self.optimizer = optimizer(self.masters.values())
 
     def step(self, loss: Tensor) -> None:
         """One step down the gradient of the loss, which is zero where a parameter had no part."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,7 +24,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.functional.token_weights import token_weights
-from lightning_edit.modules.fitting import Fitting, log_metrics, measure
+from lightning_edit.modules.fitting import EditState, Fitting, log_metrics, measure
 from lightning_edit.optim import E
 from lightning_edit.passes.target_loss import target_nll
 
@@ -161,13 +162,13 @@ class LightningLoop(Fitting[E]):
         self.rows: dict[str, RequestFigures] = {}
         self._began = 0.0
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         """What a checkpoint keeps: the figures of the requests."""
         return {"history": list(self.rows.values())}
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         """Takes over what ``edit_state`` returned in an earlier run."""
-        self.rows = {row["id"]: cast(RequestFigures, dict(row)) for row in state["history"]}
+        self.rows = {row["id"]: row.copy() for row in state["history"]}
 
     def row(self, request: EditRequest) -> RequestFigures:
         """Figures of a request, begun when it is first met."""
@@ -183,7 +184,7 @@ class LightningLoop(Fitting[E]):
             _trained(pl_module).before_fit()
 
     @override
-    def configure_optimizers(self, editor: EditModule[E]) -> Any:
+    def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
         trained = _trained(editor)
         optimizer = self.choice.make(trained.tuned_parameters())
         optimizer.register_step_post_hook(lambda *_: trained.after_step())
@@ -197,7 +198,7 @@ class LightningLoop(Fitting[E]):
 
     @override
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._began = time.perf_counter()
 
@@ -218,8 +219,8 @@ class LightningLoop(Fitting[E]):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: list[EditRequest],
         batch_idx: int,
     ) -> None:
         seconds = (time.perf_counter() - self._began) / len(batch)
@@ -246,7 +247,7 @@ class LightningLoop(Fitting[E]):
         log_metrics(editor, editor.val_metrics)
 
     @override
-    def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, editor: EditModule[E], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return editor.target.kept(state)
 
 

@@ -8,9 +8,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
@@ -111,11 +110,11 @@ class TunedWeights(TunedTarget):
         return self._weights.base_weights()
 
     @override
-    def kept(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._weights.kept(state)
 
     @override
-    def load_kept(self, state: dict[str, Any]) -> None:
+    def load_kept(self, state: dict[str, Tensor]) -> None:
         self._weights.load_kept(state)
 
 

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.request import EditRequest
+from lightning_edit.modules.fitting import EditState
 
 __all__ = ["Contexts"]
 
@@ -77,11 +77,11 @@ class Contexts:
 
         return [[row(request, prefix) for prefix in prefixes] for request in requests]
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         """The contexts, since a resumed run holds an edited model, which would write others."""
         return {"context_templates": self.groups}
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         """Takes over the contexts of an earlier run."""
         self._groups = _grouped(state["context_templates"])
 

@@ -66,7 +66,9 @@ class SecondMoments:
     def __init__(self, settings: MomentSettings) -> None:
         self.settings = settings
         self._moments: dict[int, Tensor] = {}
-        self._made: dict[tuple[int, Callable[..., Any]], tuple[Tensor, tuple[Any, ...], Any]] = {}
+        self._made: dict[
+            tuple[int, Callable[..., object]], tuple[Tensor, tuple[object, ...], Any]
+        ] = {}
 
     def give(self, sites: Sequence[WeightSite], layer: int, moment: Tensor) -> None:
         """Takes the second moment of a layer over, [M, M], in place of any other.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -27,6 +27,9 @@ from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.sampling import BATCH_ROWS, ROW_LENGTH, sample_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "data_module_ids",
@@ -158,7 +161,7 @@ def data_module_ids(tokens: PromptTokenizer, data: LightningDataModule, count: i
     data.setup("fit")
     name = type(data).__name__
 
-    def texts_of(batch: Any) -> Iterator[str | list[int]]:
+    def texts_of(batch: object) -> Iterator[str | list[int]]:
         if isinstance(batch, str):
             yield batch
         elif isinstance(batch, EditRequest):
@@ -216,14 +219,14 @@ def _accumulate(
     }
 
     def adder(layer: int) -> Callable[..., None]:
-        def add(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
+        def add(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
             second_moment_update(totals[layer], args[0].reshape(-1, args[0].shape[-1]))
             if layer == layers[-1]:
                 raise StopPass
 
         return add
 
-    model: Any = tree.model
+    model: PreTrainedModel = tree.model
     before = {site.module(tree.model): adder(layer) for layer, site in sites.items()}
     with torch.no_grad(), hooked(before=before):
         for batch in batches:

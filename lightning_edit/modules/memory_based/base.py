@@ -65,7 +65,7 @@ class MemoryModule(EditModule[MemoryWrite]):
         known = self.memory.requests
         return self.memory.without([name for name in request_ids if name in known])
 
-    def entry_id(self, request_id: str, entries: Mapping[str, MemoryEntry]) -> str:
+    def entry_id(self, request_id: str, entries: Mapping[str, object]) -> str:
         """A name for a new entry: that of its request, with a number where it has several."""
         names = (f"{request_id}#{n}" if n else request_id for n in range(len(entries) + 1))
         return next(name for name in names if name not in entries)
@@ -74,7 +74,7 @@ class MemoryModule(EditModule[MemoryWrite]):
         """A number for a new entry, where the notes of entries number them."""
         return 1 + max((int(entry.notes["number"]) for entry in entries.values()), default=-1)
 
-    def check_budget(self, entries: Mapping[str, MemoryEntry]) -> None:
+    def check_budget(self, entries: Mapping[str, object]) -> None:
         """Checks that the memory may hold so many entries.
 
         Raises:

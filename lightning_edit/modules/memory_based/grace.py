@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
@@ -260,13 +260,13 @@ class GRACE(MemoryModule):
         self,
         entry: MemoryEntry,
         request_id: str,
-        kept: dict[str, Any],
+        kept: dict[str, object],
         query: Tensor,
         radius: Tensor,
         distance: Tensor,
     ) -> MemoryEntry:
         """An entry that answers one more request."""
-        requests = {**entry.requests, request_id: kept}
+        requests: Mapping[str, Mapping[str, object]] = {**entry.requests, request_id: kept}
         tensors = {**entry.tensors, "radii": radius}
         if self.expansion == "moving_average" and distance > entry.tensors["radii"]:
             tensors["keys"] = 0.5 * entry.tensors["keys"] + 0.5 * query
@@ -324,7 +324,7 @@ class GRACE(MemoryModule):
         """Has the layer return values in place of its outputs, as the codebook will."""
         hits = torch.ones_like(positions, dtype=torch.bool)
 
-        def answer(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        def answer(_: nn.Module, __: object, output: Tensor) -> Tensor:
             outputs = output.reshape(len(values), -1, output.shape[-1])
             replaced = replace_outputs(outputs, values, hits, positions, self.replacement)
             return replaced.reshape(output.shape)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch, PromptTokenizer
@@ -32,6 +32,7 @@ from lightning_edit.memories.scope import ScopeMemory
 from lightning_edit.memories.scope_encoder import FolderEncoder
 from lightning_edit.memories.text_encoder import PLAIN_POOLING, folder_pooling, pooling_setting
 from lightning_edit.models import load_tokenizer, resolve_model
+from lightning_edit.modules.fitting import EditState
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.meta_learning.checkpoints import (
     EditorCheckpoint,
@@ -57,7 +58,7 @@ class NetworkState:
         self.is_trained = False
         self.has_moved = False
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         """Whether the networks were trained, the hash of what they came to, and the pooling."""
         is_known = self.is_trained and self.network is not None
         weights = weight_hash(cast(nn.Module, self.network)) if is_known else None
@@ -75,7 +76,7 @@ class NetworkState:
         if encoder is not None:
             encoder.check_pooling(state.get("pooling", PLAIN_POOLING))
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         """Takes over what ``edit_state`` returned; the networks are loaded by others."""
         self.check_edit_state(state)
         self.is_trained = self.has_moved = bool(state["is_trained"])
@@ -442,7 +443,7 @@ class SERAC(MemoryModule):
 
     # -- fit -----------------------------------------------------------------------------------
 
-    def network_optimizer(self) -> Any:
+    def network_optimizer(self) -> Optimizer:
         """Adam, with a learning rate each for the encoder and the counterfactual model."""
         parts = (
             (self.network.encoder, self.encoder_lr),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lightning_edit.checkpoints import read_checkpoint
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.fitting import EditState
+from lightning_edit.optim import E
 
 __all__ = [
     "NETWORK",
@@ -36,7 +38,7 @@ class EditorRecord(TypedDict):
 
     #: Name of the method's class, and its arguments.
     method: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     #: Names of the parameters that the network belongs to.
     parameters: list[str]
 
@@ -45,7 +47,7 @@ class EditingRecord(TypedDict):
     """What an editor's checkpoint knows beside tensors."""
 
     base_sha256: str
-    edit_state: dict[str, Any]
+    edit_state: EditState
     editor: EditorRecord
 
 
@@ -74,7 +76,7 @@ class EditorCheckpoint(TypedDict):
     loops: NotRequired[dict[str, FitLoop]]
 
 
-def editor_record(editor: EditModule[Any], parameters: list[str]) -> EditorRecord:
+def editor_record(editor: EditModule[E], parameters: list[str]) -> EditorRecord:
     """The record of an editor that is being trained.
 
     Args:
@@ -171,7 +173,7 @@ def _tokens_of_a_pass(saved: EditorCheckpoint) -> float:
 
 
 def take_network(
-    editor: EditModule[Any],
+    editor: EditModule[E],
     network: nn.Module,
     parameters: list[str],
     saved: EditorCheckpoint,

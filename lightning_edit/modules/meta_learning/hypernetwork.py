@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -157,7 +158,7 @@ class HyperEditModule(EditModule[WeightDelta]):
         """
 
     @abstractmethod
-    def network_optimizer(self) -> Any:
+    def network_optimizer(self) -> OptimizerLRScheduler:
         """What steps the network: an optimizer, or all that Lightning accepts in its place."""
 
     def token_weights(self, batch: EditBatch, groups: Tensor) -> Tensor:

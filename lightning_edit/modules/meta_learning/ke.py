@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -28,6 +29,7 @@ from lightning_edit.modules.meta_learning.factors import Factors, Gradients, Pos
 from lightning_edit.modules.meta_learning.hypernetwork import HyperEditModule
 from lightning_edit.modules.meta_learning.objectives import Objective
 from lightning_edit.modules.meta_learning.training_batch import TrainOn
+from lightning_edit.optim import E
 
 __all__ = ["KE"]
 
@@ -146,7 +148,7 @@ class MarginSchedule:
         said = [probe.exact for probe in found.probes if probe.metric == "reliability"]
         self.flipped.update(torch.tensor(said, dtype=torch.float32))
 
-    def step(self, editor: EditModule[Any]) -> None:
+    def step(self, editor: EditModule[E]) -> None:
         """Shrinks and logs the margin of an editor's network."""
         flipped = float(self.flipped.compute())
         self.flipped.reset()
@@ -265,18 +267,18 @@ class KE(HyperEditModule):
             )
 
     @override
-    def network_optimizer(self) -> Any:
+    def network_optimizer(self) -> OptimizerLRScheduler:
         network = self.network
         learned = [p for name, p in network.named_parameters() if name != "multiplier"]
-        climbing: dict[str, Any] = {
+        climbing: dict[str, object] = {
             "params": [network.multiplier],
             "lr": self.multiplier_lr,
             "maximize": True,
         }
-        groups: list[dict[str, Any]] = [{"params": learned}, climbing]
+        groups: list[dict[str, object]] = [{"params": learned}, climbing]
         optimizer = RMSprop(groups, lr=self.lr, centered=True)
 
-        def keep_above_zero(*_: Any) -> None:
+        def keep_above_zero(*_: object) -> None:
             with torch.no_grad():
                 network.multiplier.clamp_(min=0)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
 from lightning_edit.core.locator import ModelTree, WeightSite
@@ -131,7 +131,7 @@ class MEND(HyperEditModule):
         return MENDNetwork(networks, len(sites), self.edit_lr)
 
     @override
-    def network_optimizer(self) -> Any:
+    def network_optimizer(self) -> Optimizer:
         return Adam(
             [
                 {"params": list(self.network.by_shape.parameters()), "lr": self.lr},

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from torch import nn
 from typing_extensions import override
 
 import lightning_edit
@@ -23,7 +24,7 @@ from lightning_edit.modules.targets import Target
 __all__ = ["TrainedEditor"]
 
 
-class TrainedEditor(EditModule[Any]):
+class TrainedEditor(EditModule[Edit]):
     """Has ``fit`` commit the edits of a trained KE, MEND, MALMEN, RLEdit or SERAC.
 
     What was trained, and with which settings, is in the checkpoint. Edits are those of the trained
@@ -81,12 +82,12 @@ class TrainedEditor(EditModule[Any]):
         super().__init__(model, **kwargs)
         self.checkpoint = checkpoint
         self.any_base = any_base
-        self.network: Any = None
+        self.network: nn.Module | None = None
         # In a tuple, out of sight of Lightning, for which it would be a part of this module.
-        self._trained: tuple[EditModule[Any], ...] = ()
+        self._trained: tuple[EditModule[Edit], ...] = ()
 
     @property
-    def trained(self) -> EditModule[Any]:
+    def trained(self) -> EditModule[Edit]:
         """The editor out of the checkpoint; there once the model is."""
         return self._trained[0]
 
@@ -95,7 +96,7 @@ class TrainedEditor(EditModule[Any]):
         return self.trained.edited_names(tree)
 
     @override
-    def make_target(self, tree: ModelTree) -> Target[Any]:
+    def make_target(self, tree: ModelTree) -> Target[Edit]:
         """What the trained editor edits: weights, or a memory."""
         saved = read_editor(self.checkpoint)
         about = saved["lightning_edit"]["editor"]
@@ -112,7 +113,7 @@ class TrainedEditor(EditModule[Any]):
         trained.network.requires_grad_(False)
         self._trained = (trained,)
         self.network = trained.network  # moves to other devices with this module
-        target: Target[Any] = trained.target
+        target: Target[Edit] = trained.target
         return target
 
     @override
@@ -121,16 +122,17 @@ class TrainedEditor(EditModule[Any]):
         return edit
 
 
-def _methods(name: str) -> dict[str, Any]:
+def _methods(name: str) -> dict[str, type]:
     """Methods that are trained before they edit, by name: all that are imported, and one more."""
     if name in lightning_edit.__all__:
         getattr(lightning_edit, name)  # public names are imported on first use
     return {cls.__name__: cls for cls in _trainable(EditModule)}
 
 
-def _trainable(cls: Any) -> Iterator[Any]:
+def _trainable(cls: type) -> Iterator[type]:
     """All methods below a class that are trained before they edit."""
     if issubclass(cls, Trainable) and not inspect.isabstract(cls):
         yield cls
-    for one in cls.__subclasses__():
+    below: list[type] = cls.__subclasses__()
+    for one in below:
         yield from _trainable(one)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -20,7 +21,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.fitting import Fitting, log_metrics
+from lightning_edit.modules.fitting import EditState, Fitting, log_metrics
 from lightning_edit.modules.meta_learning.checkpoints import (
     NETWORK,
     EditorCheckpoint,
@@ -59,7 +60,7 @@ class Trainable(Protocol):
         """
         ...
 
-    def network_optimizer(self) -> Any:
+    def network_optimizer(self) -> OptimizerLRScheduler:
         """What steps the network: an optimizer, or all that Lightning accepts in its place."""
         ...
 
@@ -88,7 +89,7 @@ class ValidationSchedule(Protocol):
         """Takes note of how an edit was scored."""
         ...
 
-    def step(self, editor: EditModule[Any]) -> None:
+    def step(self, editor: EditModule[E]) -> None:
         """Acts on it, once all edits of a validation have been scored."""
         ...
 
@@ -126,7 +127,7 @@ class EditorTraining(Fitting[E]):
     # -- a step ------------------------------------------------------------------------------
 
     @override
-    def configure_optimizers(self, editor: EditModule[E]) -> Any:
+    def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
         return _trainable(editor).network_optimizer()
 
     @override
@@ -214,7 +215,7 @@ class EditorTraining(Fitting[E]):
     # -- checkpoints -------------------------------------------------------------------------
 
     @override
-    def kept(self, editor: EditModule[E], state: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, editor: EditModule[E], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if name.startswith(NETWORK)}
 
     @override
@@ -233,11 +234,11 @@ class EditorTraining(Fitting[E]):
         if "editor" in saved["lightning_edit"]:
             complete_checkpoint(editor, cast(nn.Module, editor.network), saved, "the checkpoint")
 
-    def edit_state(self) -> dict[str, Any]:
+    def edit_state(self) -> EditState:
         """What a resumed training has to know."""
         return {"skipped": self.skipped}
 
-    def load_edit_state(self, state: Mapping[str, Any]) -> None:
+    def load_edit_state(self, state: EditState) -> None:
         """Goes on from what ``edit_state`` returned in an earlier run."""
         self.skipped = int(state["skipped"])
 
@@ -262,7 +263,7 @@ def zero_loss(network: nn.Module) -> Tensor:
     return 0.0 * torch.stack(parts).sum()
 
 
-def _trainable(editor: EditModule[Any]) -> Trainable:
+def _trainable(editor: EditModule[E]) -> Trainable:
     if not isinstance(editor, Trainable):
         raise TypeError(
             f"{type(editor).__name__} cannot be trained: it lacks a method of `Trainable`."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class TrainingBatch:
         )
         return cls(inner, outer, [i for i, _ in asked], locality)
 
-    def to(self, device: Any) -> Self:
+    def to(self, device: torch.device) -> Self:
         """Moves the tensors to a device."""
         return type(self)(
             self.inner.to(device),

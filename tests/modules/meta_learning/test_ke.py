@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_edit import KE, EditDataModule, EditRequest
 from lightning_edit.core.change import LowRank
@@ -117,6 +118,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form(kind: str) -> None:
 def test_the_multiplier_climbs_by_a_group_of_its_own_and_stays_above_zero() -> None:
     editor = KE.from_model(*trained_tiny_model(), layers=[3], margin=1.0, warmup_steps=0)
     optimizer = editor.configure_optimizers()
+    assert isinstance(optimizer, Optimizer)
     editor.network.multiplier.grad = torch.tensor(0.5)
     optimizer.step()
     # The first step of centered RMSprop is lr / sqrt(0.01 − 0.0001), whatever the violation.
