@@ -9,10 +9,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_edit.artifacts.outcomes import Offer, OfferKind, SavedEdit
 from lightning_edit.presets import config_folder
+
+if TYPE_CHECKING:
+    from lightning_edit.core.storage import EntryRecord
 
 __all__ = ["find_edit", "list_", "offers", "saved_edits"]
 
@@ -134,21 +137,7 @@ def _saved_edit(path: Path) -> SavedEdit:
     )
 
 
-class _KeptRequest(TypedDict, total=False):
-    """What an entry of a memory keeps of a request, as far as it is listed."""
-
-    prompt: str
-    target: str
-
-
-class _KeptEntry(TypedDict, total=False):
-    """An entry of a memory as the description of a saved edit has it."""
-
-    id: str
-    requests: dict[str, _KeptRequest]
-
-
-def _remembered(entries: Sequence[_KeptEntry]) -> dict[str, str]:
+def _remembered(entries: Sequence[EntryRecord]) -> dict[str, str]:
     """Requests in words by id, as a memory keeps them."""
     kept = {i: request for entry in entries for i, request in entry.get("requests", {}).items()}
     return {i: f"{r.get('prompt', '')} → {r.get('target', '')}" for i, r in kept.items()}

@@ -63,8 +63,10 @@ class NetworkState:
         is_known = self.is_trained and self.network is not None
         weights = weight_hash(cast(nn.Module, self.network)) if is_known else None
         encoder = self._folder_encoder()
-        noted = {} if encoder is None else pooling_setting(encoder.pooling)
-        return {"is_trained": self.is_trained, "weights": weights, **noted}
+        state: EditState = {"is_trained": self.is_trained, "weights": weights}
+        if encoder is not None and pooling_setting(encoder.pooling):
+            state["pooling"] = encoder.pooling
+        return state
 
     def check_edit_state(self, state: Mapping[str, Any]) -> None:
         """Checks that networks out of a checkpoint are of this encoder's pooling.

@@ -168,7 +168,8 @@ def _tokens_of_a_pass(saved: EditorCheckpoint) -> float:
         return 0.0
     rows = sum(float(tensor) for name, tensor in state.items() if name.endswith(".total"))
     a_request = rows / len(about["parameters"]) / batches / size
-    requests = min(settings["micro_batch_size"], -(-size // settings["sequence"]))
+    at_once, sequence = (int(str(settings[name])) for name in ("micro_batch_size", "sequence"))
+    requests = min(at_once, -(-size // sequence))
     return a_request * float(requests)
 
 
