@@ -13,6 +13,7 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.request import LOCALITY_KINDS, PORTABILITY_KINDS, check_requests
 from lightning_edit.demos import (
     WORLD,
+    models,
     tiny_model,
     tiny_requests,
     tiny_tokenizer,
@@ -69,18 +70,29 @@ def test_tokenizer() -> None:
     lengths = {len(tokenizer.encode(f" {fact.answer}")) for fact in WORLD}
     assert min(lengths) == 1
     assert max(lengths) > 1
-    # Training is deterministic.
-    assert tiny_tokenizer().get_vocab() == tokenizer.get_vocab()
+    # Training is deterministic, and done once.
+    assert models._tokenizer.__wrapped__().get_vocab() == tokenizer.get_vocab()
+    tokenizer.add_tokens(["Atlantis"])
+    assert "Atlantis" not in tiny_tokenizer().get_vocab()
 
 
 def test_models_depend_on_the_seed_only() -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    weights = [tiny_model(seed=seed).lm_head.weight for seed in (0, 0, 1)]
+    made = [models._model.__wrapped__("llama", seed) for seed in (0, 0, 1)]
+    weights = [model.lm_head.weight for model in made]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), state)
     assert not tiny_model().training
+    assert torch.equal(tiny_model().lm_head.weight, weights[0])
+
+
+def test_models_do_not_depend_on_what_is_in_force_where_they_are_asked_for_first() -> None:
+    for make in (lambda: models._model.__wrapped__("gpt2", 0), models._trained.__wrapped__):
+        with torch.inference_mode(), torch.device("meta"):
+            model = make()
+        assert not any(p.is_meta or p.is_inference() for p in model.parameters())
 
 
 def test_unknown_kind() -> None:
@@ -116,7 +128,8 @@ def test_a_changed_file_of_weights_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny_llama.safetensors").write_bytes(b"changed")
-    monkeypatch.setattr("lightning_edit.demos.models.files", lambda package: tmp_path)
+    monkeypatch.setattr(models, "files", lambda package: tmp_path)
+    monkeypatch.setattr(models, "_trained", models._trained.__wrapped__)
     with pytest.raises(ModelError, match=r"has the SHA-256 .* published.*install .* again"):
         trained_tiny_model()
 

@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +43,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         >>> tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token
         ('<pad>', '<end>', None)
     """
+    return copy.deepcopy(_tokenizer())
+
+
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -76,6 +85,11 @@ def tiny_model(kind: TinyKind = "llama", seed: int = 0) -> PreTrainedModel:
         >>> model.config.num_hidden_layers, model.config.hidden_size
         (4, 32)
     """
+    return copy.deepcopy(_model(kind, seed))
+
+
+@functools.cache
+def _model(kind: str, seed: int) -> PreTrainedModel:
     import transformers
 
     tokens: dict[str, int | None] = {
@@ -125,7 +139,7 @@ def tiny_model(kind: TinyKind = "llama", seed: int = 0) -> PreTrainedModel:
         if config.is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _plain_tensors():
         torch.manual_seed(seed)
         return auto.from_config(config).eval()
 
@@ -149,15 +163,27 @@ def trained_tiny_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         >>> tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0])
         'The capital of Velmora is Dorin.<end>'
     """
+    return copy.deepcopy(_trained()), tiny_tokenizer()
+
+
+@functools.cache
+def _trained() -> PreTrainedModel:
     from safetensors.torch import load_model
 
-    model = tiny_model()
-    with as_file(files("lightning_edit.demos") / _WEIGHTS) as path:
+    with _plain_tensors(), as_file(files("lightning_edit.demos") / _WEIGHTS) as path:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != _WEIGHTS_SHA256:
             raise ModelError(
                 f"{path} has the SHA-256 {digest}, but the weights that were published have "
                 f"{_WEIGHTS_SHA256}: install lightning_edit again."
             )
+        model = tiny_model()
         load_model(model, path)
-    return model, tiny_tokenizer()
+    return model
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Context manager: what is in force around the first call is not to be in all copies."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
