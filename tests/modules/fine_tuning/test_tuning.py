@@ -362,7 +362,7 @@ def test_goldens_of_full_and_lora_tuning(goldens: Path, default_model: tuple[Any
 
     model, tokenizer = default_model
     full = FullTuning.from_model(
-        model, tokenizer, optimizer=functools.partial(AdamW, lr=5e-5, weight_decay=0.0)
+        model, tokenizer, optimizer=functools.partial(AdamW, lr=5e-5, weight_decay=0.0, fused=True)
     )
     try:
         fit(full, 3)
