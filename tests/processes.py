@@ -8,8 +8,10 @@ it for each call. Where processes cannot be forked safely, each imports for itse
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["LONG", "program", "run_pair", "run_process", "run_program"]
+__all__ = ["LONG", "program", "run_module", "run_pair", "run_process", "run_program"]
 
 #: Seconds after which a process is taken to hang.
 LONG = 1800
@@ -65,6 +67,23 @@ def program(words: Sequence[str]) -> None:
 def run_program(words: Sequence[str]) -> CompletedProcess[str]:
     """Runs a command line in a process of its own."""
     return run_process(program, list(words))
+
+
+def run_module(folder: Path, *words: str) -> CompletedProcess[str]:
+    """Runs a Python module in a folder as ``python -m`` does, with the packages of that folder."""
+    return run_process(_module, str(folder), words)
+
+
+def _module(folder: str, words: Sequence[str]) -> None:
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("lightning_edit", "tests"):
+            del sys.modules[name]
+    gc.collect()  # else classes of the same names would be found twice
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = folder
+    sys.path.insert(0, folder)
+    sys.argv[:] = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def run_pair(target: Callable[..., object], *arguments: object) -> list[CompletedProcess[str]]:

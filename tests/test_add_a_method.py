@@ -4,27 +4,29 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_module
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("lightning_edit", "tests", "configs", "docs", "examples", "benchmarks")
 METHOD = "lightning_edit/modules/fine_tuning/one_step.py"
 TEST = "tests/modules/fine_tuning/test_one_step.py"
 CONFIG = "configs/method/one_step.yaml"
-# What looks at the tree as a whole, and what enumerates methods.
+# What looks at the tree as a whole, what enumerates methods, and the method's own tests.
+WHOLE = ("test_rooms", "test_composition", "test_reference", "test_public_api")
+NAMED = ("public_name", "navigation", "language", "OneStep", "one_step", "there_is_something")
 CHECKS = (
-    ["tests/test_rooms.py", "tests/test_composition.py", "tests/test_reference.py"],
-    ["tests/test_public_api.py", "tests/test_readme.py", "-k", "name or described or navigation"],
-    ["tests/contract", "-k", "OneStep or one_step or there_is_something"],
-    [TEST],
+    *(f"tests/{name}.py" for name in WHOLE),
+    *("tests/test_readme.py", "tests/contract", TEST),
+    *("-k", " or ".join([*WHOLE, *NAMED])),
 )
+# Plugins of pytest are imported already in the process that is forked.
+NESTED = ("--assert=plain", "-m", "not slow")
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +59,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tree: Path, *words: str) -> None:
     """Runs a Python module in the copy, and shows what it says where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_module(tree, *words)
     assert not done.returncode, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -79,8 +74,7 @@ def test_its_types_are_right(tree: Path) -> None:
 
 
 def test_all_that_is_derived_of_it_is_green(tree: Path) -> None:
-    for words in CHECKS:
-        run(tree, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *words)
+    run(tree, "pytest", "-q", "-p", "no:cacheprovider", *NESTED, *CHECKS)
 
 
 def test_the_command_line_knows_it(tree: Path) -> None:
