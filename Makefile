@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # More threads than free cores make small matrix products slower, not faster.
 # Workers, and processes of theirs, read the bytecode that the first of them wrote.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
-# A worker for each core, four at most, each of which loads the default model once.
-WORKERS := -n auto --maxprocesses 4 --dist loadfile
+# A worker for each core, four at most, each of which loads the default model once. Long files come
+# first; xdist would begin with those of many tests, and end with the longest.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What rests on numbers that a model computes.
 MODEL_TESTS := lightning_edit tests/callbacks tests/contract tests/core tests/evaluation \

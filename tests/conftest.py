@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ import pytest
 import torch
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that edit the default model come first: begun last, they would be waited for."""
+    long = {item.path for item in items if item.get_closest_marker("real")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_sessionfinish() -> None:
+    """Processes of the tests end with them."""
+    processes = sys.modules.get("tests.processes")
+    if processes is not None:
+        processes.end_server()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["LONG", "program", "run_module", "run_pair", "run_process", "run_program"]
+__all__ = ["LONG", "end_server", "program", "run_module", "run_pair", "run_process", "run_program"]
 
 #: Seconds after which a process is taken to hang.
 LONG = 1800
@@ -45,6 +45,14 @@ if sys.platform == "linux":
     )
 else:
     CONTEXT = multiprocessing.get_context("spawn")
+
+
+def end_server() -> None:
+    """Ends the server, where there is one, and waits for it: its time is then that of the tests."""
+    if sys.platform == "linux":
+        from multiprocessing import forkserver
+
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def run_process(target: Callable[..., object], *arguments: object) -> CompletedProcess[str]:
