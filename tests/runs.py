@@ -22,6 +22,7 @@ from lightning_edit.demos import tiny_requests, trained_tiny_model
 from tests.processes import LONG
 
 __all__ = [
+    "NOISE",
     "ROOT",
     "TinyWorld",
     "assert_same_edit",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent.parent
+#: What a run of the program does not say.
+NOISE = ("Traceback", "litlogger", "eval mode", "LeafSpec", "workers")
 
 
 class TinyWorld:

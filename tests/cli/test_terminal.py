@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from lightning_edit.rendering.terminal import spell_out
-from tests.runs import ROOT, TinyWorld, run_here
+from tests.runs import NOISE, ROOT, TinyWorld, run_here
 
 # A locale that Python takes at its word: files and streams are of ASCII unless told otherwise.
 POOR = {
@@ -97,6 +97,7 @@ def test_a_fit_needs_neither_a_locale_nor_unix(
     words = [sys.executable, "-c", PROGRAM, *fit(world, tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not [noise for noise in NOISE if noise in done.stderr]
     (results,) = tmp_path.rglob("results.json")
     peak = json.loads(results.read_text(encoding="utf-8"))["peak_memory_bytes"]
     assert (peak is None) != torch.cuda.is_available()
