@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
     settings: dict[str, Any] = {}
     if arguments.model == "tiny":  # few and small steps would teach a tiny network nothing
-        settings = {"rank": 32, "lr": 1e-4, "edit_lr": 0.02, "edit_lr_lr": 2e-3}
+        settings = {"rank": 32, "lr": 3e-4, "edit_lr": 0.02, "edit_lr_lr": 5e-3}
     editor = le.MEND.from_model(*load(arguments.model), **settings)
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
     plain: Any = {"logger": False, "enable_checkpointing": False, **quiet}

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,11 @@ def test_models_depend_on_the_seed_only() -> None:
 
 
 def test_models_do_not_depend_on_what_is_in_force_where_they_are_asked_for_first() -> None:
-    for make in (lambda: models._model.__wrapped__("gpt2", 0), models._trained.__wrapped__):
+    made: list[Callable[[], Any]] = [
+        lambda: models._model.__wrapped__("gpt2", 0),
+        models._trained.__wrapped__,
+    ]
+    for make in made:
         with torch.inference_mode(), torch.device("meta"):
             model = make()
         assert not any(p.is_meta or p.is_inference() for p in model.parameters())

@@ -40,7 +40,7 @@ SHOWN = {
         r"weights untouched: True",
     ],
     "train_mend": [
-        r"unseen facts, reliability: (0\.[789]|1\.)\d",
+        r"unseen facts, reliability: (0\.[89]|1\.)\d",
         r"model\.layers\.3\.mlp\.down_proj\.weight: rank 1",
         r"before: Dorin\.",
         r"edited: Kettleby\.",
