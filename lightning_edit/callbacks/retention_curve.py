@@ -91,7 +91,7 @@ class RetentionCurve(Callback):
         self.perplexity: list[float] = []
         self.perplexity_before = math.nan
         # Edits so far: id to prompt and answer.
-        self._made: dict[str, tuple[str, str]] = {}
+        self._made: dict[str, tuple[str, str, bool | None]] = {}
         self._restored: Mapping[str, Any] | None = None
         self._is_finished = False
 
@@ -179,7 +179,10 @@ class RetentionCurve(Callback):
         self.steps = list(restored.get("steps", []))
         self.held = [list(row) for row in restored.get("held", [])]
         self.perplexity = list(restored.get("perplexity", []))
-        self._made = {id_: (p, a) for id_, (p, a) in restored.get("made", {}).items()}
+        self._made = {
+            id_: (p, a, *(glued or [None]))
+            for id_, (p, a, *glued) in restored.get("made", {}).items()
+        }
         if restored:
             self.perplexity_before = float(restored["perplexity_before"])
             return
@@ -199,19 +202,19 @@ class RetentionCurve(Callback):
                 "of `EditRequest`, as the data modules of this package give them."
             )
         before = len(self._made)
-        parts = [[(r.id, r.prompt, r.target_new) for r in requests]]
+        parts = [[(r.id, r.prompt, r.target_new, r.glued) for r in requests]]
         if trainer.world_size > 1:  # each process may have had requests of its own
             parts = parts * trainer.world_size
             torch.distributed.all_gather_object(parts, parts[0])
         for part in parts:
-            for id_, prompt, answer in part:
-                self._made.setdefault(id_, (prompt, answer))
+            for id_, prompt, answer, glued in part:
+                self._made.setdefault(id_, (prompt, answer, glued))
         return len(self._made) // self.every_n_edits > before // self.every_n_edits
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Adds a row, logs it and writes what there is so far."""
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
-        pairs = [(tokens.prompt(p), tokens.target(p, a)) for p, a in self._made.values()]
+        pairs = [(tokens.prompt(row[0]), tokens.target(*row)) for row in self._made.values()]
         with evaluating(model):
             scores = score_targets(model, tokens, pairs)
             self.perplexity.append(perplexity(model, tokens, self.text))

@@ -249,7 +249,9 @@ class TaskVectorForgetting(Callback):
         if self.old_nll_warning is None or tokens is None or not old:
             return
         asked = old[:_MEASURED]
-        pairs = [(tokens.prompt(r.prompt), tokens.target(r.prompt, r.target_new)) for r in asked]
+        pairs = [
+            (tokens.prompt(r.prompt), tokens.target(r.prompt, r.target_new, r.glued)) for r in asked
+        ]
         with trainer.precision_plugin.forward_context(), evaluating(model):
             scores = score_targets(model, tokens, pairs)
         nll = sum(score.nll for score in scores) / len(scores)

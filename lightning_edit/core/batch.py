@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -15,31 +16,43 @@ from torch import Tensor
 from lightning_edit.core.errors import ModelError, RequestError
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.spacing import space_between, word_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "pad_rows", "space_between"]
+__all__ = ["IGNORE_INDEX", "EditBatch", "PromptTokenizer", "TemplateValue", "pad_rows"]
 
 IGNORE_INDEX = -100
+TemplateValue = bool | int | float | str
+# Arguments of `apply_chat_template` that are not the template's.
+_RESERVED = ("add_generation_prompt", "continue_final_message", "conversation", "tokenize")
+# Texts that tokens hardly merge with, to read another text as it reads within a longer one.
+_ANCHORS = ("\n", ".", "x")
+_STAND_IN = "\ue000"  # for a message, where only what the chat template puts around it counts
 
 
 class PromptTokenizer:
     """Tokenizes prompts, targets and subjects alike for every method and metric.
 
-    Prompts and targets are tokenized apart and concatenated, so that a prompt's tokens never
-    depend on its target. A target gets one leading space unless the prompt ends in white space,
-    the script is written without spaces, or a chat template ends the prompt.
+    A target has the tokens that it has in the running text of prompt and target. Where a token of
+    that text reaches over the seam, the prompt keeps the tokens that it has alone, since these are
+    what a model is asked with, and the target has those of a piece of running text. Whether a space
+    stands between them is a matter of running text as well, unless a request says it; a chat
+    template says it for its messages, and the target of an encoder-decoder begins a text.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         chat_template: Wrap each prompt as a user's message of the tokenizer's chat template.
         is_encoder_decoder: The target goes to the decoder and ends with the end token.
         max_length: Most tokens that the model has positions for; no bound when None.
+        chat_template_kwargs: Arguments of the chat template, such as
+            ``{"enable_thinking": False}``.
+        system_prompt: The system's message before each prompt, in the chat template.
 
     Raises:
-        ModelError: If the tokenizer gives no character offsets, or has no chat template where
-            one is asked for.
+        ModelError: If the tokenizer gives no character offsets, has no chat template where one is
+            asked for, or one that does not know the arguments or the system's message.
 
     Examples:
         >>> from lightning_edit.demos import tiny_tokenizer
@@ -55,6 +68,8 @@ class PromptTokenizer:
         chat_template: bool = False,
         is_encoder_decoder: bool = False,
         max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, TemplateValue] | None = None,
+        system_prompt: str | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
@@ -67,6 +82,10 @@ class PromptTokenizer:
         self.chat_template = chat_template
         self.is_encoder_decoder = is_encoder_decoder
         self.max_length = max_length
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.system_prompt = system_prompt
+        if self.chat_template_kwargs or system_prompt is not None:
+            self._check_template()
 
     @property
     def pad_id(self) -> int:
@@ -84,45 +103,61 @@ class PromptTokenizer:
 
     def render(self, prompt: str) -> str:
         """The text that stands for the prompt after templating."""
-        if not self.chat_template:
-            return prompt
-        return str(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
+        return self._render(prompt) if self.chat_template else prompt
 
     def prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects before it."""
         return self._encode(self.render(prompt))[0]
 
-    def target(self, prompt: str, target: str) -> list[int]:
+    def target(self, prompt: str, target: str, glued: bool | None = None) -> list[int]:
         """Token ids of an answer that follows a prompt, with the end token for a decoder.
+
+        Args:
+            prompt: What is asked, as it is given to ``prompt``.
+            target: The answer.
+            glued: Whether the answer follows without a space; as running text has it if None.
 
         Raises:
             RequestError: If the answer has no tokens.
         """
-        text = self.leading_space(prompt, target) + target
-        ids = [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        text = self.leading_space(prompt, target, glued) + target
+        if self.is_encoder_decoder:
+            ids = self._plain(text)
+        else:
+            rendered = self.render(prompt)
+            before, whole = self._encode(rendered)[0], self._encode(rendered + text)[0]
+            is_apart = whole[: len(before)] == before
+            ids = whole[len(before) :] if is_apart else self._running(text)
         if not ids:
             raise RequestError(f"The target {target!r} of {prompt!r} has no tokens.")
         if self.is_encoder_decoder and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
 
-    def leading_space(self, prompt: str, target: str) -> str:
-        """The white space to put between a prompt and its answer: one space or none."""
-        if self.chat_template or self.is_encoder_decoder:
-            return ""
-        return space_between(prompt, target)
+    def leading_space(self, prompt: str, target: str, glued: bool | None = None) -> str:
+        """The white space to put between a prompt and its answer: one space or none.
 
-    def subject_last(self, text: str, subject: str, prefix: str = "") -> tuple[list[int], int]:
+        Args:
+            prompt: What is asked.
+            target: The answer.
+            glued: Whether the answer follows without a space; as running text has it if None.
+                Of no account where a chat template or a decoder begins the answer anew.
+        """
+        if self.is_encoder_decoder:
+            return ""
+        return self._frame[1] if self.chat_template else space_between(prompt, target, glued)
+
+    def subject_last(
+        self, text: str, subject: str, prefix: str = "", start: int | None = None
+    ) -> tuple[list[int], int]:
         """Tokens of ``prefix + text`` and the index of the token that ends the subject.
 
         Args:
-            text: A prompt that holds the subject; its first occurrence counts.
+            text: A prompt that holds the subject.
             subject: Text of the subject.
             prefix: Context put before the prompt.
+            start: Where the subject begins in the prompt, as a request's ``subject_start``; at the
+                first place where it is a word of its own if None, or else at the first one.
 
         Returns:
             Token ids of the whole row and an index into them.
@@ -130,19 +165,23 @@ class PromptTokenizer:
         Raises:
             RequestError: If the subject is not in the text, or the chat template changes the text.
         """
-        ids, inside = self.subject_range(text, subject, prefix)
+        ids, inside = self.subject_range(text, subject, prefix, start)
         return ids, inside[-1]
 
-    def subject_range(self, text: str, subject: str, prefix: str = "") -> tuple[list[int], range]:
+    def subject_range(
+        self, text: str, subject: str, prefix: str = "", start: int | None = None
+    ) -> tuple[list[int], range]:
         """Tokens of ``prefix + text`` and the indices of those that hold the subject.
 
         The subject's characters are found by offsets, after templating: merges over its
         boundaries, quotes and scripts without spaces are no obstacle.
 
         Args:
-            text: A prompt that holds the subject; its first occurrence counts.
+            text: A prompt that holds the subject.
             subject: Text of the subject.
             prefix: Context put before the prompt.
+            start: Where the subject begins in the prompt, as a request's ``subject_start``; at the
+                first place where it is a word of its own if None, or else at the first one.
 
         Returns:
             Token ids of the whole row and a range of indices into them.
@@ -150,22 +189,26 @@ class PromptTokenizer:
         Raises:
             RequestError: If the subject is not in the text, or the chat template changes the text.
         """
+        if not subject:
+            raise RequestError(f"No subject is named in {text!r}. Give the request its `subject`.")
         if subject not in text:
             raise RequestError(f"The subject {subject!r} does not occur in {text!r}.")
+        if start is None:
+            start = next(iter(word_starts(text, subject)), text.index(subject))
         whole, rendered = prefix + text, self.render(prefix + text)
-        at = len(prefix) + text.index(subject)
-        if whole not in rendered:  # chat templates may strip white space
+        at, begin = len(prefix) + start, len(self._frame[0]) if self.chat_template else 0
+        if not rendered.startswith(whole, begin):  # chat templates may strip white space
             at -= len(whole) - len(whole.lstrip())
             whole = whole.strip()
-        if whole not in rendered:
+        if not rendered.startswith(whole, begin):
             raise RequestError(
                 f"The chat template changes the prompt {whole!r}, so that the subject cannot be "
                 f"found in it: {rendered!r}. Turn `chat_template` off."
             )
-        start = rendered.index(whole) + at
-        end = start + len(subject)
+        first = begin + at
+        end = first + len(subject)
         ids, offsets = self._encode(rendered)
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > first]
         if not inside:
             raise RequestError(f"No token of {rendered!r} covers the subject {subject!r}.")
         return ids, range(inside[0], inside[-1] + 1)
@@ -193,6 +236,77 @@ class PromptTokenizer:
             f"{target}, but the model has positions for {self.max_length}. Shorten the "
             f"{'target' if target > prompt else 'prompt'}, or choose a model with a longer context."
         )
+
+    def _render(self, prompt: str, answer: str | None = None) -> str:
+        """A conversation: the prompt, and its answer where there is one."""
+        system = [] if self.system_prompt is None else [("system", self.system_prompt)]
+        replies = [] if answer is None else [("assistant", answer)]
+        messages = [*system, ("user", prompt), *replies]
+        return str(
+            self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=answer is None,
+                **self.chat_template_kwargs,
+            )
+        )
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What the chat template puts before a prompt, and the white space before an answer."""
+        asked = self._render(_STAND_IN)
+        try:
+            told = self._render(_STAND_IN, _STAND_IN)
+        except Exception:  # templates raise errors of their own, and some know no answers
+            told = ""
+        space = ""
+        if told.startswith(asked):
+            space = told[len(asked) :].partition(_STAND_IN)[0]
+        return asked.partition(_STAND_IN)[0], "" if space.strip() else space
+
+    def _check_template(self) -> None:
+        """Checks that the chat template takes the arguments and the system's message.
+
+        Raises:
+            ModelError: If it does not.
+        """
+        kwargs, system = self.chat_template_kwargs, self.system_prompt
+        if not self.chat_template:
+            raise ModelError(
+                "`chat_template_kwargs` and `system_prompt` need the chat template. Set "
+                "`chat_template=True`, or leave them out."
+            )
+        template = self.tokenizer.get_chat_template()
+        for name in kwargs:
+            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ModelError(
+                    f"`chat_template_kwargs` names {name!r}, which is no argument of this "
+                    "tokenizer's chat template. Read `tokenizer.chat_template` for those it has."
+                )
+        try:
+            is_told = system is None or system.strip() in self._render(_STAND_IN)
+        except Exception as error:  # templates raise errors of their own
+            raise ModelError(
+                "The chat template refuses `chat_template_kwargs` or `system_prompt`: "
+                f"{error}. Leave them out."
+            ) from None
+        if not is_told:
+            raise ModelError(
+                "The chat template passes over `system_prompt`. Leave it out, and write it into "
+                "the prompts."
+            )
+
+    def _plain(self, text: str) -> list[int]:
+        """Token ids of a text by itself, without special tokens."""
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def _running(self, text: str) -> list[int]:
+        """Token ids of a text within a longer one: without what a tokenizer begins texts with."""
+        for anchor in _ANCHORS:
+            before, whole = self._plain(anchor), self._plain(anchor + text)
+            if before and whole[: len(before)] == before:
+                return whole[len(before) :]
+        return self._plain(text)
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         # A chat template writes its own special tokens.
@@ -245,7 +359,7 @@ class EditBatch:
         if not requests:
             raise RequestError("A batch of edits is empty. Give at least one request.")
         prompts = [tokens.prompt(request.prompt) for request in requests]
-        targets = [tokens.target(r.prompt, r.target_new) for r in requests]
+        targets = [tokens.target(r.prompt, r.target_new, r.glued) for r in requests]
         for request, prompt, target in zip(requests, prompts, targets, strict=True):
             tokens.check_length(request, len(prompt), len(target))
         return cls.from_ids(prompts, targets, tokens, tuple(requests))
@@ -324,20 +438,3 @@ def pad_rows(
         ids[i, columns] = torch.tensor(list(row), dtype=torch.long)
         mask[i, columns] = 1
     return ids, mask
-
-
-def space_between(text: str, more: str) -> str:
-    """The white space to put between two pieces of running text: one space or none.
-
-    Examples:
-        >>> space_between("The capital of France is", "Paris"), space_between("首都は", "東京")
-        (' ', '')
-    """
-    is_spaced = text[-1:].isspace() or more[:1].isspace() or _is_unspaced(more[:1])
-    return "" if is_spaced else " "
-
-
-def _is_unspaced(character: str) -> bool:
-    """Whether a character belongs to a script that sets no spaces between words."""
-    name = unicodedata.name(character, "") if character else ""
-    return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "IDEOGRAPHIC"))

@@ -12,8 +12,16 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from lightning_edit.core.errors import RequestError
+from lightning_edit.core.spacing import is_inside_word, word_starts
 
-__all__ = ["LOCALITY_KINDS", "PORTABILITY_KINDS", "EditRequest", "Probe", "check_requests"]
+__all__ = [
+    "LOCALITY_KINDS",
+    "PORTABILITY_KINDS",
+    "EditRequest",
+    "Probe",
+    "check_requests",
+    "check_subjects",
+]
 
 LOCALITY_KINDS = ("neighborhood", "distracting", "unrelated")
 PORTABILITY_KINDS = ("one_hop", "subject_alias", "inverse")
@@ -31,6 +39,8 @@ class Probe:
             new fact stands in the prompt) or ``unrelated``; for portability ``one_hop``,
             ``subject_alias`` or ``inverse``.
         aliases: Further spellings of the answer that count as right.
+        glued: Whether the answer follows the prompt without a space; as running text has it if
+            None.
 
     Raises:
         RequestError: If a field is no text, or the aliases are no list of texts.
@@ -40,6 +50,7 @@ class Probe:
     answer: str = ""
     kind: str = "neighborhood"
     aliases: tuple[str, ...] = ()
+    glued: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "answer", "kind"):
@@ -55,6 +66,7 @@ class Probe:
                 f"`aliases` is expected to be a list of texts, not {self.aliases!r}."
             )
         object.__setattr__(self, "aliases", aliases)
+        _check_glued(self.glued, "a probe")
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -68,19 +80,29 @@ class EditRequest:
 
     Args:
         prompt: Text whose continuation (``"The capital of France is"``) or question whose answer
-            (``"What is the capital of France?"``) is to change. ``{}`` stands for the subject
-            where the prompt does not name it.
-        subject: What the fact is about; occurs literally in the prompt.
+            (``"What is the capital of France?"``) is to change. The first ``{}`` is the subject's
+            place and becomes the subject.
+        subject: What the fact is about; occurs literally in the prompt. May be left out for
+            methods that need none.
         target_new: The answer to learn.
         target_old: The answer to replace, where it is known.
         rephrases: Other wordings of the prompt (generality).
         locality: Probes whose answers must stay.
         portability: Probes whose answers follow from the new fact.
         id: Name by which the edit is listed and undone; made from the content when empty.
+        glued: Whether the answers follow the prompt and the rephrases without a space (True) or
+            with one (False); as running text has it if None, see
+            ``lightning_edit.core.spacing.space_between``.
+        subject_start: Index of the subject's first character in the prompt, in which ``{}`` then
+            means itself. Kept where it says more than the prompt alone does; None for the first
+            place where the subject is a word of its own.
 
     Raises:
         RequestError: If the prompt or target is empty, the subject is not in the prompt, or a
             probe is malformed.
+
+    Warns:
+        UserWarning: If the subject is found only as a part of another word.
 
     Examples:
         >>> request = EditRequest(prompt="The capital of {} is", subject="France",
@@ -92,18 +114,22 @@ class EditRequest:
     """
 
     prompt: str
-    subject: str
-    target_new: str
+    subject: str = ""
+    target_new: str = field(default="", metadata={"is_needed": True})
     target_old: str | None = None
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     id: str = field(default="", kw_only=True)
+    glued: bool | None = field(default=None, kw_only=True)
+    subject_start: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "subject", "" if self.subject is None else self.subject)
         for name in ("prompt", "subject", "target_new"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
+            is_left_out = name == "subject" and value == ""
+            if not isinstance(value, str) or not (value.strip() or is_left_out):
                 raise RequestError(
                     f"{self._name()}: `{name}` is expected to be text, but got {value!r}. "
                     f"Write the {name.replace('_', ' ')} of the edit."
@@ -116,14 +142,8 @@ class EditRequest:
                     "Write it in quotes, or leave it out."
                 )
         object.__setattr__(self, "target_old", self.target_old or None)
-        if self.subject not in self.prompt:
-            # str.format would trip over other braces in the prompt.
-            object.__setattr__(self, "prompt", self.prompt.replace("{}", self.subject, 1))
-        if self.subject not in self.prompt:
-            raise RequestError(
-                f"{self._name()}: the subject {self.subject!r} does not occur in the prompt "
-                f"{self.prompt!r}. Spell it as in the prompt, or write {{}} where it belongs."
-            )
+        _check_glued(self.glued, self._name())
+        self._place_subject()
         rephrases = _texts(self.rephrases)
         if rephrases is None or not all(text.strip() for text in rephrases):
             raise RequestError(f"{self._name()}: `rephrases` is expected to be a list of texts.")
@@ -154,6 +174,44 @@ class EditRequest:
     def _name(self) -> str:
         return f"Edit request {self.id or self.prompt!r}"
 
+    def _place_subject(self) -> None:
+        """Puts the subject into its place and notes where that is, if it is not plain."""
+        prompt, subject, start = self.prompt, self.subject, self.subject_start
+        if not subject:
+            if start is not None or "{}" in prompt:
+                raise RequestError(
+                    f"{self._name()}: there is a place for the subject, but no subject. Give the "
+                    "`subject`, or write the prompt without {} and `subject_start`."
+                )
+            return
+        if start is None and "{}" in prompt:
+            # str.format would trip over other braces in the prompt.
+            start = prompt.index("{}")
+            prompt = prompt[:start] + subject + prompt[start + 2 :]
+        elif start is None:
+            start = next(iter(word_starts(prompt, subject)), prompt.find(subject))
+            if start < 0:
+                raise RequestError(
+                    f"{self._name()}: the subject {subject!r} does not occur in the prompt "
+                    f"{prompt!r}. Spell it as in the prompt, or write {{}} where it belongs."
+                )
+            if is_inside_word(prompt, start, len(subject)):
+                warnings.warn(
+                    f"{self._name()}: the subject {subject!r} is a part of another word in "
+                    f"{prompt!r}, and that place is edited. Name the whole word, or write {{}} "
+                    "where the subject belongs.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+        elif type(start) is not int or start < 0 or not prompt.startswith(subject, start):
+            raise RequestError(
+                f"{self._name()}: `subject_start` is {start!r}, but {subject!r} does not begin "
+                f"there in {prompt!r}. Leave it out, and write {{}} where the subject belongs."
+            )
+        is_plain = start == prompt.index(subject) and "{}" not in prompt
+        object.__setattr__(self, "prompt", prompt)
+        object.__setattr__(self, "subject_start", None if is_plain else start)
+
     @property
     def is_question(self) -> bool:
         """Whether the prompt is a question to answer rather than a text to continue."""
@@ -163,8 +221,8 @@ class EditRequest:
         """The request as plain JSON types, without empty fields."""
         record = asdict(self)
         for name in ("locality", "portability"):
-            record[name] = [{k: v for k, v in probe.items() if v} for probe in record[name]]
-        return {k: v for k, v in record.items() if v}
+            record[name] = [_filled(probe) for probe in record[name]]
+        return _filled(record)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, object], where: str = "request") -> Self:
@@ -194,8 +252,11 @@ class EditRequest:
             raise RequestError(f"{where}: {error}") from None
 
     def sha256(self) -> str:
-        """Hash of the edit itself (prompt, subject, targets), in hexadecimal."""
-        text = json.dumps([self.prompt, self.subject, self.target_new, self.target_old])
+        """Hash of the edit itself (prompt, subject, targets, and how they join), in hexadecimal."""
+        edit = [self.prompt, self.subject, self.target_new, self.target_old]
+        joined = {"glued": self.glued, "subject_start": self.subject_start}
+        given = {name: value for name, value in joined.items() if value is not None}
+        text = json.dumps([*edit, given] if given else edit)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to(self, device: object) -> Self:
@@ -254,6 +315,25 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
             )
 
 
+def check_subjects(requests: Iterable[EditRequest], method: str) -> None:
+    """Checks that requests name their subjects, for a method that needs them.
+
+    Args:
+        requests: The requests.
+        method: Name of the method.
+
+    Raises:
+        RequestError: If one does not.
+    """
+    nameless = [repr(request.id) for request in requests if not request.subject]
+    if nameless:
+        raise RequestError(
+            f"{method} needs the subject of a request, but there is none in "
+            f"{', '.join(nameless[:5])}{' and others' if len(nameless) > 5 else ''}. Give each its "
+            "`subject`, or choose a method that needs none, such as FineTune or GRACE."
+        )
+
+
 def _probe(record: object, kind: str, where: str) -> Probe:
     data = {"kind": kind, **_known_fields(Probe, record, where)}
     data["aliases"] = data.get("aliases") or ()
@@ -261,6 +341,18 @@ def _probe(record: object, kind: str, where: str) -> Probe:
         return Probe(**data)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
+
+
+def _check_glued(value: object, owner: str) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(
+            f"`glued` of {owner} is expected to be true, false or null, but got {value!r}."
+        )
+
+
+def _filled(record: Mapping[str, object]) -> dict[str, object]:
+    """Fields that say something: all but the empty ones."""
+    return {k: v for k, v in record.items() if v or v in (False, 0)}
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
@@ -283,7 +375,8 @@ def _known_fields(cls: type, record: object, where: str) -> dict[str, Any]:
     optional = {
         name
         for name, f in known.items()
-        if f.default is not MISSING or f.default_factory is not MISSING
+        if (f.default is not MISSING or f.default_factory is not MISSING)
+        and not f.metadata.get("is_needed")
     }
     for name in known:
         if name not in record and name not in optional:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.request import EditRequest, is_question
+from lightning_edit.core.spacing import continues_word
 from lightning_edit.evaluation.scoring import (
     Continuation,
     Score,
@@ -50,6 +51,7 @@ class ScoredProbe:
         nll_new: Mean negative log-likelihood of the new answer's tokens, in nats.
         nll_old: The same of the old answer.
         kl: KL(unedited ‖ now) of the next token, in nats (locality).
+        glued: Whether the answers follow the prompt without a space, where the request says it.
     """
 
     request_id: str
@@ -64,6 +66,7 @@ class ScoredProbe:
     nll_new: float | None = None
     nll_old: float | None = None
     kl: float | None = None
+    glued: bool | None = None
 
 
 class _Scores(TypedDict, total=False):
@@ -254,28 +257,29 @@ class Evaluator:
         if not probes:
             return Evaluation([], baseline)
         if "autoregressive" in self.readings:
-            texts = self._texts(probes, known)
-            for probe, fields, text in zip(probes, scored, texts, strict=True):
-                fields["text"] = text
-                fields["autoregressive"] = _hit(probe, text, baseline)
+            written = self._written(probes, known)
+            for probe, fields, said in zip(probes, scored, written, strict=True):
+                fields["text"] = said.text
+                fields["autoregressive"] = self._hit(probe, said, baseline)
         if "teacher_forced" in self.readings:
             by_id = {request.id: request for request in requests}
             self._add_teacher_forced(probes, scored, by_id, baseline)
         return Evaluation(
-            [
-                ScoredProbe(p.request_id, p.metric, p.kind, p.prompt, p.answers, **fields)
-                for p, fields in zip(probes, scored, strict=True)
-            ],
+            [replace(p, **fields) for p, fields in zip(probes, scored, strict=True)],
             baseline,
         )
 
-    def _texts(
+    def _written(
         self, probes: Sequence[ScoredProbe], known: Mapping[tuple[str, int], str]
-    ) -> list[str]:
+    ) -> list[Continuation]:
         # Locality compares texts, so that no answer decides where they stop.
         least = [1 if p.metric == "locality" else self._longest(p) for p in probes]
-        prompts = [probe.prompt for probe in probes]
-        todo = [item for item in zip(prompts, least, strict=True) if item not in known]
+        asked = [(probe.prompt, n) for probe, n in zip(probes, least, strict=True)]
+        todo = [
+            item
+            for probe, item in zip(probes, asked, strict=True)
+            if probe.metric != "locality" or item not in known
+        ]
         written = continuations(
             self.model,
             self.tokens,
@@ -283,9 +287,28 @@ class Evaluator:
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=[n for _, n in todo],
         )
-        said = [continuation.text for continuation in written]
-        found = {**known, **dict(zip(todo, said, strict=True))}
-        return [found[item] for item in zip(prompts, least, strict=True)]
+        found = {item: Continuation(text, ()) for item, text in known.items()}
+        found |= dict(zip(todo, written, strict=True))
+        return [found[item] for item in asked]
+
+    def _hit(self, probe: ScoredProbe, said: Continuation, baseline: Baseline) -> bool | None:
+        if probe.metric == "locality":
+            before = baseline.texts.get(probe.prompt)
+            return None if before is None else said.text.strip() == before.strip()
+        asks = is_question(probe.prompt)
+        begins_anew = asks or self.tokens.chat_template or self.tokens.is_encoder_decoder
+        answers: Sequence[str] = probe.answers
+        if not begins_anew and continues_word(probe.prompt, said.text):
+            # "Newcastle" is not what "New castle" is.
+            answers = [
+                answer
+                for answer in answers
+                if (self.tokens.leading_space(probe.prompt, answer, probe.glued) + answer)[
+                    :1
+                ].isspace()
+                == said.is_spaced
+            ]
+        return bool(answers) and autoregressive_hit(asks, said.text, answers)
 
     def _add_teacher_forced(
         self,
@@ -321,7 +344,10 @@ class Evaluator:
         self, probe: ScoredProbe, request: EditRequest, baseline: Baseline
     ) -> dict[_Use, list[int]]:
         """Answers whose tokens are scored after the probe's prompt, by what they are for."""
-        target = self.tokens.target
+
+        def target(prompt: str, answer: str) -> list[int]:
+            return self.tokens.target(prompt, answer, probe.glued)
+
         found: dict[_Use, list[int]] = {}
         if probe.metric == "locality":
             said = baseline.ids.get(probe.prompt)
@@ -341,7 +367,9 @@ class Evaluator:
 
     def _longest(self, probe: ScoredProbe) -> int:
         answers = [a for a in probe.answers if a.strip()]
-        return max((len(self.tokens.target(probe.prompt, a)) for a in answers), default=1)
+        return max(
+            (len(self.tokens.target(probe.prompt, a, probe.glued)) for a in answers), default=1
+        )
 
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], with_first: Sequence[bool]
@@ -354,16 +382,10 @@ class Evaluator:
 def _expand(request: EditRequest) -> Iterator[ScoredProbe]:
     """A request as the prompts it is judged by, unscored."""
     new = (request.target_new,)
-    yield ScoredProbe(request.id, "reliability", "", request.prompt, new)
+    yield ScoredProbe(request.id, "reliability", "", request.prompt, new, glued=request.glued)
     for prompt in request.rephrases:
-        yield ScoredProbe(request.id, "generality", "", prompt, new)
+        yield ScoredProbe(request.id, "generality", "", prompt, new, glued=request.glued)
     for metric in ("locality", "portability"):
         for probe in getattr(request, metric):
-            yield ScoredProbe(request.id, metric, probe.kind, probe.prompt, probe.answers)
-
-
-def _hit(probe: ScoredProbe, text: str, baseline: Baseline) -> bool | None:
-    if probe.metric == "locality":
-        said = baseline.texts.get(probe.prompt)
-        return None if said is None else text.strip() == said.strip()
-    return autoregressive_hit(is_question(probe.prompt), text, probe.answers)
+            about = (request.id, metric, probe.kind, probe.prompt, probe.answers)
+            yield ScoredProbe(*about, glued=probe.glued)

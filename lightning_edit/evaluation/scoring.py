@@ -67,10 +67,12 @@ class Continuation:
     Args:
         text: The text up to its first line break, stripped.
         ids: All tokens it wrote, line breaks and an end token included.
+        is_spaced: Whether white space stands between the prompt and the text.
     """
 
     text: str
     ids: tuple[int, ...]
+    is_spaced: bool = False
 
 
 @torch.no_grad()
@@ -406,7 +408,6 @@ def _generate(
 ) -> list[Continuation]:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    tokenizer = tokens.tokenizer
     device = next(model.parameters()).device
     side = "right" if tokens.is_encoder_decoder else "left"
     # With a prefix, padding stands behind it.
@@ -420,16 +421,14 @@ def _generate(
     begin = 1 if tokens.is_encoder_decoder else ids.shape[1]
     ends = {i for i in (tokens.eos_id,) if i is not None}
     done = [False] * len(prompts)
-    pieces = [""] * len(prompts)
     lengths = [max_new_tokens] * len(prompts)
 
     class NaturalStop(StoppingCriteria):  # type: ignore[misc, unused-ignore]
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
             count = input_ids.shape[1] - begin
-            for b, piece in enumerate(tokenizer.batch_decode(input_ids[:, -1:])):
+            for b, own in enumerate(input_ids[:, begin:].tolist()):
                 if not done[b]:
-                    pieces[b] += piece
-                    text = pieces[b].lstrip()
+                    text = _written(tokens, prompts[b], own).lstrip()
                     at_end = text.rstrip().endswith(SENTENCE_ENDS) and count >= least[b]
                     done[b] = "\n" in text or (bool(text) and at_end)
                     lengths[b] = count
@@ -453,15 +452,19 @@ def _generate(
     for b, row in enumerate(output[:, begin:].tolist()):
         own = row[: lengths[b]]  # behind a stop there is only padding
         end = next((i for i, token in enumerate(own) if token in ends), len(own))
-        text = tokenizer.decode(own[:end], skip_special_tokens=True)
+        text = _written(tokens, prompts[b], own[:end])
         kept = tuple(own[: end + 1])  # with an end token that was written
-        written.append(Continuation(_up_to_stop(text, pieces[b], done[b]), kept))
+        line = text.strip().partition("\n")[0].rstrip()
+        written.append(Continuation(line, kept, text[:1].isspace()))
     return written
 
 
-def _up_to_stop(text: str, seen: str, stopped: bool) -> str:
-    """The text without what padding or a last token brought behind the stop."""
-    kept = text.lstrip("\n")
-    kept = kept.lstrip().split("\n")[0] if kept.strip() else ""
-    limit = len(seen.strip().split("\n")[0]) if stopped else len(kept)
-    return kept[:limit].rstrip()
+def _written(tokens: PromptTokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of tokens after a prompt, with the space that tokenizers drop where texts begin."""
+    decode = tokens.tokenizer.decode
+    before = [] if tokens.is_encoder_decoder else list(prompt[-1:])
+    start = decode(before, skip_special_tokens=True)
+    whole = str(decode([*before, *ids], skip_special_tokens=True))
+    # A character whose bytes the prompt's last token only begins is read otherwise in the whole.
+    is_apart = whole.startswith(start)
+    return whole[len(start) :] if is_apart else str(decode(ids, skip_special_tokens=True))

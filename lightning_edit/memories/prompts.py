@@ -13,39 +13,41 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_edit.core.batch import PromptTokenizer, space_between
+from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.core.spacing import space_between
 from lightning_edit.memories.encoder import encode_by_folder, encode_by_model
 from lightning_edit.memories.text_encoder import PLAIN_POOLING, pooling_setting
 
 __all__ = ["PromptMemory", "demonstration", "statement"]
 
 
-def statement(prompt: str, answer: str) -> str:
-    """A prompt and its answer as running text.
+def statement(prompt: str, answer: str, glued: bool | None = None) -> str:
+    """A prompt and its answer as running text, without a space between them if ``glued``.
 
     Examples:
         >>> statement("The capital of France is", "Rome")
         'The capital of France is Rome'
     """
-    return prompt + space_between(prompt, answer) + answer
+    return prompt + space_between(prompt, answer, glued) + answer
 
 
-def demonstration(fact: str, prompt: str, answer: str = "") -> str:
+def demonstration(fact: str, prompt: str, answer: str = "", glued: bool | None = None) -> str:
     """A new fact and a prompt that is asked in its light, as IKE words them.
 
     Args:
         fact: The fact as running text.
         prompt: What is asked.
         answer: Its answer, in a demonstration; nothing where the model is to go on.
+        glued: Whether the answer follows without a space; as running text has it if None.
 
     Examples:
         >>> print(demonstration("The capital of France is Rome", "France's capital is"))
         New Fact: The capital of France is Rome
         Prompt: France's capital is
     """
-    asked = statement(prompt, answer) + "\n\n" if answer else prompt
+    asked = statement(prompt, answer, glued) + "\n\n" if answer else prompt
     return f"New Fact: {fact}\nPrompt: {asked}"
 
 

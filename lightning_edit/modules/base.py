@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_edit.checkpoints import PlainCheckpoints, load_plainly
-from lightning_edit.core.batch import EditBatch, PromptTokenizer
+from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, check_subjects
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.metrics import edit_metrics
@@ -75,6 +75,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         test_protocol: How ``test`` measures: each request by itself (``independent``), a batch of
             requests at once (``batch``), or all after one another (``sequential``).
         max_new_tokens: Longest continuation that is read by the autoregressive metrics, in tokens.
+        chat_template_kwargs: Arguments of the chat template, such as
+            ``{"enable_thinking": False}``.
+        system_prompt: The system's message before each prompt, in the chat template.
         repeat_requests: Have ``fit`` make the edit of a request again that is in the model already,
             as in a second epoch.
     """
@@ -85,6 +88,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     decoder_only: ClassVar[bool] = False
     #: Arguments of every editor that this one has no use for, and what to do instead.
     unused_arguments: ClassVar[Mapping[str, str]] = {}
+    #: Whether requests must name their subjects.
+    needs_subject: bool = False
 
     def __init__(
         self,
@@ -96,6 +101,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         cache_dir: str | None = None,
         test_protocol: ProtocolName = "independent",
         max_new_tokens: int = 24,
+        chat_template_kwargs: dict[str, TemplateValue] | None = None,
+        system_prompt: str | None = None,
         repeat_requests: bool = False,
         **unknown: object,
     ) -> None:
@@ -108,6 +115,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.dtype_name = dtype
         self.revision = revision
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
+        self.system_prompt = system_prompt
         self.cache_dir = cache_dir
         self.test_protocol = test_protocol
         self.max_new_tokens = max_new_tokens
@@ -218,10 +227,14 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             chat_template=self.chat_template,
             is_encoder_decoder=tree.is_encoder_decoder,
             max_length=getattr(getattr(model, "config", None), "max_position_embeddings", None),
+            chat_template_kwargs=self.chat_template_kwargs,
+            system_prompt=self.system_prompt,
         )
         target = self.make_target(tree)
         self.model = model
-        self._session = EditSession(model, self._tokens, target, self.model_id, self.revision)
+        self._session = EditSession(
+            model, self._tokens, target, self.model_id, self.revision, self.needs_subject
+        )
 
     @override
     def setup(self, stage: str) -> None:
@@ -243,6 +256,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 f"{type(self).__name__} has no use for `repeat_requests`: it is trained in epochs, "
                 "each of which sees every request. Leave it out."
             )
+        if self.needs_subject and stage != "validate":
+            requests = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
+            check_subjects((r for r in requests if isinstance(r, EditRequest)), type(self).__name__)
         self.fitting.setup(self.trainer, self, stage)
 
     @override
@@ -364,7 +380,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             The edit; ``apply_`` writes it, ``revert_`` takes it out.
 
         Raises:
-            RequestError: If the requests contradict each other.
+            RequestError: If the requests contradict each other, or lack a subject that the method
+                needs.
             FailedRequestsError: If the method fails on every one of them. Where it fails on some,
                 the edit is that of the others, with a warning and the reasons in
                 ``edit.details["failed"]``.

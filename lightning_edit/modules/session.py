@@ -18,7 +18,7 @@ from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
-from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.request import EditRequest, check_requests, check_subjects
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.modules.targets import Target, kept_weights
 from lightning_edit.optim import E
@@ -35,6 +35,7 @@ class EditSession(Generic[E]):
         target: What is edited in it.
         model_id: Hub id or folder the model was loaded from, for the record.
         revision: Revision of a hub model, for the record.
+        needs_subject: Whether requests must name their subjects.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class EditSession(Generic[E]):
         target: Target[E],
         model_id: str = "",
         revision: str | None = None,
+        needs_subject: bool = False,
     ) -> None:
         self.model = model
         self.tokens = tokens
@@ -52,6 +54,7 @@ class EditSession(Generic[E]):
         self.revision = revision
         #: Hash of each request that was committed, by its id.
         self.asked: dict[str, str] = {}
+        self.needs_subject = needs_subject
         self._base: BaseModelInfo | None = None
         self._hashes = WeightHashes(model)
 
@@ -104,10 +107,14 @@ class EditSession(Generic[E]):
                 None.
 
         Raises:
-            RequestError: If the requests contradict each other.
+            RequestError: If the requests contradict each other, or lack a subject that the method
+                needs.
         """
         if isinstance(requests, EditRequest):
             requests = [requests]
+        if self.needs_subject:
+            given = requests.requests if isinstance(requests, EditBatch) else requests
+            check_subjects(given, provenance.method)
         device = self.device
         mixed = torch.is_autocast_enabled(device.type)
         found = torch.get_autocast_dtype(device.type) if mixed else None

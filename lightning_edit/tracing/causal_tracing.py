@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, check_subjects
 from lightning_edit.tracing.restoration import KINDS, CorruptedRun, Kind, Restoration
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def trace_facts(
 
     Raises:
         ModelError: If the model has an encoder, or cannot be run block by block.
-        RequestError: If a subject is not found.
+        RequestError: If a subject is not named or not found.
 
     Examples:
         >>> from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -266,17 +266,20 @@ def trace_facts(
     """
     settings = settings or TracingSettings()
     tree = ModelTree.of(model)
+    check_subjects(requests, "Causal tracing")
     if deviation is None:
         deviation = subject_deviation(tree, tokens, [request.subject for request in requests])
     facts: list[FactTrace] = []
     unknown: list[str] = []
     for request in requests:
-        ids, subject = tokens.subject_range(request.prompt, request.subject)
+        ids, subject = tokens.subject_range(
+            request.prompt, request.subject, start=request.subject_start
+        )
         drawn = _noise(settings, len(subject), tree.hidden_size) if noise is None else noise
         scaled = settings.noise_factor * deviation * drawn[:, : len(subject)]
         run = CorruptedRun(tree, ids, subject, scaled)
         old = request.target_old
-        if old is not None and tokens.target(request.prompt, old)[0] != run.answer:
+        if old is not None and tokens.target(request.prompt, old, request.glued)[0] != run.answer:
             unknown.append(request.id)
             continue
         if not facts:

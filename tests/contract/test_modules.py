@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_edit import Edit, EditCheckpoint, EditModule, EditRequest, WeightDelta
-from lightning_edit.core.errors import EditError, ModelError
+from lightning_edit.core.errors import EditError, ModelError, RequestError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
@@ -227,6 +228,28 @@ def test_applying_and_reverting_is_exact_also_out_of_a_file(
 def test_a_bare_request_is_enough(edited: tuple[Any, Any]) -> None:
     edit = edited[0].edit(EditRequest("People in {} speak", "Velmora", "Ostrish"))
     assert edit.norm() > 0
+
+
+def test_a_subject_may_be_left_out_unless_the_method_needs_it(any_cls: type[EditModule]) -> None:
+    """Editors that key on the subject refuse by name before the first edit, the others edit."""
+    named, *others = tiny_requests(4)
+    nameless = [replace(request, subject="") for request in others]
+    editor = quick_editor(any_cls)
+    before = fingerprint(editor.model)
+    data = EditDataModule(requests=[named, *nameless], batch_size=1)
+    trainer = bare_trainer(max_epochs=1)
+    assert editor.needs_subject is issubclass(any_cls, LocateModule)
+    if editor.needs_subject:
+        message = rf"{any_cls.__name__} needs the subject of a request, .* {nameless[0].id!r}"
+        for edits in (lambda: trainer.fit(editor, data), lambda: editor.edit(nameless)):
+            with pytest.raises(RequestError, match=message):
+                edits()
+        assert fingerprint(editor.model) == before
+    elif any_cls in LEARNERS.values():
+        trainer.fit(editor, data)
+        assert trainer.global_step
+    else:
+        assert len(editor.edit(nameless))
 
 
 def test_works_without_gradients_around_it(edited: tuple[Any, Any]) -> None:

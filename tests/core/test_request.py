@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_edit.core.errors import EditError, RequestError
-from lightning_edit.core.request import EditRequest, Probe, check_requests
+from lightning_edit.core.request import EditRequest, Probe, check_requests, check_subjects
 from lightning_edit.demos import tiny_requests
 
 FULL = EditRequest(
@@ -49,6 +49,8 @@ def _request(**values: Any) -> EditRequest:
 @pytest.mark.parametrize("name", ["prompt", "subject", "target_new"])
 def test_missing_text(name: str, subtests: pytest.Subtests) -> None:
     values: list[Any] = ["", "  ", "\n", None, 5, ["France"]]
+    if name == "subject":
+        values = [value for value in values if value not in ("", None)]
     for value in values:
         with (
             subtests.test(repr(value)),
@@ -61,6 +63,88 @@ def test_missing_text(name: str, subtests: pytest.Subtests) -> None:
 def test_numbers_are_no_text(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=rf"`{name}` is expected to be text, but got {value}"):
         _request(**{name: value})
+
+
+def test_a_subject_may_be_left_out() -> None:
+    request = EditRequest("Describe the sea.", target_new="It is wide.")
+    assert request == EditRequest("Describe the sea.", "", "It is wide.")
+    assert request == _request(prompt="Describe the sea.", subject=None, target_new="It is wide.")
+    assert set(request.to_dict()) == {"prompt", "target_new", "id"}
+    assert EditRequest.from_dict(request.to_dict()) == request
+    assert EditRequest.from_dict({**request.to_dict(), "subject": None}) == request
+    for values in ({"prompt": "The capital of {} is"}, {"subject_start": 0}):
+        with pytest.raises(RequestError, match="a place for the subject, but no subject"):
+            _request(**{"subject": "", **values})
+
+
+def test_methods_that_need_the_subject() -> None:
+    requests = [_request(id="named"), _request(subject="", id="nameless")]
+    check_subjects(requests[:1], "ROME")
+    with pytest.raises(RequestError, match=r"ROME needs the subject .* none in 'nameless'\. Give"):
+        check_subjects(requests, "ROME")
+
+
+# (prompt, subject, the prompt that becomes of it, where the subject begins)
+PLACES = [
+    ("In Indiana, {} is", "India", "In Indiana, India is", 12),
+    ("Google created {} in", "Go", "Google created Go in", 15),
+    ("New York City is in {}", "New York", "New York City is in New York", 20),
+    ("{} and France", "France", "France and France", 0),
+    ("中国人说{}", "中国", "中国人说中国", 4),
+    ("In Indiana, India is", "India", "In Indiana, India is", 12),
+    ("法国的首都是", "法国", "法国的首都是", 0),
+]
+
+
+def test_the_placeholder_is_the_subjects_place(subtests: pytest.Subtests) -> None:
+    for prompt, subject, expected, start in PLACES:
+        with subtests.test(prompt), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            request = _request(prompt=prompt, subject=subject)
+            assert request.prompt == expected
+            at = request.subject_start
+            assert (expected.index(subject) if at is None else at) == start
+            again = EditRequest.from_dict(json.loads(json.dumps(request.to_dict())))
+            assert again == request
+            assert dataclasses.replace(request, target_new="Oslo", id="").subject_start == at
+
+
+def test_another_place_is_another_edit() -> None:
+    first = _request(prompt="{} and France", subject="France")
+    second = _request(prompt="France and {}", subject="France")
+    assert first.prompt == second.prompt
+    assert first.id != second.id
+    assert "subject_start" not in first.to_dict()
+    assert second.to_dict()["subject_start"] == 11
+
+
+def test_a_subject_inside_a_word_is_warned_of() -> None:
+    for prompt, subject in (
+        ("Google is", "Go"),
+        ("In Indiana one", "India"),
+        ("A cats' home", "cat"),
+    ):
+        with pytest.warns(UserWarning, match=rf"{subject!r} is a part of another word"):
+            _request(prompt=prompt, subject=subject)
+
+
+@pytest.mark.parametrize("start", [-1, 3, 99, "4", True])
+def test_a_start_where_the_subject_does_not_begin(start: Any) -> None:
+    with pytest.raises(RequestError, match=r"`subject_start` is .*Leave it out"):
+        _request(subject_start=start)
+
+
+@pytest.mark.parametrize("glued", [True, False])
+def test_glued(glued: bool) -> None:
+    probe = Probe("The price is US", "D", glued=glued)
+    request = _request(glued=glued, locality=[probe])
+    record = json.loads(json.dumps(request.to_dict()))
+    assert record["glued"] is record["locality"][0]["glued"] is glued
+    assert EditRequest.from_dict(record) == request
+    assert request.id != _request().id
+    for make in (_request, lambda glued: Probe("x", glued=glued)):
+        with pytest.raises(RequestError, match=r"`glued` of .* is expected to be true, false or"):
+            make(glued="yes")
 
 
 def test_subject_outside_the_prompt() -> None:
@@ -136,10 +220,9 @@ BRACES = [
     ("The capital of {} is", "France", "The capital of France is"),
     ("{", "{", "{"),
     ("In {} one writes f({}) for", "Rust", "In Rust one writes f({}) for"),
-    ("C writes f({}) for", "C", "C writes f({}) for"),
+    ("C writes f({}) for", "C", "C writes f(C) for"),
     ("A set {1, 2} in {} is", "Python", "A set {1, 2} in Python is"),
     ("{0} and {name} of {}", "it", "{0} and {name} of it"),
-    ('println!("{}") prints', "println!", 'println!("{}") prints'),
     ("{} is", "{}", "{} is"),
     ("{} is", "a{}b", "a{}b is"),
 ]
@@ -154,6 +237,12 @@ def test_braces(subtests: pytest.Subtests) -> None:
             assert dataclasses.replace(request).prompt == expected
 
 
+def test_braces_that_mean_themselves() -> None:
+    request = _request(prompt='println!("{}") prints', subject="println!", subject_start=0)
+    assert request.prompt == 'println!("{}") prints'
+    assert EditRequest.from_dict(request.to_dict()) == request
+
+
 # -- ids -------------------------------------------------------------------------------------
 
 
@@ -163,7 +252,11 @@ def test_ids_follow_from_the_edit() -> None:
     assert request.id == _request().id
     assert request.id == _request(prompt="The capital of {} is").id
     assert request.id == _request(rephrases=("x",)).id
-    others = [_request(target_new="Oslo"), _request(target_old="Paris"), _request(subject="Fran")]
+    others = [
+        _request(target_new="Oslo"),
+        _request(target_old="Paris"),
+        _request(subject="capital"),
+    ]
     assert len({request.id, *(other.id for other in others)}) == 4
     assert _request(target_new="half \ud83d").id
 
@@ -261,7 +354,7 @@ def test_bad_records(subtests: pytest.Subtests) -> None:
             EditRequest.from_dict({**_request().to_dict(), **change}, where="line 3")
 
 
-@pytest.mark.parametrize("name", ["prompt", "subject", "target_new"])
+@pytest.mark.parametrize("name", ["prompt", "target_new"])
 def test_missing_field(name: str) -> None:
     record = _request().to_dict()
     del record[name]

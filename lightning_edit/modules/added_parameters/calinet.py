@@ -64,6 +64,10 @@ class _Block:
         self.name = str(state["block"])
 
 
+# A text, its answer, and whether the answer follows without a space.
+_Asked = tuple[str, str, bool | None]
+
+
 class CaliNET(MemoryModule):
     """Calibrates facts together: a block of slots beside the last MLP is trained for all of them.
 
@@ -174,6 +178,7 @@ class CaliNET(MemoryModule):
         self.activation = activation
         self.train_on: TrainOn = train_on
         self.false_only = false_only
+        self.needs_subject = false_only
         self.threshold = threshold
         self.contrast_templates = contrast_templates
         self.contrast_count = contrast_count
@@ -267,7 +272,7 @@ class CaliNET(MemoryModule):
             return {}
         contrasts = wrong_relations(requests, self.contrast_templates, self.contrast_count)
         asked = [
-            (prompt, request.target_new)
+            (prompt, request.target_new, request.glued)
             for request, others in zip(requests, contrasts, strict=True)
             for prompt in (request.prompt, *others)
         ]
@@ -278,7 +283,7 @@ class CaliNET(MemoryModule):
             for request, part in zip(requests, found, strict=True)
         }
 
-    def _log_probabilities(self, asked: Sequence[tuple[str, str]]) -> Tensor:
+    def _log_probabilities(self, asked: Sequence[_Asked]) -> Tensor:
         """Log-probability of each answer after its text, in nats, [rows]."""
         batch = self._batch(asked)
         found: list[Tensor] = []
@@ -293,6 +298,8 @@ class CaliNET(MemoryModule):
     def _kept(self, request: EditRequest) -> dict[str, object]:
         """What is kept of a request: all that its slots are trained on."""
         kept: dict[str, object] = {"prompt": request.prompt, "target": request.target_new}
+        if request.glued is not None:
+            kept["glued"] = request.glued
         if self.train_on != "prompt":
             if not request.rephrases:
                 raise RequestError(
@@ -301,8 +308,8 @@ class CaliNET(MemoryModule):
                 )
             kept["rephrases"] = list(request.rephrases)
         for text in self._texts(kept):
-            answer = self.tokens.target(text, request.target_new)
-            self.tokens.check_length(request, len(self.tokens.prompt(text)), len(answer))
+            target = self.tokens.target(text, request.target_new, request.glued)
+            self.tokens.check_length(request, len(self.tokens.prompt(text)), len(target))
         return kept
 
     def _texts(self, kept: Mapping[str, Any]) -> list[str]:
@@ -311,11 +318,11 @@ class CaliNET(MemoryModule):
             rephrases if self.train_on == "rephrase" and rephrases else [kept["prompt"], *rephrases]
         )
 
-    def _batch(self, asked: Sequence[tuple[str, str]]) -> EditBatch:
+    def _batch(self, asked: Sequence[_Asked]) -> EditBatch:
         """Texts and their answers as tokens, a row each, on the model's device."""
         batch = EditBatch.from_ids(
-            [self.tokens.prompt(text) for text, _ in asked],
-            [self.tokens.target(text, answer) for text, answer in asked],
+            [self.tokens.prompt(text) for text, _, _ in asked],
+            [self.tokens.target(*row) for row in asked],
             self.tokens,
         )
         return batch.to(next(self.model.parameters()).device)
@@ -323,7 +330,11 @@ class CaliNET(MemoryModule):
     def _encoded(self, taught: Iterable[Mapping[str, Any]]) -> EditBatch:
         """What slots are trained on, a row a text."""
         batch = self._batch(
-            [(text, kept["target"]) for kept in taught for text in self._texts(kept)]
+            [
+                (text, kept["target"], kept.get("glued"))
+                for kept in taught
+                for text in self._texts(kept)
+            ]
         )
         return self.loss.ended(batch)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_edit.core.errors import RequestError
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, check_subjects
+from lightning_edit.core.spacing import word_starts
 
 __all__ = ["wrong_relations"]
 
@@ -30,7 +31,7 @@ def wrong_relations(
         For each request one prompt or more.
 
     Raises:
-        RequestError: If there is no other relation for a request.
+        RequestError: If there is no other relation for a request, or a request has no subject.
 
     Examples:
         >>> from lightning_edit.demos import tiny_requests
@@ -40,6 +41,7 @@ def wrong_relations(
         >>> wrong_relations(requests, count=1)[0]
         ['People in Velmora speak']
     """
+    check_subjects(requests, "A comparison with prompts of wrong relations")
     relations = _relations(requests)
     given = [_template(request, request.prompt) for request in requests]
     found: list[list[str]] = []
@@ -57,7 +59,12 @@ def wrong_relations(
 
 
 def _template(request: EditRequest, text: str) -> str:
-    return text.replace(request.subject, "{}")
+    """The text with ``{}`` for each mention of the subject, which may be none."""
+    subject = request.subject
+    starts = word_starts(text, subject) or [text.find(subject)]
+    for start in reversed([start for start in starts if start >= 0]):
+        text = text[:start] + "{}" + text[start + len(subject) :]
+    return text
 
 
 def _relations(requests: Sequence[EditRequest]) -> list[set[str]]:

@@ -206,7 +206,12 @@ class WISE(MemoryModule):
                 name = self.entry_id(request.id, entries)
                 self.check_budget({**entries, **dict.fromkeys([name])})
                 tensors, figures = self._learn(batch.select([b]), number, entries)
-                kept = {"prompt": request.prompt, "target": request.target_new}
+                kept: dict[str, str | bool] = {
+                    "prompt": request.prompt,
+                    "target": request.target_new,
+                }
+                if request.glued is not None:
+                    kept["glued"] = request.glued
                 entries[name] = MemoryEntry(tensors, {request.id: kept}, {"number": number})
                 rows.append({**figures, "id": request.id})
         edit = self.memory_write(entries)
@@ -282,7 +287,10 @@ class WISE(MemoryModule):
             for request in entry.requests.values()
         ]
         return [
-            (tokens.prompt(one["prompt"]), tokens.target(one["prompt"], one["target"]))
+            (
+                tokens.prompt(one["prompt"]),
+                tokens.target(one["prompt"], one["target"], one.get("glued")),
+            )
             for one in kept
         ]
 
@@ -292,7 +300,7 @@ class WISE(MemoryModule):
         """The request behind each context, and other prompts and targets."""
         [request] = batch.requests
         tokens = self.tokens
-        target = tokens.target(request.prompt, request.target_new)
+        target = tokens.target(request.prompt, request.target_new, request.glued)
         own = [(tokens.prompt(text.format(request.prompt)), target) for text in self.contexts]
         prompts, targets = zip(*own, *others, strict=True)
         rows = EditBatch.from_ids(prompts, targets, tokens)

@@ -20,6 +20,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import FailedRequestsError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.core.processes import Processes
+from lightning_edit.core.spacing import word_starts
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.locate_then_edit.contexts import Contexts
@@ -65,6 +66,7 @@ class LocateModule(EditModule[WeightDelta]):
     """
 
     decoder_only: ClassVar[bool] = True
+    needs_subject: bool = True
     unsaved_arguments: ClassVar[tuple[str, ...]] = ("second_moment_text",)
     #: Whether sampled contexts together count as much as the bare prompt.
     groups_contexts: ClassVar[bool] = False
@@ -261,12 +263,12 @@ class LocateModule(EditModule[WeightDelta]):
             FailedRequestsError: If there is no target value at all.
         """
         for request in batch.requests:
-            times = request.prompt.count(request.subject)
-            if times > 1:
+            times = len(word_starts(request.prompt, request.subject))
+            if times > 1 and request.subject_start is None:
                 rank_zero_warn(
                     f"Request {request.id!r}: the subject {request.subject!r} occurs {times} times "
-                    f"in {request.prompt!r}; the first one is edited. Reword the prompt if another "
-                    "is meant."
+                    f"in {request.prompt!r}; the first one is edited. Write {{}} for the one that "
+                    "is meant, or reword the prompt."
                 )
         if batch.processes.count > 1:
             for site in self.sites(self.tree):

@@ -20,7 +20,7 @@ from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, ModelError, RequestError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, check_subjects
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.functional.knowledge_neurons import (
     ThresholdKind,
@@ -171,6 +171,7 @@ class KN(EditModule):
         self.threshold = threshold
         self.threshold_kind: ThresholdKind = threshold_kind
         self.refine_prompts = refine_prompts
+        self.needs_subject = bool(refine_prompts) and refine_prompts != "rephrases"
         self.refine_share = refine_share
         self.factor = factor
         self.signed = signed
@@ -199,7 +200,7 @@ class KN(EditModule):
     ) -> KnowledgeNeurons:
         layers = [site.layer for site in self.sites(tree)]
         points = integration_points(self.steps)
-        answer = self._answer_tokens(request.prompt, request.target_old or "")
+        answer = self._answer_tokens(request, request.target_old or "")
         place = self._place(request, answer)
         attributions: list[Tensor] = []
         activations = torch.empty(0)
@@ -237,14 +238,15 @@ class KN(EditModule):
             return [request.prompt]
         if isinstance(self.refine_prompts, str):
             return [request.prompt, *request.rephrases]
+        check_subjects([request], "`refine_prompts`")
         others = [prompt.replace("{}", request.subject, 1) for prompt in self.refine_prompts]
         return [request.prompt, *others]
 
-    def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
+    def _answer_tokens(self, request: EditRequest, answer: str) -> list[int]:
         """Tokens of an answer, without the end token; none of an empty one."""
         if not answer:
             return []
-        ids = self.tokens.target(prompt, answer)
+        ids = self.tokens.target(request.prompt, answer, request.glued)
         return ids[:-1] if ids[-1] == self.tokens.eos_id and len(ids) > 1 else ids
 
     def _place(self, request: EditRequest, answer: Sequence[int]) -> int:
@@ -255,7 +257,7 @@ class KN(EditModule):
         """
         if self.operation != "replace" or not answer:
             return 0
-        new = self._answer_tokens(request.prompt, request.target_new)
+        new = self._answer_tokens(request, request.target_new)
         for k, (a, b) in enumerate(zip(answer, new, strict=False)):
             if a != b:
                 return k
@@ -336,7 +338,7 @@ class KN(EditModule):
                 "value vectors cannot be made of them. Set another `operation`."
             )
         place = self._place(request, found.answer)
-        new = self._answer_tokens(request.prompt, request.target_new)
+        new = self._answer_tokens(request, request.target_new)
         return weight[found.answer[place]].float(), weight[new[place]].float()
 
     def _replacements(

@@ -166,7 +166,7 @@ def data_module_ids(tokens: PromptTokenizer, data: LightningDataModule, count: i
             yield batch
         elif isinstance(batch, EditRequest):
             answer = batch.target_old or ""
-            space = tokens.leading_space(batch.prompt, answer) if answer else ""
+            space = tokens.leading_space(batch.prompt, answer, batch.glued) if answer else ""
             yield f"{batch.prompt}{space}{answer}."
         elif isinstance(batch, Mapping) and "input_ids" in batch:
             masks = batch.get("attention_mask")

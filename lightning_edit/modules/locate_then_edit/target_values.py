@@ -189,8 +189,10 @@ def _turns(
     """Requests to take together: those with equally many tokens from the subject on."""
     by_width: dict[int, list[int]] = {}
     for e, request in enumerate(requests):
-        prompt, last = tokens.subject_last(request.prompt, request.subject)
-        target = tokens.target(request.prompt, request.target_new)
+        prompt, last = tokens.subject_last(
+            request.prompt, request.subject, start=request.subject_start
+        )
+        target = tokens.target(request.prompt, request.target_new, request.glued)
         by_width.setdefault(len(prompt) - last + len(target), []).append(e)
     size = max(1, per_turn)
     return [
@@ -223,10 +225,12 @@ def _make_rows(
 ) -> _Rows:
     rows = _Rows()
     for e, request in enumerate(requests):
-        target = tokens.target(request.prompt, request.target_new)
+        target = tokens.target(request.prompt, request.target_new, request.glued)
         for template in templates:
             prefix = template.removesuffix("{}")
-            prompt, last = tokens.subject_last(request.prompt, request.subject, prefix)
+            prompt, last = tokens.subject_last(
+                request.prompt, request.subject, prefix, request.subject_start
+            )
             tokens.check_length(request, len(prompt), len(target), prefix)
             for j, token in enumerate(target):
                 rows.row.append(len(rows.ids))
@@ -237,7 +241,9 @@ def _make_rows(
             rows.splits.append(last)
             rows.owner.append(e)
         anchor, last = tokens.subject_last(
-            kl_prompt.replace("{}", request.subject, 1), request.subject
+            kl_prompt.replace("{}", request.subject, 1),
+            request.subject,
+            start=kl_prompt.index("{}"),
         )
         rows.anchor.append(len(rows.ids))
         # The words after the subject cannot matter at the subject, where the KL is read.

@@ -223,7 +223,7 @@ class GRACE(MemoryModule):
     ) -> RequestFigures:
         """Finds or makes the entry that answers a request; returns what became of it."""
         request = batch.requests[b]
-        label = batch.tokens.target(request.prompt, request.target_new)
+        label = batch.tokens.target(request.prompt, request.target_new, request.glued)
         row: RequestFigures = {"id": request.id, "placed": "added"}
         kept = {"prompt": request.prompt, "target": request.target_new, "distance": 0.0}
         radius = torch.tensor(self.radius, device=query.device)

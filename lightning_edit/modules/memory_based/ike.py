@@ -190,23 +190,28 @@ def demonstration_kinds(count: int, ratio: Sequence[int]) -> list[DemonstrationK
     return kinds
 
 
+def _told(request: EditRequest) -> str:
+    return statement(request.prompt, request.target_new, request.glued)
+
+
 def _query(request: EditRequest) -> str:
-    return demonstration(statement(request.prompt, request.target_new), request.prompt)
+    return demonstration(_told(request), request.prompt)
 
 
 def _is_about(fact: EditRequest, request: EditRequest) -> bool:
-    return fact.subject == request.subject or fact.prompt == request.prompt
+    is_shared = bool(fact.subject) and fact.subject == request.subject
+    return is_shared or fact.prompt == request.prompt
 
 
 def _demonstration(fact: EditRequest, kind: DemonstrationKind, number: int) -> str:
     """A demonstration with a fact; of several rephrases or probes, they take turns."""
-    told = statement(fact.prompt, fact.target_new)
+    glued = fact.glued
     kept = [p for p in fact.locality if p.answer.strip() and p.kind != "distracting"]
     if kind == "update" and fact.rephrases:
         prompt, answer = fact.rephrases[number % len(fact.rephrases)], fact.target_new
     elif kind == "retain" and kept:
         probe = kept[number % len(kept)]
-        prompt, answer = probe.prompt, probe.answer
+        prompt, answer, glued = probe.prompt, probe.answer, probe.glued
     else:
         prompt, answer = fact.prompt, fact.target_new
-    return demonstration(told, prompt, answer)
+    return demonstration(_told(fact), prompt, answer, glued)

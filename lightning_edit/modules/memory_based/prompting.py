@@ -56,7 +56,7 @@ def tell(
         prompts = [request.prompt for request in requests]
         embeddings = prompts_of(editor).encode(prompts, editor.tokens)
         before = contexts(requests)
-        facts = [statement(request.prompt, request.target_new) for request in requests]
+        facts = [statement(r.prompt, r.target_new, r.glued) for r in requests]
         for request, context, fact, embedding in zip(
             requests, before, facts, embeddings, strict=True
         ):
@@ -71,7 +71,7 @@ def tell(
         ]
         told = EditBatch.from_ids(
             [editor.tokens.prompt(text) for text in asked],
-            [editor.tokens.target(r.prompt, r.target_new) for r in requests],
+            [editor.tokens.target(r.prompt, r.target_new, r.glued) for r in requests],
             editor.tokens,
             requests,
         )

@@ -380,7 +380,7 @@ class SERAC(MemoryModule):
             self.network_state.has_moved = False
         texts = [self._text(request, tokens) for request in requests]
         prompts = [tokens.prompt(request.prompt) for request in requests]
-        targets = [tokens.target(r.prompt, r.target_new) for r in requests]
+        targets = [tokens.target(r.prompt, r.target_new, r.glued) for r in requests]
         separator = memory.settings["separator"]
         for request, text, prompt, target in zip(requests, texts, prompts, targets, strict=True):
             tokens.check_length(request, len(text) + len(separator) + len(prompt), len(target))
@@ -421,9 +421,9 @@ class SERAC(MemoryModule):
     def _text(self, request: EditRequest, tokens: PromptTokenizer) -> list[int]:
         """The edit in words: its prompt and answer, as tokens, without an end."""
         if tokens.is_encoder_decoder:  # it reads the answer, which it does not write here
-            text = statement(request.prompt, request.target_new)
+            text = statement(request.prompt, request.target_new, request.glued)
             return [i for i in tokens.prompt(text) if i != tokens.eos_id]
-        answer = tokens.target(request.prompt, request.target_new)
+        answer = tokens.target(request.prompt, request.target_new, request.glued)
         return [*tokens.prompt(request.prompt), *answer]
 
     def _distances(self, queries: Tensor, edits: Tensor) -> Tensor:

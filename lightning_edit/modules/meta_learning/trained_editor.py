@@ -106,7 +106,8 @@ class TrainedEditor(EditModule[Edit]):
                 f"`{self.checkpoint}` was written by {about['method']}, which is not imported. "
                 f"Import it first. Known: {', '.join(sorted(methods))}."
             )
-        own = {"model": self.model_id, "chat_template": self.chat_template}
+        names = ("chat_template", "chat_template_kwargs", "system_prompt")
+        own = {"model": self.model_id} | {name: getattr(self, name) for name in names}
         trained = methods[about["method"]](**{**about["settings"], **own})
         trained.adopt(tree.model, self.tokens.tokenizer)
         trained.take_editor(saved, self.checkpoint, any_base=self.any_base)

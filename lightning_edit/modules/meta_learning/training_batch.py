@@ -79,12 +79,12 @@ class TrainingBatch:
         inner = EditBatch.from_requests(requests, tokens)
         outer = EditBatch.from_ids(
             [tokens.prompt(text) for _, text in asked],
-            [tokens.target(text, requests[i].target_new) for i, text in asked],
+            [tokens.target(text, requests[i].target_new, requests[i].glued) for i, text in asked],
             tokens,
         )
         locality = EditBatch.from_ids(
             [tokens.prompt(probe.prompt) for probe in probes],
-            [tokens.target(p.prompt, p.answer) if p.answer else [] for p in probes],
+            [tokens.target(p.prompt, p.answer, p.glued) if p.answer else [] for p in probes],
             tokens,
         )
         return cls(inner, outer, [i for i, _ in asked], locality)

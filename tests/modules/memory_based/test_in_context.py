@@ -209,7 +209,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         (None, r"`corpus=.*cannot be read .*Give a file of edit requests"),
         ("\n", "holds no facts to demonstrate with"),
         ("{", "line 1 is no JSON"),
-        ('{"prompt": "x"}', "line 1: the field `subject` is missing"),
+        ('{"prompt": "x"}', "line 1: the field `target_new` is missing"),
     ):
         if content is not None:
             path.write_text(content)
