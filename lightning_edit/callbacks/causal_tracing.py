@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, find_requests, model_and_tokens
+from lightning_edit.callbacks.model_access import find_requests, model_and_tokens
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.core.locator import ModelTree
@@ -116,7 +116,7 @@ class CausalTracing(Callback):
         subjects = [request.subject for request in requests]
         rank, world = trainer.global_rank, trainer.world_size
         rank_zero_info(f"Tracing {len(requests)} facts")  # which takes a while
-        with evaluating(model), trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():
             # The noise is that of all facts, whoever traces them.
             deviation = subject_deviation(ModelTree.of(model), tokens, subjects)
             share = requests[rank::world]

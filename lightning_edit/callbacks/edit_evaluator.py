@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import (
-    evaluating,
     find_requests,
     model_and_tokens,
     unedited,
@@ -100,7 +99,7 @@ class EditEvaluator(Callback):
             return
         evaluator = self._evaluator(pl_module)
         share = self._share(self.requests)
-        with unedited(pl_module), evaluating(evaluator.model):
+        with unedited(pl_module):
             mine = evaluator.evaluate(share)
         self._baseline = mine.baseline
         self._values_before = self._values(mine, pl_module)
@@ -123,8 +122,7 @@ class EditEvaluator(Callback):
             readings=["teacher_forced"],
         )
         share = self._share(self.requests[:done])
-        with evaluating(evaluator.model):
-            mine = evaluator.evaluate(share, self._baseline)
+        mine = evaluator.evaluate(share, self._baseline)
         values = self._values(mine, pl_module)
         point = {key: value for key, (value, n) in values.items() if n}
         self.sequence.append({"edits": float(done), **point})
@@ -141,8 +139,7 @@ class EditEvaluator(Callback):
             return
         began = time.perf_counter()
         evaluator = self._evaluator(pl_module)
-        with evaluating(evaluator.model):
-            mine = evaluator.evaluate(self._share(self.requests), self._baseline)
+        mine = evaluator.evaluate(self._share(self.requests), self._baseline)
         after = self._values(mine, pl_module)
         self.after = self._gather(mine)
         for key, (value, n) in after.items():

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "evaluating",
     "find_model",
     "find_requests",
     "find_tokenizer",
@@ -164,18 +163,6 @@ def find_tokenizer(module: nn.Module, model: PreTrainedModel) -> PromptTokenizer
         if isinstance(value, PreTrainedTokenizerBase) and value.is_fast:
             return PromptTokenizer(value, is_encoder_decoder=is_encoder_decoder)
     return None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Has a model in eval mode inside a ``with`` block, and each part as it was after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def unedited(module: LightningModule) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, model_and_tokens, unedited
+from lightning_edit.callbacks.model_access import model_and_tokens, unedited
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.request import EditRequest
@@ -187,7 +187,7 @@ class RetentionCurve(Callback):
             self.perplexity_before = float(restored["perplexity_before"])
             return
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
-        with unedited(pl_module), evaluating(model):
+        with unedited(pl_module):
             self.perplexity_before = perplexity(model, tokens, self.text)
 
     def _add(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> bool:
@@ -215,9 +215,8 @@ class RetentionCurve(Callback):
         """Adds a row, logs it and writes what there is so far."""
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
         pairs = [(tokens.prompt(row[0]), tokens.target(*row)) for row in self._made.values()]
-        with evaluating(model):
-            scores = score_targets(model, tokens, pairs)
-            self.perplexity.append(perplexity(model, tokens, self.text))
+        scores = score_targets(model, tokens, pairs)
+        self.perplexity.append(perplexity(model, tokens, self.text))
         self.held.append([score.argmax == score.target for score in scores])
         self.steps.append(len(pairs))
         share = sum(self.held[-1]) / len(pairs)

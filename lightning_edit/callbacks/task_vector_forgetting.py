@@ -12,15 +12,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
+from lightning_edit.callbacks.model_access import find_model, find_tokenizer
 from lightning_edit.callbacks.run_folder import is_dry
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.sharding import reshard
+from lightning_edit.core.wrappers import plain_names
 from lightning_edit.evaluation.scoring import score_targets
-from lightning_edit.forgetting.adapter_vectors import plain_names
 from lightning_edit.forgetting.base_weights import BaseWeights
 from lightning_edit.forgetting.subtract import check_rate, forget_, load_task_vector
 from lightning_edit.modules.base import EditModule
@@ -252,7 +252,7 @@ class TaskVectorForgetting(Callback):
         pairs = [
             (tokens.prompt(r.prompt), tokens.target(r.prompt, r.target_new, r.glued)) for r in asked
         ]
-        with trainer.precision_plugin.forward_context(), evaluating(model):
+        with trainer.precision_plugin.forward_context():
             scores = score_targets(model, tokens, pairs)
         nll = sum(score.nll for score in scores) / len(scores)
         if nll > self.old_nll_warning:

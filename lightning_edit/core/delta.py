@@ -21,6 +21,7 @@ from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
+from lightning_edit.core.plain_model import check_weight
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.core.storage import (
@@ -31,6 +32,7 @@ from lightning_edit.core.storage import (
     provenance_of,
     save_artifact,
 )
+from lightning_edit.core.wrappers import plain_parameters
 
 __all__ = ["WeightDelta"]
 
@@ -265,7 +267,7 @@ class WeightDelta(Edit):
             model: Model to write into.
             originals: Parameter name to the untouched tensor.
         """
-        named = dict(model.named_parameters())
+        named = plain_parameters(model)
         with torch.no_grad():
             for name, original in originals.items():
                 local_shard(named[name]).copy_(shard_like(named[name], original))
@@ -367,13 +369,14 @@ class WeightDelta(Edit):
         return type(self)(self.changes, self.provenance, kept, hashes)
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        named = dict(model.named_parameters())
+        named = plain_parameters(model)
         for name, change in self.changes.items():
             if name not in named:
                 raise ArtifactError(
                     f"The model has no parameter `{name}`, which this edit changes. It was made "
                     f"for {self.provenance.base.id or 'another model'}."
                 )
+            check_weight(name, named[name], type(model).__name__)
             if named[name].shape != change.shape:
                 raise ArtifactError(
                     f"`{name}` has the shape {list(named[name].shape)} in this model, but the edit "
@@ -407,9 +410,9 @@ class WeightDelta(Edit):
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
         """The edit out of ``state_dict``, on the devices of the model's parameters."""
         # Lightning moves what a torch optimizer keeps to the device of the model, but not this.
+        named = plain_parameters(model)
         tensors = {
-            key: tensor.to(model.get_parameter(key.rpartition(".")[0]).device)
-            for key, tensor in state.items()
+            key: tensor.to(named[key.rpartition(".")[0]].device) for key, tensor in state.items()
         }
         return cls(
             {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.sharding import local_shard
+from lightning_edit.core.wrappers import plain_parameters
 
 __all__ = ["WeightHashes", "quick_hash", "tensor_hash", "weight_hash"]
 
@@ -39,7 +40,8 @@ def tensor_hash(tensor: Tensor) -> str:
 def weight_hash(model: nn.Module, originals: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over the names and hashes of all parameters, in hexadecimal.
 
-    Tied parameters count once. Buffers do not count: those of language models (masks, rotary
+    Names are those of the plain model, whatever wraps it; an adapter in it does not count. Tied
+    parameters count once. Buffers do not count: those of language models (masks, rotary
     frequencies) follow from the configuration.
 
     Args:
@@ -55,7 +57,7 @@ def weight_hash(model: nn.Module, originals: Mapping[str, Tensor] | None = None)
         >>> weight_hash(layer) == before
         False
     """
-    return _combined(_hashes({**dict(model.named_parameters()), **(originals or {})}))
+    return _combined(_hashes({**plain_parameters(model), **(originals or {})}))
 
 
 def quick_hash(tensor: Tensor) -> tuple[object, ...]:
@@ -113,7 +115,7 @@ class WeightHashes:
 
     def combined(self, originals: Mapping[str, Tensor] | None = None) -> str:
         """The model's ``weight_hash``, with ``originals`` in the place of its own parameters."""
-        named = dict(self._model.named_parameters())
+        named = plain_parameters(self._model)
         states = {name: (local_shard(p).data_ptr(), p._version) for name, p in named.items()}
         changed = {
             n: p for n, p in named.items() if self._known.get(n, ((0, 0), ""))[0] != states[n]

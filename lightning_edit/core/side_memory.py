@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.wrappers import check_not_compiled, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -285,7 +286,10 @@ class EditMemory(nn.Module, ABC):
 
         Raises:
             EditError: If the model has another memory.
+            ModelError: If it is compiled, so that it would not look into the memory.
         """
+        check_not_compiled(model)
+        model = unwrapped(model)
         if self.networks is not None:
             self.networks.prepare(model)  # before anything is touched, since it may fail
         found = EditMemory.find(model)

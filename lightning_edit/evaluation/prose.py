@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.plain_model import check_ids, check_tokens
+from lightning_edit.passes.borrowing import borrowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,11 +75,13 @@ def perplexity(
         >>> 300 < value < 600  # a random model of 424 tokens
         True
     """
+    check_tokens(model, tokens)
     tokenizer = tokens.tokenizer
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     begin = []
     if tokenizer.bos_token_id is not None:
         begin = [i for i in tokenizer("a")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    check_ids(model, tokens, [ids])
     longest = getattr(model.config, "max_position_embeddings", None) or window
     width = max(2, min(window, longest) - len(begin))
     rows = [ids[start : start + width] for start in range(0, len(ids), width)]
@@ -99,9 +103,10 @@ def perplexity(
             inputs, mask = pad_rows([[*begin, *row] for row in part], tokens.pad_id)
             labels = inputs.masked_fill(mask == 0, IGNORE_INDEX)[:, 1:]
             more = {"use_cache": False}
-        logits_BWV = model(
-            input_ids=inputs.to(device), attention_mask=mask.to(device), **more
-        ).logits[:, : labels.shape[1]]
+        with borrowed(model):
+            logits_BWV = model(
+                input_ids=inputs.to(device), attention_mask=mask.to(device), **more
+            ).logits[:, : labels.shape[1]]
         nll = cross_entropy(
             logits_BWV.flatten(0, 1).float(), labels.flatten().to(device), reduction="sum"
         )

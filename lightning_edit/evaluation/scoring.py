@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
+from lightning_edit.core.plain_model import check_ids, check_tokens
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.passes.borrowing import borrowed
+from lightning_edit.passes.decoding import GREEDY, end_ids, write
 from lightning_edit.passes.prefixes import SharedPrefix, shared_prefixes
 
 if TYPE_CHECKING:
@@ -101,26 +104,33 @@ def score_targets(
 
     Returns:
         A score for each pair, in order.
+
+    Raises:
+        ModelError: If the pad or the end token is not in the model's embedding.
+        RequestError: If another token is not.
     """
+    check_tokens(model, tokens)
+    check_ids(model, tokens, ((*prompt, *target) for prompt, target in pairs))
     # Answers of one token after the same prompt share a row.
     rows: dict[_Row, list[int]] = {}
     for i, (prompt, target) in enumerate(pairs):
         rows.setdefault((tuple(prompt), tuple(target[:-1])), []).append(i)
     run = _encoder_decoder_logits if tokens.is_encoder_decoder else _all_decoder_logits
     scores: list[Score | None] = [None] * len(pairs)
-    for row, logits_KV in run(model, tokens, list(rows), max_tokens):
-        logp_KV = torch.log_softmax(logits_KV.float(), dim=-1)
-        argmax = tuple(logp_KV.argmax(-1).tolist())
-        for i in rows[row]:
-            target = list(pairs[i][1])
-            ids = torch.tensor(target, device=logp_KV.device)
-            wanted = with_first is not None and with_first[i]
-            scores[i] = Score(
-                tuple(target),
-                argmax,
-                tuple(logp_KV.gather(1, ids[:, None])[:, 0].tolist()),
-                logp_KV[0].cpu() if wanted else None,
-            )
+    with borrowed(model):
+        for row, logits_KV in run(model, tokens, list(rows), max_tokens):
+            logp_KV = torch.log_softmax(logits_KV.float(), dim=-1)
+            argmax = tuple(logp_KV.argmax(-1).tolist())
+            for i in rows[row]:
+                target = list(pairs[i][1])
+                ids = torch.tensor(target, device=logp_KV.device)
+                wanted = with_first is not None and with_first[i]
+                scores[i] = Score(
+                    tuple(target),
+                    argmax,
+                    tuple(logp_KV.gather(1, ids[:, None])[:, 0].tolist()),
+                    logp_KV[0].cpu() if wanted else None,
+                )
     return [score for score in scores if score is not None]
 
 
@@ -343,7 +353,8 @@ def prompt_ids(
     """
     unique = list(dict.fromkeys(prompts))
     memory = EditMemory.find(model)
-    asked = unique if memory is None else memory.rewrite(unique, tokens)
+    with borrowed(model):
+        asked = unique if memory is None else memory.rewrite(unique, tokens)
     return {prompt: tokens.prompt(text) for prompt, text in zip(unique, asked, strict=True)}
 
 
@@ -360,6 +371,7 @@ def continuations(
     """Greedy continuations from the prompts alone, up to a natural stop.
 
     A text stops at the end token, at a line's or a sentence's end, or after ``max_new_tokens``.
+    Nothing of the model's ``generation_config`` has a part in it but further end tokens.
     Equal prompts with equal minimums are run once.
 
     Args:
@@ -373,28 +385,35 @@ def continuations(
 
     Returns:
         For each prompt what was written, without the prompt.
+
+    Raises:
+        ModelError: If the pad or the end token is not in the model's embedding.
+        RequestError: If another token is not.
     """
     asked = list(zip(prompts, min_new_tokens or [1] * len(prompts), strict=True))
+    check_tokens(model, tokens)
     ids = prompt_ids(model, tokens, prompts)
+    check_ids(model, tokens, ids.values())
     order = sorted(dict.fromkeys(asked), key=lambda item: len(ids[item[0]]))
-    prefixes = _prefixes(model, tokens, [tuple(ids[prompt]) for prompt, _ in order])
-    parts: dict[_Ids, list[tuple[str, int]]] = {}
-    for item in order:
-        parts.setdefault(prefixes.get(tuple(ids[item[0]]), ()), []).append(item)
-    texts: dict[tuple[str, int], Continuation] = {}
-    for beginning, items in parts.items():
-        prefix = SharedPrefix(model, beginning) if beginning else None
-        for start in range(0, len(items), max_rows):
-            chunk = items[start : start + max_rows]
-            written = _generate(
-                model,
-                tokens,
-                [ids[p] for p, _ in chunk],
-                max_new_tokens,
-                [n for _, n in chunk],
-                prefix,
-            )
-            texts.update(zip(chunk, written, strict=True))
+    with borrowed(model):
+        prefixes = _prefixes(model, tokens, [tuple(ids[prompt]) for prompt, _ in order])
+        parts: dict[_Ids, list[tuple[str, int]]] = {}
+        for item in order:
+            parts.setdefault(prefixes.get(tuple(ids[item[0]]), ()), []).append(item)
+        texts: dict[tuple[str, int], Continuation] = {}
+        for beginning, items in parts.items():
+            prefix = SharedPrefix(model, beginning) if beginning else None
+            for start in range(0, len(items), max_rows):
+                chunk = items[start : start + max_rows]
+                written = _generate(
+                    model,
+                    tokens,
+                    [ids[p] for p, _ in chunk],
+                    max_new_tokens,
+                    [n for _, n in chunk],
+                    prefix,
+                )
+                texts.update(zip(chunk, written, strict=True))
     return [texts[item] for item in asked]
 
 
@@ -406,20 +425,20 @@ def _generate(
     least: Sequence[int],
     prefix: SharedPrefix | None = None,
 ) -> list[Continuation]:
-    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers import StoppingCriteria
 
     device = next(model.parameters()).device
     side = "right" if tokens.is_encoder_decoder else "left"
     # With a prefix, padding stands behind it.
     length = 0 if prefix is None else prefix.length
     ids, mask = pad_rows([prompt[length:] for prompt in prompts], tokens.pad_id, side=side)
-    read = {} if prefix is None else {"cache": prefix.cache(len(prompts))}
+    cache = None if prefix is None else prefix.cache(len(prompts))
     if prefix is not None:
         start = torch.tensor([list(prompts[0][:length])]).expand(len(prompts), -1)
         ids = torch.cat([start, ids], 1)
         mask = torch.cat([torch.ones_like(start), mask], 1)
     begin = 1 if tokens.is_encoder_decoder else ids.shape[1]
-    ends = {i for i in (tokens.eos_id,) if i is not None}
+    ends = set(end_ids(model, tokens))
     done = [False] * len(prompts)
     lengths = [max_new_tokens] * len(prompts)
 
@@ -434,19 +453,15 @@ def _generate(
                     lengths[b] = count
             return torch.tensor(done, device=input_ids.device)
 
-    output = model.generate(
+    settings = {**GREEDY, "max_new_tokens": max_new_tokens}
+    output = write(
+        model,
+        tokens,
         ids.to(device),
-        attention_mask=mask.to(device),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokens.pad_id,
-        stopping_criteria=StoppingCriteriaList([NaturalStop()]),
-        **read,
+        mask.to(device),
+        settings,
+        stop=[NaturalStop()],
+        cache=cache,
     )
     written: list[Continuation] = []
     for b, row in enumerate(output[:, begin:].tolist()):

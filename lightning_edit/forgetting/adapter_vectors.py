@@ -19,11 +19,12 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.sharding import whole_tensor
+from lightning_edit.core.wrappers import plain_names
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-__all__ = ["adapter_changes", "has_adapter", "load_adapter", "plain_names"]
+__all__ = ["adapter_changes", "has_adapter", "load_adapter"]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -45,31 +46,6 @@ class _Config(TypedDict, total=False):
     fan_in_fan_out: bool
     target_modules: list[str] | str | None
     base_model_name_or_path: str | None
-
-
-def plain_names(model: nn.Module) -> dict[str, str]:
-    """Names of the model's own parameters, without and with the wrappers of an adapter.
-
-    Args:
-        model: A language model, perhaps with LoRA layers in it.
-
-    Returns:
-        For each parameter its name in the plain model and its name in this one. The adapter's own
-        parameters are left out.
-
-    Examples:
-        >>> plain_names(nn.Sequential(nn.Linear(2, 2, bias=False)))
-        {'0.weight': '0.weight'}
-    """
-    adapters = {name for name, module in model.named_modules() if _is_adapted(module)}
-    names = {}
-    for name, _ in model.named_parameters():
-        holder = next((a for a in adapters if name.startswith(f"{a}.")), None)
-        if holder is None:
-            names[name] = name
-        elif name.startswith(f"{holder}.base_layer."):
-            names[f"{holder}.{name.removeprefix(f'{holder}.base_layer.')}"] = name
-    return names
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -18,7 +18,8 @@ from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.sharding import local_shard, shard_like, whole_tensor
-from lightning_edit.forgetting.adapter_vectors import adapter_changes, has_adapter, plain_names
+from lightning_edit.core.wrappers import plain_names
+from lightning_edit.forgetting.adapter_vectors import adapter_changes, has_adapter
 from lightning_edit.functional.task_vector import forget_learned, task_vector
 
 __all__ = ["BaseWeights"]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import SURVIVAL_WARNING, WeightDelta
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.plain_model import check_weight
 from lightning_edit.core.sharding import local_shard, reshard, shard_like
-from lightning_edit.forgetting.adapter_vectors import load_adapter, plain_names
+from lightning_edit.core.wrappers import plain_names
+from lightning_edit.forgetting.adapter_vectors import load_adapter
 from lightning_edit.functional.task_vector import forget, surviving_share
 
 __all__ = ["check_rate", "forget_", "load_task_vector", "sweep_forgetting"]
@@ -182,6 +184,7 @@ def _targets(model: nn.Module, vector: WeightDelta) -> dict[str, nn.Parameter]:
                 f"{origin}: give one that was learned from this model."
             )
         parameter = named[names[name]]
+        check_weight(name, parameter, type(model).__name__)
         if parameter.shape != change.shape or not parameter.is_floating_point():
             raise ArtifactError(
                 f"The task vector is for `{name}` of the shape {list(change.shape)}, but the "

@@ -23,9 +23,11 @@ from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
 from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
+from lightning_edit.core.plain_model import check_tokens, check_weights
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_subjects
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.core.wrappers import unwrapped
 from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.modules.arguments import check_arguments
@@ -38,10 +40,17 @@ from lightning_edit.modules.fitting import (
     log_metrics,
     request_rows,
 )
+from lightning_edit.modules.lending import Lending
 from lightning_edit.modules.protocols import EditProtocol, ProtocolName, make_protocol
 from lightning_edit.modules.session import EditSession
-from lightning_edit.modules.targets import Target, WeightTarget, relative_norm
+from lightning_edit.modules.targets import (
+    Target,
+    WeightTarget,
+    check_target,
+    relative_norm,
+)
 from lightning_edit.optim import E, EditOptimizer
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.presets import load_preset
 
 if TYPE_CHECKING:
@@ -133,6 +142,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self._tokens: PromptTokenizer | None = None
         self._session: EditSession[E] | None = None
         self._protocol: EditProtocol[E] | None = None
+        self._lending = Lending()
 
     # -- the method --------------------------------------------------------------------------
 
@@ -180,6 +190,13 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     ) -> Self:
         """An editor of a model that is in memory already.
 
+        Of a compiled or parallel model, or one of peft, it is the model in it that is edited, and
+        edits have its names.
+
+        The model stays as it is but for edits that are committed or applied: which parameters get
+        gradients, the mode of each module and all else is as it was whenever a call has ended or
+        failed, and edits are computed and measured in eval mode whatever that was.
+
         Args:
             model: A Hugging Face language model. It is edited in place, not copied.
             tokenizer: Its fast tokenizer.
@@ -214,8 +231,12 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             tokenizer: Its fast tokenizer.
 
         Raises:
-            ModelError: If the method does not work on such models.
+            ModelError: If the method does not work on such models, weights are quantized or
+                offloaded, the pad token is not in the model's embedding, or what wraps the model
+                is in the way.
         """
+        given, model = model, unwrapped(model)
+        check_weights(model)
         tree = ModelTree.of(model)
         if tree.is_encoder_decoder and self.decoder_only:
             raise ModelError(
@@ -230,7 +251,16 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             chat_template_kwargs=self.chat_template_kwargs,
             system_prompt=self.system_prompt,
         )
-        target = self.make_target(tree)
+        check_tokens(model, self._tokens)
+        before = EditMemory.find(model)
+        try:
+            target = self.make_target(tree)
+            check_target(target, given)
+        except BaseException:
+            memory = EditMemory.find(model)
+            if memory is not None and memory is not before:
+                memory.detach_()
+            raise
         self.model = model
         self._session = EditSession(
             model, self._tokens, target, self.model_id, self.revision, self.needs_subject
@@ -277,16 +307,11 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 )
                 self.adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
         if self._trainer is not None and self.trainer.state.fn is not None:
-            self.target.prepare(self.trainer.state.fn.value)
+            self._lending.begin(self.trainer, self.target)
         is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         if is_grouped and not any(p.requires_grad for p in self.parameters()):
             # `ddp` refuses modules that have nothing to train, in a group of one as well.
             self.anchor = nn.Parameter(torch.zeros((), device=self.model.device))
-
-    @override
-    def teardown(self, stage: str) -> None:
-        if self._session is not None:
-            self.target.prepare("")
 
     @property
     def session(self) -> EditSession[E]:
@@ -438,7 +463,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             EditError: If the memory holds nothing of one of them, or the editor changes weights;
                 then nothing is forgotten.
         """
-        edit = self.target.without(request_ids)
+        with borrowed(self.model, self.target.trainable):
+            edit = self.target.without(request_ids)
         self.session.commit(edit)
         return edit
 

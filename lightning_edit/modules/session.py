@@ -16,12 +16,14 @@ from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.plain_model import check_ids
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_requests, check_subjects
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.modules.targets import Target, kept_weights
 from lightning_edit.optim import E
+from lightning_edit.passes.borrowing import borrowed
 
 __all__ = ["EditSession", "write_for_now"]
 
@@ -122,10 +124,12 @@ class EditSession(Generic[E]):
         # not compute in `pass_dtype` must not be rounded.
         exact = torch.autocast(device.type, enabled=False)
         kept = kept_weights(self.target.parameters)
-        with torch.inference_mode(False), torch.enable_grad(), exact, kept:
+        lent = borrowed(self.model, self.target.trainable)
+        with torch.inference_mode(False), torch.enable_grad(), exact, lent, kept:
             if not isinstance(requests, EditBatch):
                 check_requests(requests)
                 requests = EditBatch.from_requests(requests, self.tokens)
+            check_ids(self.model, self.tokens, requests.input_ids.tolist())
             batch = replace(
                 requests.to(device),
                 processes=processes or Processes(),

@@ -15,14 +15,15 @@ from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory, MemoryEntry
+from lightning_edit.core.wrappers import check_not_compiled, plain_names
 from lightning_edit.optim import E, EditOptimizer
 
-__all__ = ["MemoryTarget", "Target", "WeightTarget"]
+__all__ = ["MemoryTarget", "Target", "WeightTarget", "check_target"]
 
 
 class Target(ABC, Generic[E]):
@@ -36,6 +37,8 @@ class Target(ABC, Generic[E]):
     def __init__(self, model: nn.Module, optimizer: EditOptimizer[E]) -> None:
         self.model = model
         self.optimizer = optimizer
+        #: Names of the parameters that get gradients while an edit is made, or in ``fit``.
+        self.trainable: tuple[str, ...] = ()
 
     @property
     def originals(self) -> dict[str, Tensor]:
@@ -112,26 +115,24 @@ class Target(ABC, Generic[E]):
 
 
 class WeightTarget(Target[WeightDelta]):
-    """Weights: parameters of the model, all others being frozen.
+    """Weights: parameters of the model, all others being frozen while they are edited.
 
     Args:
-        model: The model. It is edited in place, and all its parameters but these are frozen.
+        model: The model. It is edited in place.
         names: Names of the parameters.
-        trainable: Whether these get gradients outside an edit, too.
+        trainable: Whether these get gradients.
 
     Examples:
         >>> target = WeightTarget(nn.Linear(2, 2), ["weight"])
-        >>> target.size(), target.model.bias.requires_grad
-        (('relative_norm', 0.0), False)
+        >>> target.size(), target.trainable
+        (('relative_norm', 0.0), ('weight',))
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, trainable: bool = True) -> None:
         named = dict(model.named_parameters())
-        model.requires_grad_(False)
-        for name in names if trainable else ():
-            named[name].requires_grad_(True)
         originals = {name: named[name].detach().clone() for name in names}
         super().__init__(model, EditOptimizer(model, originals))
+        self.trainable = tuple(names) if trainable else ()
 
     @property
     @override
@@ -212,7 +213,6 @@ class MemoryTarget(Target[MemoryWrite]):
         if found is not None and found is not memory:
             found.check_kind(type(memory).__name__, memory.settings)
             memory = found
-        model.requires_grad_(False)
         memory.attach_(model).is_temporary = False
         super().__init__(model, _MemoryOptimizer(model, memory))
         # In a tuple, out of sight of Lightning, for which it is a part of the model.
@@ -275,6 +275,28 @@ class MemoryTarget(Target[MemoryWrite]):
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         if own:
             self.memory.load_state_dict(own)
+
+
+def check_target(target: Target[E], given: nn.Module) -> None:
+    """Checks that what is edited takes effect in a model that may be wrapped, and has names there.
+
+    Args:
+        target: What is edited in the model.
+        given: The model with what wraps it.
+
+    Raises:
+        ModelError: If a memory is put into a compiled model, or weights lie in an adapter.
+    """
+    if isinstance(target, MemoryTarget):
+        check_not_compiled(given)
+    plain = plain_names(target.model)
+    inside = [name for name in target.originals if plain.get(name) != name]
+    if inside:
+        raise ModelError(
+            f"`{inside[0]}` lies in an adapter, so that its edit would have no name in the plain "
+            "model. Merge the adapter first (`model.merge_and_unload()` of peft), or edit other "
+            "layers or modules."
+        )
 
 
 @contextmanager

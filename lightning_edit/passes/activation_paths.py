@@ -26,8 +26,8 @@ from lightning_edit.functional.knowledge_neurons import probability_gradient
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import Arguments, entering_states
 from lightning_edit.passes.blocks import explained
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
-from lightning_edit.passes.tail import frozen
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -167,7 +167,7 @@ class ActivationPaths:
         model: PreTrainedModel = self.tree.model
         dtype = next(self.tree.blocks[0].parameters()).dtype
         short = short_attention(self.ids.device, dtype)
-        with _explained(model), frozen(model), short, rows.growing(self.tree, layers):
+        with _explained(model), borrowed(model), short, rows.growing(self.tree, layers):
             logits = model(**self._arguments(position, position + 1, cache)).logits
         logits = logits.reshape(-1, logits.shape[-1])
         self._check(logits[0].detach().float(), self.logits[k])

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.processes import Processes
+from lightning_edit.passes.borrowing import borrowed
+from lightning_edit.passes.decoding import sampling, write, written_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +27,7 @@ __all__ = [
     "sample_rows",
     "sample_templates",
     "sample_text_ids",
+    "sampled_by",
     "seeded",
 ]
 
@@ -31,6 +36,8 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")
 CONTEXT_LENGTHS = (5, 10)  # tokens, openings included
 ROW_LENGTH = 64  # tokens of one row of text
 BATCH_ROWS = 64  # rows run at once: about four thousand tokens
+CONTEXTS = sampling(top_k=5)
+ROWS = {**sampling(), "max_new_tokens": ROW_LENGTH - 1, "min_new_tokens": ROW_LENGTH - 1}
 
 
 @contextmanager
@@ -63,21 +70,12 @@ def sample_templates(
     rows = [tokens.tokenizer(word, add_special_tokens=False)["input_ids"] for word in OPENINGS]
     device = next(model.parameters()).device
     templates = []
-    with seeded(seed), torch.no_grad():
+    with seeded(seed), torch.no_grad(), borrowed(model):
         for length in lengths:
             for row in rows:
                 start = torch.tensor([row] * per_kind, device=device)
-                written = model.generate(
-                    start,
-                    attention_mask=torch.ones_like(start),
-                    do_sample=True,
-                    top_k=5,
-                    top_p=1.0,
-                    temperature=1.0,
-                    repetition_penalty=1.0,
-                    max_new_tokens=max(1, length - len(row)),
-                    pad_token_id=tokens.pad_id,
-                )
+                settings = {**CONTEXTS, "max_new_tokens": max(1, length - len(row))}
+                written = write(model, tokens, start, torch.ones_like(start), settings)
                 texts = tokens.tokenizer.batch_decode(written, skip_special_tokens=True)
                 templates += [text.strip() + ". {}" for text in texts]
     return templates
@@ -121,24 +119,41 @@ def sample_rows(
     Yields:
         Token ids, [at most 64 rows, 64].
     """
-    special = set(getattr(tokens.tokenizer, "all_special_ids", []))
-    ordinary = torch.tensor([i for i in range(len(tokens.tokenizer)) if i not in special])
+    ordinary = torch.tensor(_ordinary(model, tokens))
     device = next(model.parameters()).device
     n_rows = -(-count // ROW_LENGTH)
     for i in (processes or Processes()).share(-(-n_rows // BATCH_ROWS)):
         size = min(BATCH_ROWS, n_rows - i * BATCH_ROWS)
-        with seeded(seed + i), torch.no_grad():
+        with seeded(seed + i), torch.no_grad(), borrowed(model):
             begun = ordinary[torch.randint(len(ordinary), (size, 1))].to(device)
-            written: Tensor = model.generate(
-                begun,
-                attention_mask=torch.ones_like(begun),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=ROW_LENGTH - 1,
-                min_new_tokens=ROW_LENGTH - 1,
-                pad_token_id=tokens.pad_id,
-            )
+            written = write(model, tokens, begun, torch.ones_like(begun), ROWS)
         yield written
+
+
+def sampled_by(model: PreTrainedModel, tokens: PromptTokenizer, count: int, seed: int) -> str:
+    """A digest of all that decides what ``sample_rows`` gives, beside the model itself.
+
+    Args:
+        model: As in ``sample_rows``.
+        tokens: As in ``sample_rows``.
+        count: As in ``sample_rows``.
+        seed: As in ``sample_rows``.
+    """
+    import transformers
+
+    made = {
+        "generation": written_by(model, tokens, ROWS).to_dict(),
+        "transformers": transformers.__version__,  # whose defaults are what is not set
+        "ordinary": _ordinary(model, tokens),
+        "rows": [-(-count // ROW_LENGTH), BATCH_ROWS],
+        "seed": seed,
+    }
+    text = json.dumps(made, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _ordinary(model: PreTrainedModel, tokens: PromptTokenizer) -> list[int]:
+    """Tokens that a row may begin with: all that the model knows, but for special ones."""
+    special = set(getattr(tokens.tokenizer, "all_special_ids", []))
+    known = min(len(tokens.tokenizer), len(model.get_input_embeddings().weight))
+    return [i for i in range(known) if i not in special]

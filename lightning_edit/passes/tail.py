@@ -33,12 +33,13 @@ from lightning_edit.passes.block_recorder import (
     recorded_blocks,
 )
 from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["Place", "Tail", "frozen", "split_rows"]
+__all__ = ["Place", "Tail", "split_rows"]
 
 Place = Literal["mlp", "block", "sublayers"]
 
@@ -46,19 +47,6 @@ Place = Literal["mlp", "block", "sublayers"]
 MAX_DIFFERENCE = 1e-2
 
 ADVICE = "Choose another model, or a method that needs no target values, such as FineTune or LoRA."
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Context manager: no parameter gets a gradient."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def split_rows(
@@ -178,7 +166,7 @@ class Tail:
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         width = before_NP.shape[1]
         cache = DynamicCache()
-        with torch.no_grad(), frozen(model):
+        with torch.no_grad(), borrowed(model):
             if width:
                 model.base_model(
                     input_ids=before_NP,

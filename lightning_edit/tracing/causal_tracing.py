@@ -19,7 +19,9 @@ from torch import Tensor
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.plain_model import check_ids, check_weights
 from lightning_edit.core.request import EditRequest, check_subjects
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.tracing.restoration import KINDS, CorruptedRun, Kind, Restoration
 
 if TYPE_CHECKING:
@@ -235,7 +237,7 @@ def trace_facts(
     one it is whatever the model answers.
 
     Args:
-        model: A decoder-only model in eval mode.
+        model: A decoder-only model, which is read in eval mode.
         tokens: Its tokenizer.
         requests: Facts; their new answers play no part.
         settings: How to trace.
@@ -248,7 +250,8 @@ def trace_facts(
         The traces of the known facts, in the order of the requests.
 
     Raises:
-        ModelError: If the model has an encoder, or cannot be run block by block.
+        ModelError: If the model has an encoder, or cannot be run block by block, or weights are
+            quantized or offloaded.
         RequestError: If a subject is not named or not found.
 
     Examples:
@@ -265,43 +268,49 @@ def trace_facts(
         Locating and Editing Factual Associations in GPT, arXiv 2202.05262, section 2.1.
     """
     settings = settings or TracingSettings()
+    check_weights(model)
     tree = ModelTree.of(model)
     check_subjects(requests, "Causal tracing")
     if deviation is None:
         deviation = subject_deviation(tree, tokens, [request.subject for request in requests])
     facts: list[FactTrace] = []
     unknown: list[str] = []
-    for request in requests:
-        ids, subject = tokens.subject_range(
-            request.prompt, request.subject, start=request.subject_start
-        )
-        drawn = _noise(settings, len(subject), tree.hidden_size) if noise is None else noise
-        scaled = settings.noise_factor * deviation * drawn[:, : len(subject)]
-        run = CorruptedRun(tree, ids, subject, scaled)
-        old = request.target_old
-        if old is not None and tokens.target(request.prompt, old, request.glued)[0] != run.answer:
-            unknown.append(request.id)
-            continue
-        if not facts:
-            run.check()
-        scores = {kind: torch.full((len(ids), len(tree.blocks)), run.low) for kind in KINDS}
-        for token in range(subject.start, len(ids)):
-            for kind, layer, score in _restored(run, token, settings):
-                scores[kind][token, layer] = score
-        decode = tokens.tokenizer.decode
-        facts.append(
-            FactTrace(
-                id=request.id,
-                prompt=tokens.render(request.prompt),
-                subject=request.subject,
-                answer=decode([run.answer]),
-                tokens=tuple(decode([i]) for i in ids),
-                subject_range=(subject.start, subject.stop),
-                high=run.high,
-                low=run.low,
-                scores=scores,
+    with borrowed(model):
+        for request in requests:
+            ids, subject = tokens.subject_range(
+                request.prompt, request.subject, start=request.subject_start
             )
-        )
+            check_ids(model, tokens, [ids])
+            drawn = _noise(settings, len(subject), tree.hidden_size) if noise is None else noise
+            scaled = settings.noise_factor * deviation * drawn[:, : len(subject)]
+            run = CorruptedRun(tree, ids, subject, scaled)
+            old = request.target_old
+            if (
+                old is not None
+                and tokens.target(request.prompt, old, request.glued)[0] != run.answer
+            ):
+                unknown.append(request.id)
+                continue
+            if not facts:
+                run.check()
+            scores = {kind: torch.full((len(ids), len(tree.blocks)), run.low) for kind in KINDS}
+            for token in range(subject.start, len(ids)):
+                for kind, layer, score in _restored(run, token, settings):
+                    scores[kind][token, layer] = score
+            decode = tokens.tokenizer.decode
+            facts.append(
+                FactTrace(
+                    id=request.id,
+                    prompt=tokens.render(request.prompt),
+                    subject=request.subject,
+                    answer=decode([run.answer]),
+                    tokens=tuple(decode([i]) for i in ids),
+                    subject_range=(subject.start, subject.stop),
+                    high=run.high,
+                    low=run.low,
+                    scores=scores,
+                )
+            )
     return TracingResult(facts, unknown, deviation, settings)
 
 

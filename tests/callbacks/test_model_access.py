@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_edit.callbacks.model_access import evaluating, find_model, find_tokenizer
+from lightning_edit.callbacks.model_access import find_model, find_tokenizer
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError
 from lightning_edit.demos import tiny_model, tiny_tokenizer
@@ -68,11 +68,3 @@ def test_tokenizer_is_found_by_type() -> None:
     found = find_tokenizer(_holder(anything=tokenizer), t5)
     assert found is not None
     assert found.is_encoder_decoder
-
-
-def test_modes_come_back_part_by_part() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Dropout())
-    model[0].eval()
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-    assert [module.training for module in model.modules()] == [True, False, True]

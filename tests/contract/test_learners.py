@@ -85,7 +85,7 @@ def test_training_moves_the_network_and_leaves_the_model_alone(
     trainer.fit(editor, data_of())
     assert trainer.global_step == 4
     assert same(editor.model, model)
-    assert not any(p.requires_grad or p.grad is not None for p in editor.model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in editor.model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in editor.model.modules())
     after = tensors_of(editor)
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())

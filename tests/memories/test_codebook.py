@@ -191,5 +191,5 @@ def test_the_weights_and_their_gradients_are_left_alone() -> None:
     base, _ = trained_tiny_model()
     kept = snapshot(base)
     assert all(torch.equal(p, kept[name]) for name, p in editor.model.named_parameters())
-    assert not any(p.requires_grad for p in editor.model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in editor.model.parameters())
     assert isinstance(EditMemory.find(editor.model), EditMemory)

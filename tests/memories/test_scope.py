@@ -310,7 +310,7 @@ def test_the_weights_and_their_gradients_are_left_alone() -> None:
     kept = snapshot(base)
     assert kept.keys() == dict(editor.model.named_parameters()).keys()
     assert all(torch.equal(p, kept[name]) for name, p in editor.model.named_parameters())
-    assert not any(p.requires_grad for p in editor.model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in editor.model.parameters())
 
 
 def _own(seed: int = 0) -> Any:

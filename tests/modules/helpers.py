@@ -18,6 +18,7 @@ from lightning_edit.evaluation.evaluator import Baseline
 __all__ = [
     "autoregressive",
     "bare_trainer",
+    "circumstances",
     "fingerprint",
     "plain_nll",
     "same",
@@ -57,6 +58,23 @@ def fingerprint(model: nn.Module) -> str:
         return weight_hash(model)
     tensors = [tensor_hash(tensor) for tensor in memory.state_dict().values()]
     return " ".join([weight_hash(model), *tensors])
+
+
+def circumstances(model: Any) -> dict[str, Any]:
+    """All that is to be as it came whenever somebody has worked on a model, but for its weights."""
+    modules = {n: m for n, m in model.named_modules() if "edit_memory" not in n}
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return {
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "gradients": {n: p.grad for n, p in model.named_parameters()},
+        "modes": {n: m.training for n, m in modules.items()},
+        "classes": {n: type(m) for n, m in modules.items()},
+        "hooks": {n: [list(getattr(m, h).values()) for h in hooks] for n, m in modules.items()},
+        "kinds": {n: (p.dtype, p.device) for n, p in model.named_parameters()},
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "generation": (model.generation_config, model.generation_config.to_dict()),
+    }
 
 
 def same_edit(one: Any, other: Any) -> bool:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.passes.tail import Tail, frozen, split_rows
+from lightning_edit.passes.borrowing import borrowed
+from lightning_edit.passes.tail import Tail, split_rows
 from tests import zoo
 
 # Token ids; the position of the change; a row that begins with it has no prefix at all.
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_whole_model(kind: str) -> None:
     model = zoo.build(kind)
     tail = Tail.capture(ModelTree.of(model), 0, ROWS, SPLITS, pad_id=0)
     change = torch.randn(len(ROWS), model.config.hidden_size, requires_grad=True)
-    with frozen(model):
+    with borrowed(model):
         logits = tail.logits(tail.hidden(change[:, None]))
         (found,) = torch.autograd.grad(logits[0, :2].square().mean(), change)
         whole = whole_logits(model, 0, ROWS[0], SPLITS[0], change[0])
@@ -137,7 +137,7 @@ def test_lower_precision_is_that_of_autocast(kind: str) -> None:
     tail = Tail.capture(ModelTree.of(model), 1, ROWS, SPLITS, pad_id=0)
     low = tail.lower(torch.bfloat16)
     change = torch.randn(len(ROWS), model.config.hidden_size, requires_grad=True)
-    with frozen(model), sdpa_kernel(SDPBackend.MATH):
+    with borrowed(model), sdpa_kernel(SDPBackend.MATH):
         exact = tail.logits(tail.hidden(change[:, None]))
         found = low.logits(low.hidden(change[:, None]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,16 +244,6 @@ def test_split_rows_pads_before_and_after() -> None:
     assert mask_before.tolist() == [[1, 1], [0, 0]]
     assert after.tolist() == [[7], [8]]
     assert mask_after.tolist() == [[1], [1]]
-
-
-def test_frozen_gives_flags_back_whatever_happens() -> None:
-    layer = nn.Linear(2, 2)
-    layer.bias.requires_grad_(False)
-    with contextlib.suppress(RuntimeError), frozen(layer):
-        assert not layer.weight.requires_grad
-        raise RuntimeError
-    assert layer.weight.requires_grad
-    assert not layer.bias.requires_grad
 
 
 def test_a_model_without_a_vocabulary_says_so() -> None:

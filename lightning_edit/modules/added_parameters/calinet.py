@@ -35,6 +35,7 @@ from lightning_edit.modules.fitting import EditState
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.modules.meta_learning.training_batch import TrainOn
 from lightning_edit.modules.targets import MemoryTarget, Target
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.target_loss import MAX_ROWS, row_means, target_nll
 
@@ -277,7 +278,8 @@ class CaliNET(MemoryModule):
             for prompt in (request.prompt, *others)
         ]
         sizes = [1 + len(others) for others in contrasts]
-        found = torch.split(self._log_probabilities(asked), sizes)
+        with borrowed(self.model):
+            found = torch.split(self._log_probabilities(asked), sizes)
         return {
             request.id: float(calibration_score(part[0], part[1:]))
             for request, part in zip(requests, found, strict=True)

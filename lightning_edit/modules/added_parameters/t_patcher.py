@@ -30,6 +30,7 @@ from lightning_edit.functional.patches import activation_loss, margin_losses
 from lightning_edit.memories.beside import beside_mlp
 from lightning_edit.memories.patches import PatchNeurons, patch_output
 from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.sampling import sample_text_ids, seeded
@@ -210,7 +211,7 @@ class TPatcher(MemoryModule):
             if tree.is_encoder_decoder:  # what it writes to a word, read by its decoder
                 inputs = {name: ids[:, :1] for name, ids in inputs.items()}
                 inputs["decoder_input_ids"] = rows
-            with torch.no_grad(), self._seen() as seen:
+            with borrowed(model), torch.no_grad(), self._seen() as seen:
                 model(**inputs, use_cache=False)
             states = seen[0].reshape(-1, seen[0].shape[-1])[: self.memory_tokens]
             with seeded(self.seed):  # neighbors in a text are alike

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import LocatorError, MissingDependencyError
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.sampling import seeded
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class AdapterLayers:
             target_modules=list(holder),
             fan_in_fan_out=self.sites[0].transposed,
         )
-        with seeded(seed):
+        # peft freezes what it wraps.
+        with seeded(seed), borrowed(holder):
             inject_adapter_in_model(config, holder)
         self.layers: list[LoraLayer] = [holder[str(i)] for i in range(len(self.sites))]
         for layer in self.layers:

@@ -86,7 +86,6 @@ class AdapterTarget(TunedTarget):
         if self.adapter.is_attached:
             return
         self._before_attaching()
-        self.model.requires_grad_(False)
         with torch.no_grad():
             for name, weight in self.adapter.base().items():
                 if name in self._beneath:

@@ -57,6 +57,7 @@ class TunedWeights(TunedTarget):
         self._weights = WeightTarget(model, names)
         self._request_ids = request_ids
         super().__init__(model, self._weights.optimizer)
+        self.trainable = self._weights.trainable
 
     @override
     def tuned_parameters(self) -> list[nn.Parameter]:

@@ -28,6 +28,7 @@ from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
 from lightning_edit.modules.locate_then_edit.shared_search import search_target_values
 from lightning_edit.modules.locate_then_edit.target_values import TargetValues, TargetValueSettings
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.key_pass import KeyPasses
 from lightning_edit.passes.sampling import sample_templates
 
@@ -166,9 +167,10 @@ class LocateModule(EditModule[WeightDelta]):
 
     def layer_keys(self, batch: EditBatch) -> dict[int, Tensor]:
         """Keys of a batch in the model as it stands, [E, M] of each layer."""
-        passes = self.key_passes(batch)
         layers = [site.layer for site in self.sites(self.tree)]
-        return {layer: self.mean_keys(passes.keys(layer)[0]) for layer in layers}
+        with borrowed(self.model):
+            passes = self.key_passes(batch)
+            return {layer: self.mean_keys(passes.keys(layer)[0]) for layer in layers}
 
     def remembered(self, layer: int) -> EarlierEdits:
         """What committed edits left at a layer, such as their keys."""

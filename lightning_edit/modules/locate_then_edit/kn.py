@@ -33,6 +33,7 @@ from lightning_edit.functional.knowledge_neurons import (
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.session import write_for_now
 from lightning_edit.passes.activation_paths import ActivationPaths
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.target_loss import row_means, target_nll
 
 __all__ = ["KN", "KnowledgeNeurons", "Operation"]
@@ -192,7 +193,8 @@ class KN(EditModule):
                 values.
         """
         tokens = self.tokens
-        with torch.inference_mode(False), torch.enable_grad():
+        lent = borrowed(self.model)
+        with torch.inference_mode(False), torch.enable_grad(), lent:
             return self._find(request, self.tree, tokens)
 
     def _find(

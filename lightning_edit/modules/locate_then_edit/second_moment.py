@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,8 +26,9 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
-from lightning_edit.passes.sampling import BATCH_ROWS, ROW_LENGTH, sample_rows
+from lightning_edit.passes.sampling import BATCH_ROWS, ROW_LENGTH, sample_rows, sampled_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +59,8 @@ def second_moments(
         tree: A decoder-only model, unedited.
         tokens: Its tokenizer.
         layers: Layers that are needed; the pass ends after the last of them.
-        model_hash: Weight hash of the model, under which results are cached.
+        model_hash: Weight hash of the model. Results are cached under it, the model's
+            configuration, and all that the rows depend on.
         text: Path of a text file, or a data module; see ``data_module_ids``. Without it the
             model samples its own text.
         tokens_per_dimension: Tokens read, as a multiple of the key's dimensions. A small multiple
@@ -77,13 +80,15 @@ def second_moments(
     dimension = max(tree.mlp_out(layer).in_features for layer in layers)
     wanted = tokens_per_dimension * dimension
     rows = None
-    source = f"samples-{tokens_per_dimension}-{seed}"
-    if text is not None:
+    if text is None:
+        source = f"samples-{sampled_by(tree.model, tokens, wanted, seed)}"
+    else:
         if isinstance(text, str):
             rows = text_file_ids(tokens, text, wanted)
         else:
             rows = data_module_ids(tokens, text, wanted)
-        source = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+        source = f"text-{hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}"
+    source = f"{_config_digest(tree.model)}-{source}"
     files = {
         layer: Path(cache_dir)
         / "second_moments"
@@ -228,13 +233,22 @@ def _accumulate(
 
     model: PreTrainedModel = tree.model
     before = {site.module(tree.model): adder(layer) for layer, site in sites.items()}
-    with torch.no_grad(), hooked(before=before):
+    with torch.no_grad(), borrowed(tree.model), hooked(before=before):
         for batch in batches:
             with suppress(StopPass):
                 model.base_model(input_ids=batch.to(device), use_cache=False)
     count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
     count = processes.total(count)
     return {layer: (processes.total(totals[layer]).cpu(), int(count)) for layer in layers}
+
+
+def _config_digest(model: PreTrainedModel) -> str:
+    """A digest of what beside its weights makes a model say what it says."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+        config.pop(name, None)  # where it comes from, or told by its weights
+    text = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _read(file: Path) -> tuple[Tensor, int] | None:

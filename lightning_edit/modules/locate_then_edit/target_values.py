@@ -23,7 +23,8 @@ from torch.nn.functional import log_softmax
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
-from lightning_edit.passes.tail import Place, Tail, frozen
+from lightning_edit.passes.borrowing import borrowed
+from lightning_edit.passes.tail import Place, Tail
 
 __all__ = ["TargetValueSettings", "TargetValues", "optimize_target_values"]
 
@@ -293,7 +294,7 @@ def _optimize(
     live_E = torch.arange(count, device=device)  # requests that are not finished
     factor_E = torch.full((count,), settings.nll_factor, device=device)
 
-    with torch.enable_grad(), frozen(tree.model):
+    with torch.enable_grad(), borrowed(tree.model):
         for step in range(settings.steps):
             delta = delta_ECD[live_E].requires_grad_()
             local_N = torch.searchsorted(live_E, owner_N)

@@ -43,6 +43,7 @@ from lightning_edit.modules.meta_learning.objectives import Objective, WeightedS
 from lightning_edit.modules.meta_learning.training import EditorTraining, is_ready, zero_loss
 from lightning_edit.modules.meta_learning.training_batch import TrainingBatch, TrainOn
 from lightning_edit.modules.targets import MemoryTarget, Target
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.target_loss import target_logits
 
 __all__ = ["SERAC"]
@@ -490,10 +491,11 @@ class SERAC(MemoryModule):
         asked, others = _prompts(batch.outer), _prompts(batch.locality)
         one = processes or Processes()
         mine = one.share(len(asked))
-        part = self._answer_loss(batch.outer, [texts[i] for i in owners], asked, mine)
+        with borrowed(self.model):
+            part = self._answer_loss(batch.outer, [texts[i] for i in owners], asked, mine)
+            with self.memory.off():
+                found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
         nll = one.total(part.detach())
-        with self.memory.off():
-            found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
         edits, inner, outer = found.split([len(texts), len(asked), len(others)])
         near, far = self._distances(inner, edits), self._distances(outer, edits)
         is_own = torch.zeros_like(near, dtype=torch.bool)

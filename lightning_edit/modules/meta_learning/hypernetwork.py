@@ -43,6 +43,7 @@ from lightning_edit.modules.meta_learning.training import EditorTraining, is_rea
 from lightning_edit.modules.meta_learning.training_batch import TrainOn, shared_weights
 from lightning_edit.modules.meta_learning.training_loss import BatchLoss, TrainingLoss
 from lightning_edit.modules.targets import Target, WeightTarget
+from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.target_loss import target_probabilities
 
 __all__ = ["HyperEditModule", "check_counts"]
@@ -269,7 +270,8 @@ class HyperEditModule(EditModule[WeightDelta]):
         Raises:
             RequestError: If a request lacks a rephrase or a locality probe.
         """
-        return self.training_loss.of(self, requests, processes)
+        with borrowed(self.model):
+            return self.training_loss.of(self, requests, processes)
 
     # -- edits ---------------------------------------------------------------------------------
 

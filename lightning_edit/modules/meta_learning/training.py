@@ -131,10 +131,6 @@ class EditorTraining(Fitting[E]):
         return _trainable(editor).network_optimizer()
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        cast(EditModule[E], pl_module).model.eval()
-
-    @override
     def training_step(self, editor: EditModule[E], batch: list[EditRequest]) -> Tensor:
         check_requests(batch)
         loss, figures = _trainable(editor).edit_loss(batch, Processes.running())

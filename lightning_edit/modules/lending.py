@@ -1,0 +1,54 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""A model on loan to a Trainer: as its verbs need it, and given back when they end or fail."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from lightning_edit.modules.targets import Target
+from lightning_edit.passes.borrowing import borrowed
+
+__all__ = ["Lending"]
+
+
+class Lending:
+    """Lends a model to a Trainer until its strategy is torn down, which it is after errors, too."""
+
+    def __init__(self) -> None:
+        self._stack: ExitStack | None = None
+
+    def begin(self, trainer: Trainer, target: Target[Any]) -> None:
+        """Brings the model into the form that the running verb needs; again, changes nothing.
+
+        Args:
+            trainer: The Trainer that runs.
+            target: What is edited in the model.
+        """
+        if self._stack is None:
+            self._stack = ExitStack()
+            self._end_with(trainer, target)
+            self._stack.enter_context(borrowed(target.model, target.trainable))
+        target.prepare(trainer.state.fn.value if trainer.state.fn is not None else "")
+
+    def _end_with(self, trainer: Trainer, target: Target[Any]) -> None:
+        # A module's own `teardown` is not called after errors, and callbacks hear of them before
+        # the strategy has moved the model.
+        strategy = cast(Any, trainer.strategy)
+        usual = strategy.teardown
+
+        def teardown() -> None:
+            del strategy.teardown  # the class's own is back
+            stack, self._stack = self._stack, None
+            with stack or ExitStack():
+                usual()
+                failed = trainer.state.status == TrainerStatus.INTERRUPTED
+                # Of several processes the others may wait elsewhere for ever.
+                if not failed or trainer.world_size == 1:
+                    target.prepare("")
+
+        strategy.teardown = teardown
