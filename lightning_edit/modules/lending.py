@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from lightning_edit.modules.targets import Target
+from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
 
 __all__ = ["Lending"]
@@ -22,7 +23,11 @@ class Lending:
     def __init__(self) -> None:
         self._stack: ExitStack | None = None
 
-    def begin(self, trainer: Trainer, target: Target[Any]) -> None:
+    def __deepcopy__(self, memo: object) -> Self:
+        """What is copied from a module on loan, as averages of weights are, is not lent itself."""
+        return type(self)()
+
+    def begin(self, trainer: Trainer, target: Target[E]) -> None:
         """Brings the model into the form that the running verb needs; again, changes nothing.
 
         Args:
@@ -35,7 +40,7 @@ class Lending:
             self._stack.enter_context(borrowed(target.model, target.trainable))
         target.prepare(trainer.state.fn.value if trainer.state.fn is not None else "")
 
-    def _end_with(self, trainer: Trainer, target: Target[Any]) -> None:
+    def _end_with(self, trainer: Trainer, target: Target[E]) -> None:
         # A module's own `teardown` is not called after errors, and callbacks hear of them before
         # the strategy has moved the model.
         strategy = cast(Any, trainer.strategy)
