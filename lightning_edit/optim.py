@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 from typing_extensions import TypeVar
 
+from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError
@@ -143,6 +144,9 @@ class EditOptimizer(Optimizer, Generic[E]):
             self._staged.check_targets(self.model, self.originals)
             self.check()
             total = self.delta + self._staged
+            parts = self._staged.parts
+            # Edits that were added up were not made after one another, so not of these requests.
+            total.batches = (*self.delta.parts, *(parts if len(parts) < 2 else (None,)))
             try:
                 total.write_(self.model, self.originals)
             except BaseException:  # an interruption, too, leaves the last committed state
@@ -160,6 +164,7 @@ class EditOptimizer(Optimizer, Generic[E]):
             "delta": self.delta.state_dict(),
             "carried": dict(self.delta.carried),
             "request_ids": list(self.delta.provenance.request_ids),
+            "batches": [batch and batch.to_dict() for batch in self.delta.batches],
         }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -172,5 +177,8 @@ class EditOptimizer(Optimizer, Generic[E]):
         delta.carried = {
             name: tensor.to(device) for name, tensor in state_dict.get("carried", {}).items()
         }
+        delta.batches = tuple(
+            batch and RequestBatch.from_dict(batch) for batch in state_dict.get("batches", ())
+        )
         # Lightning loads the weights before or after, so that they are looked at when it matters.
         self.delta, self._marks = delta, {}

@@ -70,21 +70,28 @@ def apply(
         revision_of,
         undo_note,
     )
+    from lightning_edit.artifacts.stacks import applied_to, record_of
+    from lightning_edit.core.delta import WeightDelta
+    from lightning_edit.core.hashing import weight_hash
 
     artifact, edit = open_edit(delta)
     base, saved = edit.provenance.base, copy.copy(edit)
     source = base_name(edit, artifact, model)
     folder = check_output(output, force=force, inputs=(artifact, source))
     loaded = load_base(edit, source, given=model is not None)
+    earlier = applied_to(source)
+    is_base = check or bool(earlier) or base.sha256 in ("", weight_hash(loaded))
     apply_once(edit, loaded, dtype, check=check)
     memory = held_memory(loaded, source, edit)
+    stack = [*earlier, *([artifact] if edit.changes_weights else [])]
     has_tokenizer = save_model(
         loaded,
         folder,
         source=source,
         revision=revision_of(edit, source),
-        card=model_card(edit, memory),
+        card=model_card(edit, memory, [WeightDelta.load(path) for path in earlier]),
         memory=memory,
+        edits=record_of(stack, folder),
     )
     notes = [] if has_tokenizer else ["The base has no tokenizer that could be copied."]
     if check and not base.sha256:
@@ -94,7 +101,9 @@ def apply(
             "`lightning_edit.load_model` loads the model with its memory, other programs without."
         )
     is_as_recorded = dtype in (None, base.dtype)
-    notes += undo_note(saved, edit, artifact, folder, is_as_recorded=is_as_recorded)
+    notes += undo_note(
+        saved, edit, artifact, folder, is_as_recorded=is_as_recorded, is_base=is_base
+    )
     kind = str(loaded.dtype).removeprefix("torch.")
     facts = {"base": source, **facts_of(edit), "dtype": kind}
     return Written(folder, "edited model", facts, tuple(notes))

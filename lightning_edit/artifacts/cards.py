@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.lora import LoRAFactors
@@ -17,21 +19,25 @@ from lightning_edit.rendering.card import make_card
 __all__ = ["adapter_card", "model_card"]
 
 
-def model_card(edit: Edit, memory: MemoryWrite | None = None) -> str:
+def model_card(edit: Edit, memory: MemoryWrite | None = None, earlier: Sequence[Edit] = ()) -> str:
     """The card of an edited model: what was changed, how it is loaded, and how to undo it.
 
     Args:
         edit: The edit.
         memory: What the model's memory holds, which lies in a folder of its own.
+        earlier: Edits of weights that were in the model before, in order.
     """
-    norm = edit.norm() if edit.changes_weights else None
+    norm = edit.norm() if edit.changes_weights and not earlier else None
     kind = type(edit).__name__
+    made = [one.provenance for one in (*earlier, edit)]
+    method = " and ".join(dict.fromkeys(one.method for one in made if one.method))
+    provenance = replace(reduce(Provenance.and_then, made), method=method)
     if memory is None:
-        return _card("edited_model", edit.provenance, library="transformers", kind=kind, norm=norm)
+        return _card("edited_model", provenance, library="transformers", kind=kind, norm=norm)
     held = {"kind": memory.kind, "folder": MEMORY_FOLDER, "entries": len(memory)}
     return _card(
         "edited_model",
-        edit.provenance,
+        provenance,
         library="lightning_edit",
         kind=kind,
         norm=norm,
@@ -87,6 +93,7 @@ def _card(
         base=provenance.base.id,
         paper=provenance.paper,
         request_ids=provenance.request_ids,
+        requests=provenance.requests,
         sha256=provenance.base.sha256,
         **values,
     )

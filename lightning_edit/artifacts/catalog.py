@@ -15,6 +15,7 @@ from lightning_edit.artifacts.outcomes import Offer, OfferKind, SavedEdit
 from lightning_edit.presets import config_folder
 
 if TYPE_CHECKING:
+    from lightning_edit.core.request import EditRequest
     from lightning_edit.core.storage import EntryRecord
 
 __all__ = ["find_edit", "list_", "offers", "saved_edits"]
@@ -123,7 +124,7 @@ def _saved_edit(path: Path) -> SavedEdit:
         return SavedEdit(path, date=created, problem=str(error))
     texts, run_date = _run_of(path)
     entries = config["entries"]
-    texts = {**_remembered(entries), **texts}
+    texts = {**_remembered(entries), **_facts(config["requests"]), **texts}
     return SavedEdit(
         path,
         str(config.get("method", "")),
@@ -131,10 +132,15 @@ def _saved_edit(path: Path) -> SavedEdit:
         {i: texts.get(i, "") for i in config["request_ids"]},
         config.get("norm"),
         tuple(config["parameters"]),
-        run_date or created,
+        run_date or config["created"] or created,
         memory=str(config.get("memory", {}).get("kind", "")),
         entries=tuple(entry["id"] for entry in entries),
     )
+
+
+def _facts(requests: Sequence[EditRequest]) -> dict[str, str]:
+    """Requests in words by id, as the description of an edit holds them."""
+    return {r.id: _in_words(r.prompt, r.target_new, r.target_old) for r in requests}
 
 
 def _remembered(entries: Sequence[EntryRecord]) -> dict[str, str]:
@@ -156,9 +162,13 @@ def _run_of(path: Path) -> tuple[dict[str, str], str]:
         return {}, ""
     texts = {}
     for edit in report.edits:
-        old = f" (was {edit.target_old})" if edit.target_old else ""
-        texts[edit.id] = f"{edit.prompt} → {edit.target_new}{old}"
+        texts[edit.id] = _in_words(edit.prompt, edit.target_new, edit.target_old)
     return texts, report.created
+
+
+def _in_words(prompt: str, target_new: str, target_old: str | None) -> str:
+    old = f" (was {target_old})" if target_old else ""
+    return f"{prompt} → {target_new}{old}"
 
 
 def _methods() -> Iterator[Offer]:

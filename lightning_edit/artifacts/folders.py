@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from lightning_edit.models import MEMORY_FOLDER, resolve_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_ours", "check_output", "held_memory", "list_files", "save_model"]
+__all__ = ["MANIFEST", "check_ours", "check_output", "held_memory", "list_files", "save_model"]
 
 # The memory is a submodule of the model.
 _OF_MEMORY = f"{MEMORY_FOLDER}."
@@ -117,10 +116,16 @@ def _listed(folder: Path) -> set[str]:
     return {MANIFEST, *map(str, listed)} if isinstance(listed, list) else set()
 
 
-def list_files(folder: Path) -> None:
-    """Lists the files of a folder in it, by which it is known to have been written here."""
+def list_files(folder: Path, **more: object) -> None:
+    """Lists the files of a folder in it, by which it is known to have been written here.
+
+    Args:
+        folder: The folder.
+        more: What else is to be known of it, as JSON types.
+    """
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    text = json.dumps({"format_version": 1, "files": sorted(files)}, indent=2) + "\n"
+    listed = {"format_version": 1, "files": sorted(files), **more}
+    text = json.dumps(listed, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
@@ -132,6 +137,7 @@ def save_model(
     revision: str | None = None,
     card: str = "",
     memory: MemoryWrite | None = None,
+    edits: Sequence[Mapping[str, object]] = (),
 ) -> bool:
     """Writes a model and its tokenizer as transformers reads them, whole or not at all.
 
@@ -143,6 +149,7 @@ def save_model(
         card: Text of ``README.md``, as `model_card` makes it; none is written when empty.
         memory: What the model's memory holds, as `held_memory` gives it, saved in a folder of its
             own.
+        edits: The saved edits that are in the model, as `stacks.record_of` gives them.
 
     Returns:
         Whether there was a tokenizer to copy.
@@ -167,7 +174,7 @@ def save_model(
             (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
         if memory is not None:
             memory.save(staging / MEMORY_FOLDER)
-        list_files(staging)
+        list_files(staging, edits=list(edits))
     return tokenizer is not None
 
 
@@ -199,7 +206,7 @@ def held_memory(
         dtype = str(model.dtype).removeprefix("torch.")
         base = BaseModelInfo(source, None, dtype, digest, model.num_parameters())
     held = MemoryWrite.of(model)
-    held.provenance = replace(provenance, base=base, request_ids=tuple(memory.requests))
+    held.provenance = provenance.holding(memory.requests, base)
     return held
 
 

@@ -161,11 +161,11 @@ class SavedEdit:
         path: Its folder.
         method: Name of the editor that made it.
         base: The model it belongs to.
-        requests: Id of each request that it answers -> the request in words, where a memory keeps
-            them, or the run that made the edit left them beside it.
+        requests: Id of each request that it answers -> the request in words, where the edit keeps
+            them, its memory, or the run that made it.
         norm: ‖Δ‖ (Frobenius).
         parameters: Names of the parameters that it changes.
-        date: ISO date of the run, or else of the file.
+        date: ISO date of the run, or else of the edit or its file.
         problem: Why the edit cannot be read; empty where it can.
         memory: Kind of the memory that it changes, such as ``Codebook``; empty for one of weights.
         entries: Ids of the memory's entries that it adds, replaces or removes.

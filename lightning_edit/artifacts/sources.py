@@ -169,7 +169,13 @@ def facts_of(edit: Edit) -> dict[str, str | float]:
 
 
 def undo_note(
-    saved: Edit, applied: Edit, artifact: Path, folder: Path, *, is_as_recorded: bool
+    saved: Edit,
+    applied: Edit,
+    artifact: Path,
+    folder: Path,
+    *,
+    is_as_recorded: bool,
+    is_base: bool,
 ) -> Iterator[str]:
     """How to take an edit out of the model that was written, or why that cannot be done exactly.
 
@@ -179,6 +185,8 @@ def undo_note(
         artifact: Folder of the saved edit.
         folder: Folder of the written model.
         is_as_recorded: Whether the model is written in the number format of the edit's base.
+        is_base: Whether the edit was applied to its base, or to that with other edits that are
+            known.
     """
     if not saved.keeps_originals:
         yield "The edit was saved without originals, so it cannot be undone exactly."
@@ -195,4 +203,7 @@ def undo_note(
             return
     if is_as_recorded:
         words = ("lightning-edit", "revert", str(artifact), "--model", str(folder))
-        yield f"Undo with: {shlex.join(words)}"
+        if is_base or not saved.changes_weights:
+            yield f"Undo with: {shlex.join(words)}"
+        else:
+            yield f"Undo, up to rounding, with: {shlex.join((*words, '--no_check'))}"

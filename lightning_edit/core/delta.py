@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.change import Change, LowRank, add_changes, dense_change, tensors_of
+from lightning_edit.core.committed import Batches
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import EditDetails
@@ -86,6 +86,7 @@ class WeightDelta(Edit):
         self.hashes: dict[str, tuple[str, str]] = dict(hashes or {})
         self.details: EditDetails = {}
         self.carried: dict[str, Tensor] = {}
+        self.batches: Batches = ()
 
     def __repr__(self) -> str:
         parts = ", ".join(
@@ -152,10 +153,10 @@ class WeightDelta(Edit):
         changes = dict(self.changes)
         for name, change in other.changes.items():
             changes[name] = add_changes(changes[name], change) if name in changes else change
-        ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
-        provenance = replace(self.provenance, request_ids=tuple(ids))
+        provenance = self.provenance.and_then(other.provenance)
         total = type(self)(changes, provenance, {**other.originals, **self.originals})
         total.carried = {**self.carried, **other.carried}
+        total.batches = (*self.parts, *other.parts)
         return total
 
     def __mul__(self, factor: float) -> Self:

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
+from lightning_edit.core.committed import Batches
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
@@ -55,6 +56,14 @@ class Edit(ABC):
     #: What the method goes on from once this edit is committed, such as running statistics; of a
     #: sum, what its last part left. Kept in checkpoints, not in an edit's files.
     carried: dict[str, Tensor]
+    #: What was asked for when the edit was made, which making it again takes; of a sum, of each of
+    #: its parts. Kept in checkpoints, not in an edit's files.
+    batches: Batches
+
+    @property
+    def parts(self) -> Batches:
+        """What each part of the edit was made of; one that is not known where nothing is."""
+        return self.batches or (None,) * bool(len(self))
 
     @abstractmethod
     def __len__(self) -> int:

@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_edit.core.committed import Batches
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
@@ -85,6 +85,7 @@ class MemoryWrite(Edit):
         self.replaced: dict[str, MemoryEntry | None] = dict(replaced or {})
         self.details: EditDetails = {}
         self.carried: dict[str, Tensor] = {}
+        self.batches: Batches = ()
         self.order = tuple(order)
         self.shared: dict[str, Tensor] = dict(shared or {})
 
@@ -159,14 +160,14 @@ class MemoryWrite(Edit):
             if entries.get(name) is None:
                 entries.pop(name, None)  # what was taken away comes back as the last
             entries[name] = entry
-        ids = dict.fromkeys((*self.provenance.request_ids, *other.provenance.request_ids))
-        provenance = replace(self.provenance, request_ids=tuple(ids))
+        provenance = self.provenance.and_then(other.provenance)
         replaced = {**other.replaced, **self.replaced}
         shared = {**self.shared, **other.shared}
         total = type(self)(
             self.kind, self.settings, entries, provenance, replaced, self.order, shared
         )
         total.carried = {**self.carried, **other.carried}
+        total.batches = (*self.parts, *other.parts)
         return total
 
     def norm(self) -> float:

@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Self
 
-__all__ = ["BaseModelInfo", "Provenance"]
+from lightning_edit.core.request import EditRequest
+
+__all__ = ["BaseModelInfo", "Provenance", "utc_now"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Provenance:
         settings: The editor's hyper-parameters, as JSON types.
         base: The model that was edited.
         request_ids: Ids of the requests that the edit answers, in order.
+        requests: Those of them whose texts are known, without probes.
+        created: When the edit was made, in UTC, in the form of ISO 8601. It makes no difference
+            where two are compared.
     """
 
     method: str = ""
@@ -45,3 +53,38 @@ class Provenance:
     settings: dict[str, object] = field(default_factory=dict)
     base: BaseModelInfo = field(default_factory=BaseModelInfo)
     request_ids: tuple[str, ...] = ()
+    requests: tuple[EditRequest, ...] = ()
+    created: str = field(default="", compare=False)
+
+    def answering(self, request_ids: Iterable[str], requests: Mapping[str, EditRequest]) -> Self:
+        """This one with what an edit answers, made now.
+
+        Args:
+            request_ids: Ids of the requests, in order.
+            requests: What is known of them, by id.
+        """
+        ids = tuple(request_ids)
+        facts = tuple(requests[name].fact() for name in ids if name in requests)
+        return replace(self, request_ids=ids, requests=facts, created=utc_now())
+
+    def holding(self, request_ids: Iterable[str], base: BaseModelInfo) -> Self:
+        """This one with other requests and another base; of the requests it knows what it knew."""
+        known = {request.id: request for request in self.requests}
+        ids = tuple(request_ids)
+        facts = tuple(known[name] for name in ids if name in known)
+        return replace(self, base=base, request_ids=ids, requests=facts)
+
+    def and_then(self, other: Self) -> Self:
+        """Where the sum of this edit and another comes from."""
+        ids = dict.fromkeys((*self.request_ids, *other.request_ids))
+        facts = {request.id: request for request in (*self.requests, *other.requests)}
+        return replace(
+            self,
+            request_ids=tuple(ids),
+            requests=tuple(facts[name] for name in ids if name in facts),
+        )
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 writes it, to the second, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

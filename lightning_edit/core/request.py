@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -96,10 +97,12 @@ class EditRequest:
         subject_start: Index of the subject's first character in the prompt, in which ``{}`` then
             means itself. Kept where it says more than the prompt alone does; None for the first
             place where the subject is a word of its own.
+        metadata: What else is to be known of it, such as a ticket or a reason, as JSON types. It
+            is kept beside the edit and changes nothing in it.
 
     Raises:
-        RequestError: If the prompt or target is empty, the subject is not in the prompt, or a
-            probe is malformed.
+        RequestError: If the prompt or target is empty, the subject is not in the prompt, a
+            probe is malformed, or the metadata is nothing that JSON can hold.
 
     Warns:
         UserWarning: If the subject is found only as a part of another word.
@@ -123,6 +126,7 @@ class EditRequest:
     id: str = field(default="", kw_only=True)
     glued: bool | None = field(default=None, kw_only=True)
     subject_start: int | None = field(default=None, kw_only=True)
+    metadata: Mapping[str, object] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subject", "" if self.subject is None else self.subject)
@@ -168,8 +172,22 @@ class EditRequest:
                         f"{self._name()}: the portability probe {probe.prompt!r} has no answer."
                     )
             object.__setattr__(self, name, probes)
+        object.__setattr__(self, "metadata", self._plain_metadata())
         if not self.id:
             object.__setattr__(self, "id", self.sha256()[:12])
+
+    def _plain_metadata(self) -> dict[str, object]:
+        """A copy of the metadata, as JSON would give it back."""
+        try:
+            if not isinstance(self.metadata, Mapping):
+                raise TypeError("it is no mapping")
+            plain = json.loads(json.dumps(dict(self.metadata), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                f"{self._name()}: `metadata` is expected to be a mapping of names to JSON types, "
+                f"but got {self.metadata!r:.80} ({error}). Write texts, numbers and lists of them."
+            ) from None
+        return dict(plain)
 
     def _name(self) -> str:
         return f"Edit request {self.id or self.prompt!r}"
@@ -223,6 +241,13 @@ class EditRequest:
         for name in ("locality", "portability"):
             record[name] = [_filled(probe) for probe in record[name]]
         return _filled(record)
+
+    def fact(self) -> Self:
+        """The request without its probes, by the same id."""
+        fact = copy.copy(self)  # it was checked, and warned of, when it was made
+        for name in ("rephrases", "locality", "portability"):
+            object.__setattr__(fact, name, ())
+        return fact
 
     @classmethod
     def from_dict(cls, record: Mapping[str, object], where: str = "request") -> Self:

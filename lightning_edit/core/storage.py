@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_edit.core.errors import ArtifactError
-from lightning_edit.core.provenance import BaseModelInfo, Provenance
+from lightning_edit.core.provenance import BaseModelInfo, Provenance, utc_now
+from lightning_edit.core.request import EditRequest
 from lightning_edit.rendering.card import CARD_TAG, make_card
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class EditConfig(EditAbout):
     settings: NotRequired[dict[str, object]]
     base: BaseModelInfo
     request_ids: tuple[str, ...]
+    requests: tuple[EditRequest, ...]
+    created: str
     norm: NotRequired[float]
     tensors_sha256: NotRequired[str]
 
@@ -154,10 +157,12 @@ def save_artifact(edit: Edit, folder: Path, tensors: dict[str, Tensor], about: E
     # Factors of several sites may share storage, which safetensors refuses.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     norm = edit.norm()
+    provenance = replace(edit.provenance, created=edit.provenance.created or utc_now())
     config: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "kind": edit.artifact_kind,
-        **asdict(edit.provenance),
+        **asdict(provenance),
+        "requests": [request.to_dict() for request in provenance.requests],
         **about,
         "norm": norm,
     }
@@ -212,6 +217,8 @@ def provenance_of(config: EditConfig) -> Provenance:
         settings=config.get("settings", {}),
         base=config["base"],
         request_ids=config["request_ids"],
+        requests=config["requests"],
+        created=config["created"],
     )
 
 
@@ -236,6 +243,8 @@ def read_config(folder: Path) -> EditConfig:
             config["entries"] = [{**entry, "id": str(entry["id"])} for entry in entries]
             config["base"] = BaseModelInfo(**config.get("base", {}))
             config["request_ids"] = tuple(str(i) for i in config.get("request_ids", ()))
+            config["requests"] = tuple(map(EditRequest.from_dict, config.get("requests", ())))
+            config["created"] = str(config.get("created", ""))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"`{path}` is damaged ({error!r}). Restore the file from a backup."
@@ -313,6 +322,7 @@ def _card(edit: Edit, about: EditAbout, norm: float) -> str:
         base=provenance.base.id,
         paper=provenance.paper,
         request_ids=provenance.request_ids,
+        requests=provenance.requests,
         sha256=provenance.base.sha256,
         norm=norm if edit.changes_weights else None,
         parameters=about["parameters"],

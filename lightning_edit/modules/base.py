@@ -36,6 +36,7 @@ from lightning_edit.modules.fitting import (
     EditState,
     Fitting,
     Stateful,
+    edit_again,
     edit_or_go_on,
     log_metrics,
     request_rows,
@@ -451,26 +452,48 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.history += request_rows(edit, edit.provenance.request_ids)
 
     def remove(self, request_ids: Sequence[str]) -> E:
-        """Forgets requests: commits an edit that takes them out of the memory.
+        """Takes requests out of the model, as if they had never been committed.
+
+        A memory forgets them. Edits of weights stand on one another: the weights go back to the
+        originals, and all other requests are edited again, in their order and in the batches that
+        they were committed in, with the editor's settings as they are. That takes as long as these
+        edits took; how many there are is logged before the first. An interrupt or an error leaves
+        the model as it was. Where processes share the work, each of them calls this.
 
         Args:
             request_ids: Ids of the requests.
 
         Returns:
-            The edit.
+            The edit by which the model differs now, committed already.
 
         Raises:
-            EditError: If the memory holds nothing of one of them, or the editor changes weights;
-                then nothing is forgotten.
+            EditError: If one of them is not in the model, it is not known what else was committed,
+                as of a checkpoint of an earlier version, or ``fit`` trained all of them together.
+                The model is as it was then.
+
+        Examples:
+            >>> from lightning_edit import ROME
+            >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+            >>> editor = ROME.from_model(tiny_model(), tiny_tokenizer(), layers=[1], steps=3)
+            >>> for request in tiny_requests(3):
+            ...     editor.commit(editor.edit(request))
+            >>> _ = editor.remove([tiny_requests(3)[1].id])
+            >>> [row["id"] for row in editor.history]
+            ['capital-velmora', 'river-dorin']
         """
+        self.target.check()
+        base, rows = self.session.state, list[RequestFigures]()
         with borrowed(self.model, self.target.trainable):
-            edit = self.target.without(request_ids)
-        self.session.commit(edit)
+            edit = self.target.remove(request_ids, lambda batch: edit_again(self, batch, rows))
+        edit.provenance = replace(self.provenance, base=base).answering(request_ids, {})
+        gone = set(request_ids)
+        self.history = rows or [row for row in self.history if row["id"] not in gone]
         return edit
 
     def committed(self) -> E:
         """All committed edits as one artefact, with originals and hashes for an exact undo."""
-        return self.session.committed(self.provenance)
+        known = tuple(self.fitting.requests.values())
+        return self.session.committed(replace(self.provenance, requests=known))
 
     # -- fit ---------------------------------------------------------------------------------
 
@@ -554,7 +577,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     def edit_state(self) -> EditState:
         """What a checkpoint keeps beside the edits, as tensors and primitives."""
-        state: EditState = {"history": self.history, "asked": self.session.asked}
+        state: EditState = {"history": self.history}
         for part in self.parts:
             state |= part.edit_state()
         return state
@@ -562,7 +585,6 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     def load_edit_state(self, state: EditState) -> None:
         """Takes over what ``edit_state`` returned in an earlier run."""
         self.history = [row.copy() for row in state["history"]]
-        self.session.asked = dict(state.get("asked", {}))
         for part in self.parts:
             part.load_edit_state(state)
 

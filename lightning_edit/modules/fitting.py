@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import FailedRequestsError
 from lightning_edit.core.figures import RequestFigures
@@ -34,6 +36,7 @@ __all__ = [
     "EditState",
     "Fitting",
     "Stateful",
+    "edit_again",
     "edit_or_go_on",
     "log_metrics",
     "measure",
@@ -49,8 +52,8 @@ class EditState(TypedDict, total=False):
 
     #: Figures of each committed edit, or of each request that was trained on.
     history: list[RequestFigures]
-    #: Hash of each request that was committed, by its id.
-    asked: dict[str, str]
+    #: Requests that were trained on, where the edits do not know them.
+    requests: list[dict[str, object]]
     #: Context templates of locate-then-edit methods, in groups.
     context_templates: list[list[str]]
     #: Steps of a training that were left out.
@@ -84,6 +87,8 @@ class Fitting(Callback, ABC, Generic[E]):
 
     #: Whether Lightning steps the optimizer by itself.
     automatic: bool
+    #: What it trained on, by id; nothing where the edits themselves know what they were made of.
+    requests: Mapping[str, EditRequest] = MappingProxyType({})
 
     @abstractmethod
     def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
@@ -135,10 +140,9 @@ class CommitEdits(Fitting[E]):
         # The wrapper would keep the attribute to itself.
         cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
         optimizer.step()
-        editor.session.asked |= {request.id: request.sha256() for request in batch}
-        seconds = (time.perf_counter() - began) / len(batch)
-        rows = request_rows(edit, [request.id for request in batch])
-        editor.history += [{**row, "seconds": seconds} for row in rows]
+        ids = [request.id for request in batch]
+        rows = request_rows(edit, ids, time.perf_counter() - began)
+        editor.history += rows
         figures = [row["p_target"] for row in rows if "p_target" in row]
         if figures:
             mean = sum(figures) / len(figures)
@@ -195,14 +199,43 @@ def edit_or_go_on(
         rank_zero_warn(f"Nothing is written. {error}")
         nothing = editor.edit_optimizer.nothing
         nothing.details["failed"] = error.reasons
+        nothing.batches = (RequestBatch(tuple(requests)),)
         return nothing
 
 
-def request_rows(edit: Edit, ids: Sequence[str]) -> list[RequestFigures]:
-    """Figures of an edit's requests, of those, too, that failed; their ids at least."""
+def edit_again(editor: EditModule[E], batch: RequestBatch, rows: list[RequestFigures]) -> E:
+    """The edit of a batch that was committed before, for the model as it stands.
+
+    Args:
+        editor: The editor.
+        batch: What the edit was made of.
+        rows: Get the figures of its requests.
+    """
+    began, rounded = time.perf_counter(), bool(batch.pass_dtype)
+    dtype: torch.dtype = getattr(torch, batch.pass_dtype or "bfloat16")
+    with torch.autocast(editor.session.device.type, dtype, enabled=rounded):
+        edit = edit_or_go_on(editor, batch.requests, Processes.running())
+    ids = [request.id for request in batch.requests]
+    rows += request_rows(edit, ids, time.perf_counter() - began)
+    return edit
+
+
+def request_rows(
+    edit: Edit, ids: Sequence[str], seconds: float | None = None
+) -> list[RequestFigures]:
+    """Figures of an edit's requests, of those, too, that failed; their ids at least.
+
+    Args:
+        edit: The edit.
+        ids: What was asked for.
+        seconds: How long it took, which is shared out among the requests; left out when None.
+    """
     rows = list(edit.details.get("requests", []))
     rows += [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
-    return rows or [{"id": name} for name in ids]
+    rows = rows or [{"id": name} for name in ids]
+    if seconds is None:
+        return rows
+    return [{**row, "seconds": seconds / len(ids)} for row in rows]
 
 
 def measure(editor: EditModule[E], batch: list[EditRequest]) -> None:

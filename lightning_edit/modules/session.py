@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
+from lightning_edit.core.committed import RequestBatch, requests_of
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
@@ -54,8 +55,6 @@ class EditSession(Generic[E]):
         self.target = target
         self.model_id = model_id
         self.revision = revision
-        #: Hash of each request that was committed, by its id.
-        self.asked: dict[str, str] = {}
         self.needs_subject = needs_subject
         self._base: BaseModelInfo | None = None
         self._hashes = WeightHashes(model)
@@ -138,20 +137,17 @@ class EditSession(Generic[E]):
             )
             edit = compute(batch)
         failed = edit.details.get("failed", {})
-        ids = tuple(request.id for request in batch.requests if request.id not in failed)
-        edit.provenance = replace(provenance, request_ids=ids)
+        asked = {request.id: request for request in batch.requests}
+        edit.provenance = provenance.answering((i for i in asked if i not in failed), asked)
+        rounded = str(batch.pass_dtype).removeprefix("torch.") if batch.pass_dtype else ""
+        edit.batches = (RequestBatch(batch.requests, rounded) if asked else None,)
         return edit
 
     def unanswered(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """Those of some requests that are not in the model, or were other ones when they were."""
-        known = set(self.target.request_ids)
-        hashes = {request.id: request.sha256() for request in requests}
-        # One of which no hash is known was committed by itself, or by an earlier version.
-        return [
-            r
-            for r in requests
-            if r.id not in known or self.asked.get(r.id, hashes[r.id]) != hashes[r.id]
-        ]
+        ids, known = set(self.target.request_ids), requests_of(self.target.delta.batches)
+        # One whose text is not known was committed by hand, or by an earlier version.
+        return [r for r in requests if r.id not in ids or known.get(r.id, r).sha256() != r.sha256()]
 
     def commit(self, edit: E) -> None:
         """Writes an edit into the model, on top of all that were committed.
@@ -175,12 +171,18 @@ class EditSession(Generic[E]):
     def committed(self, provenance: Provenance) -> E:
         """All committed edits as one artefact, with originals and hashes for an exact undo.
 
+        Args:
+            provenance: Where they come from, with what is known of requests beside what the edits
+                themselves know.
+
         Raises:
             EditError: If something else wrote to the model.
         """
         self.target.check()
         total = self.target.committed()
-        total.provenance = replace(provenance, request_ids=total.provenance.request_ids)
+        known = {request.id: request for request in provenance.requests}
+        known |= requests_of(self.target.delta.batches)
+        total.provenance = provenance.answering(total.provenance.request_ids, known)
         return total
 
 

@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Generic
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_edit.core.committed import Batches, RequestBatch, batches_without
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError, ModelError
@@ -70,11 +72,19 @@ class Target(ABC, Generic[E]):
         """
 
     @abstractmethod
-    def without(self, request_ids: Sequence[str]) -> E:
-        """The edit after which requests are forgotten, and all others as they are.
+    def remove(self, request_ids: Sequence[str], again: Callable[[RequestBatch], E]) -> E:
+        """Takes requests out of what was committed, and leaves all others in it.
+
+        Args:
+            request_ids: Their ids.
+            again: Makes the edit of a batch of requests for the model as it stands.
+
+        Returns:
+            What has changed in the model.
 
         Raises:
-            EditError: If one of them is not known, or single requests cannot be taken out.
+            EditError: If one of them is not known, or single requests cannot be taken out. The
+                model is as it was then, as it is where ``again`` fails.
         """
 
     @abstractmethod
@@ -150,11 +160,27 @@ class WeightTarget(Target[WeightDelta]):
         raise EditError("This editor changes weights, and the model has no memory.")
 
     @override
-    def without(self, request_ids: Sequence[str]) -> WeightDelta:
-        raise EditError(
-            "Edits of weights stand on one another, so single requests cannot be taken out of "
-            "them. Take whole edits out with `revert_`, the last one first."
+    def remove(
+        self, request_ids: Sequence[str], again: Callable[[RequestBatch], WeightDelta]
+    ) -> WeightDelta:
+        before = self.delta
+        left = batches_without(before.parts, self.request_ids, request_ids)
+        rank_zero_info(
+            f"{len(request_ids)} request(s) are taken out of the weights: {len(left)} edit(s), of "
+            f"{sum(len(batch.requests) for batch in left)} request(s), are made again."
         )
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        total = self.optimizer.nothing
+        try:
+            self.optimizer.rewind()
+            for batch in left:
+                total = total + again(batch)
+                self.optimizer.rewind(total)
+        except BaseException:  # an interruption, too, leaves the model as it was
+            restore(self.parameters, kept)
+            self.optimizer.take_over(before)
+            raise
+        return (total - before).seal(self.model, kept)
 
     @override
     def committed(self) -> WeightDelta:
@@ -235,10 +261,14 @@ class MemoryTarget(Target[MemoryWrite]):
         return self._memory[0]
 
     @override
-    def without(self, request_ids: Sequence[str]) -> MemoryWrite:
+    def remove(
+        self, request_ids: Sequence[str], again: Callable[[RequestBatch], MemoryWrite]
+    ) -> MemoryWrite:
+        """Takes requests out of the memory, in which others do not stand on them."""
         self.memory.check_ids(request_ids)
         edit = MemoryWrite.between(self.memory, self._forget(request_ids))
-        edit.provenance = Provenance(request_ids=tuple(request_ids))
+        self.optimizer.stage(edit)
+        self.optimizer.step()
         return edit
 
     @override
@@ -348,6 +378,7 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
     def __init__(self, model: nn.Module, memory: EditMemory) -> None:
         self._order: tuple[str, ...] = ()
         self._carried: dict[str, Tensor] = {}
+        self._batches: Batches = ()
         nothing = MemoryWrite(type(memory).__name__, memory.settings, {})
         super().__init__(model, {}, nothing)
 
@@ -360,8 +391,11 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
         ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
         edit.provenance = Provenance(request_ids=tuple(ids))
         edit.carried = self._carried
+        left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
+        edit.batches = tuple(batch for batch in left if batch.requests)
         return edit
 
     @delta.setter
     def delta(self, edit: MemoryWrite) -> None:
         self._order, self._carried = edit.provenance.request_ids, edit.carried
+        self._batches = edit.batches

@@ -40,7 +40,8 @@ def make_card(
 
     Examples:
         >>> card = make_card("edited_model", library="transformers", method="R-ROME", base="a/b",
-        ...                  paper="", kind="WeightDelta", request_ids=["<i>"], sha256="", norm=1.0)
+        ...                  paper="", kind="WeightDelta", request_ids=["<i>"], requests=[],
+        ...                  sha256="", norm=1.0)
         >>> print(card[: card.index("With")])
         ---
         base_model: a/b

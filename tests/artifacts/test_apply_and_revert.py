@@ -171,9 +171,9 @@ def test_two_edits_in_one_model() -> None:
     apply("run", output="one")
     apply("second", "one", "two", check=False)
     with pytest.raises(ArtifactError, match=r"another edit is in it too.*--no_check"):
-        revert("run", "two")
+        revert("run", "two", others=[])
     assert not Path("restored").exists()
-    done = revert("run", "two", check=False)
+    done = revert("run", "two", others=[], check=False)
     assert any("Other changes are left" in note for note in done.notes)
     wanted = weights("base")
     with torch.no_grad():

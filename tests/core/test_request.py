@@ -410,3 +410,19 @@ def test_one_prompt_twice_with_one_answer() -> None:
 def test_no_change_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="the target 'Rome ' equals the old answer"):
         check_requests([_request(target_new="Rome ", target_old="Rome")])
+
+
+def test_metadata_is_kept_and_changes_nothing() -> None:
+    plain = EditRequest("The capital of {} is", "France", "Rome")
+    request = EditRequest(
+        "The capital of {} is", "France", "Rome", metadata={"why": {"n": [1, None]}}
+    )
+    assert (request.id, request.sha256(), hash(request)) == (plain.id, plain.sha256(), hash(plain))
+    assert request != plain
+    record = json.loads(json.dumps(request.to_dict()))
+    assert EditRequest.from_dict(record) == request
+    assert "metadata" not in plain.to_dict()
+    wrong: Any
+    for wrong in (["a"], "text", {"a": {1, 2}}, {"a": float("nan")}):
+        with pytest.raises(RequestError, match="`metadata` is expected to be a mapping"):
+            dataclasses.replace(plain, metadata=wrong)

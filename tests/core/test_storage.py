@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.storage import atomic_folder, foreign_entries, read_config
 
 
@@ -52,6 +54,47 @@ def _rewrite(folder: Path, **values: Any) -> None:
 
 
 # -- round trip ------------------------------------------------------------------------------
+
+
+def test_texts_and_the_time_are_kept(tmp_path: Path) -> None:
+    request = EditRequest(
+        "The capital of {} is",
+        "France",
+        "Rome",
+        "Paris",
+        rephrases=("France, whose capital is",),
+        id="france",
+        metadata={"ticket": "KB-7", "reviewers": ["ada", 2]},
+    )
+    delta = _delta()
+    delta.provenance = delta.provenance.answering(["france", "other"], {"france": request})
+    folder = delta.save(tmp_path / "delta")
+    loaded = WeightDelta.load(folder)
+    assert loaded.provenance == delta.provenance
+    assert loaded.provenance.created == delta.provenance.created
+    [kept] = loaded.provenance.requests
+    assert kept == request.fact() != request
+    config = json.loads((folder / "delta_config.json").read_text("utf-8"))
+    assert config["requests"] == [
+        {
+            "prompt": "The capital of France is",
+            "subject": "France",
+            "target_new": "Rome",
+            "target_old": "Paris",
+            "id": "france",
+            "metadata": {"ticket": "KB-7", "reviewers": ["ada", 2]},
+        }
+    ]
+    made = datetime.fromisoformat(config["created"])
+    assert abs((datetime.now(UTC) - made).total_seconds()) < 600
+    card = (folder / "README.md").read_text("utf-8")
+    assert "| france | The capital of France is | Paris | Rome | ticket: KB-7; reviewers:" in card
+    # An edit of before holds neither, and is none the worse for it.
+    _rewrite(folder, requests=[], created="")
+    assert WeightDelta.load(folder).provenance.requests == ()
+    _rewrite(folder, requests=[{"prompt": "x"}])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        WeightDelta.load(folder)
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -182,7 +182,3 @@ class AdapterTarget(TunedTarget):
     @override
     def memory(self) -> EditMemory:
         return self._weights.memory
-
-    @override
-    def without(self, request_ids: Sequence[str]) -> WeightDelta:
-        return self._weights.without(request_ids)

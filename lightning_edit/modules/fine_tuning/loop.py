@@ -160,15 +160,19 @@ class LightningLoop(Fitting[E]):
         self.train_mode = train_mode
         #: Steps and seconds of each request, by id.
         self.rows: dict[str, RequestFigures] = {}
+        self.requests: dict[str, EditRequest] = {}
         self._began = 0.0
 
     def edit_state(self) -> EditState:
-        """What a checkpoint keeps: the figures of the requests."""
-        return {"history": list(self.rows.values())}
+        """What a checkpoint keeps: the requests and their figures."""
+        requests = [request.to_dict() for request in self.requests.values()]
+        return {"history": list(self.rows.values()), "requests": requests}
 
     def load_edit_state(self, state: EditState) -> None:
         """Takes over what ``edit_state`` returned in an earlier run."""
         self.rows = {row["id"]: row.copy() for row in state["history"]}
+        known = map(EditRequest.from_dict, state.get("requests", ()))
+        self.requests = {request.id: request for request in known}
 
     def row(self, request: EditRequest) -> RequestFigures:
         """Figures of a request, begun when it is first met."""
@@ -209,6 +213,7 @@ class LightningLoop(Fitting[E]):
         processes = Processes(share["rank"], share["num_replicas"])
         for request in batch:
             self.row(request)
+            self.requests[request.id] = request
         loss = _trained(editor).step_loss(batch, processes)
         if loss is not None:
             editor.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch), sync_dist=True)

@@ -12,7 +12,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.core.side_memory import EditMemory
@@ -36,6 +38,15 @@ class TunedTarget(Target[WeightDelta]):
     @override
     def request_ids(self) -> Sequence[str]:
         return self.delta.provenance.request_ids
+
+    @override
+    def remove(
+        self, request_ids: Sequence[str], again: Callable[[RequestBatch], WeightDelta]
+    ) -> WeightDelta:
+        raise EditError(
+            "The weights were trained on all requests together, so that single ones cannot be "
+            "taken out of them. Train the unedited model with the requests that are to stay."
+        )
 
     @override
     def check(self) -> None:
@@ -101,10 +112,6 @@ class TunedWeights(TunedTarget):
     @override
     def memory(self) -> EditMemory:
         return self._weights.memory
-
-    @override
-    def without(self, request_ids: Sequence[str]) -> WeightDelta:
-        return self._weights.without(request_ids)
 
     @override
     def base_weights(self) -> AbstractContextManager[None]:
