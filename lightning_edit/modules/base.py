@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,12 +36,16 @@ from lightning_edit.modules.fitting import (
     Fitting,
     Stateful,
     edit_again,
-    edit_or_go_on,
     log_metrics,
     request_rows,
 )
-from lightning_edit.modules.lending import Lending
-from lightning_edit.modules.protocols import EditProtocol, ProtocolName, make_protocol
+from lightning_edit.modules.lending import Lending, check_trainer
+from lightning_edit.modules.protocols import (
+    EditProtocol,
+    ProtocolName,
+    make_protocol,
+    texts_before_and_after,
+)
 from lightning_edit.modules.session import EditSession
 from lightning_edit.modules.targets import (
     Target,
@@ -270,18 +273,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     @override
     def setup(self, stage: str) -> None:
         load_plainly(self.trainer.strategy)
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-            raise EditError(
-                f"`trainer.precision` is {self.trainer.precision!r}, by which Lightning would "
-                "convert the weights after their originals were kept. Give the editor its `dtype` "
-                "instead, such as `dtype='bfloat16'`."
-            )
-        if stage == "fit" and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise EditError(
-                "`ddp_spawn`, `ddp_fork` and `ddp_notebook` edit in processes of their own, from "
-                "which weights come back without the record of what changed them. Start with "
-                "`strategy='ddp'`, or in a notebook with `devices=1`."
-            )
+        check_trainer(self.trainer, stage)
         if self.repeat_requests and not isinstance(self.fitting, CommitEdits):
             raise EditError(
                 f"{type(self).__name__} has no use for `repeat_requests`: it is trained in epochs, "
@@ -441,13 +433,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 "one into the model with `edit.apply_(model)`."
             )
         self.target.check()
-        made_of, now = edit.provenance.base.sha256, self.session.state.sha256
-        if made_of and made_of != now:
-            raise EditError(
-                f"This edit was made of weights with the hash {made_of[:12]}…, but the model "
-                f"stands at {now[:12]}…, so that it does not reckon with what was committed since. "
-                "Make it again of the model as it stands: `editor.commit(editor.edit(requests))`."
-            )
+        self.session.check_made_here(edit)
         self.session.commit(edit)
         self.history += request_rows(edit, edit.provenance.request_ids)
 
@@ -558,20 +544,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def predict_step(self, batch: list[EditRequest], batch_idx: int) -> list[dict[str, str]]:
-        if not batch:
-            return []
-        prompts = [request.prompt for request in batch]
-        with self.base_weights():
-            before = self.evaluator.continuations(prompts)
-        if len(self.delta):
-            after = self.evaluator.continuations(prompts)
-        else:
-            with self.session.written(edit_or_go_on(self, batch)):
-                after = self.evaluator.continuations(prompts)
-        return [
-            {"id": request.id, "prompt": request.prompt, "before": b, "after": a}
-            for request, b, a in zip(batch, before, after, strict=True)
-        ]
+        return texts_before_and_after(self, batch)
 
     # -- checkpoints -------------------------------------------------------------------------
 

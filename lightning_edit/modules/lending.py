@@ -8,13 +8,35 @@ from contextlib import ExitStack
 from typing import Any, Self, cast
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from lightning_edit.core.errors import EditError
 from lightning_edit.modules.targets import Target
 from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
 
-__all__ = ["Lending"]
+__all__ = ["Lending", "check_trainer"]
+
+
+def check_trainer(trainer: Trainer, stage: str) -> None:
+    """Checks that a Trainer runs an editor so that weights and their record stay together.
+
+    Raises:
+        EditError: If it would convert the weights, or edit them in processes that it starts.
+    """
+    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise EditError(
+            f"`trainer.precision` is {trainer.precision!r}, by which Lightning would convert the "
+            "weights after their originals were kept. Give the editor its `dtype` instead, such as "
+            "`dtype='bfloat16'`."
+        )
+    if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise EditError(
+            "`ddp_spawn`, `ddp_fork` and `ddp_notebook` edit in processes of their own, from which "
+            "weights come back without the record of what changed them. Start with "
+            "`strategy='ddp'`, or in a notebook with `devices=1`."
+        )
 
 
 class Lending:

@@ -20,7 +20,15 @@ from lightning_edit.optim import E
 if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule
 
-__all__ = ["Batch", "EditProtocol", "Independent", "ProtocolName", "Sequential", "make_protocol"]
+__all__ = [
+    "Batch",
+    "EditProtocol",
+    "Independent",
+    "ProtocolName",
+    "Sequential",
+    "make_protocol",
+    "texts_before_and_after",
+]
 
 ProtocolName = Literal["independent", "batch", "sequential"]
 
@@ -86,6 +94,29 @@ class Sequential(EditProtocol[E]):
             editor.evaluator.evaluate(batch, baseline).update(editor.test_metrics)
         if self._seen:
             editor.edit_optimizer.rewind(self.before)
+
+
+def texts_before_and_after(
+    editor: EditModule[E], batch: Sequence[EditRequest]
+) -> list[dict[str, str]]:
+    """What the model goes on with after each prompt, unedited and edited.
+
+    With edits committed, these are what is compared; without any, one of the batch.
+    """
+    if not batch:
+        return []
+    prompts = [request.prompt for request in batch]
+    with editor.base_weights():
+        before = editor.evaluator.continuations(prompts)
+    if len(editor.delta):
+        after = editor.evaluator.continuations(prompts)
+    else:
+        with editor.session.written(edit_or_go_on(editor, batch)):
+            after = editor.evaluator.continuations(prompts)
+    return [
+        {"id": request.id, "prompt": request.prompt, "before": b, "after": a}
+        for request, b, a in zip(batch, before, after, strict=True)
+    ]
 
 
 def make_protocol(editor: EditModule[E]) -> EditProtocol[E]:

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.committed import RequestBatch, requests_of
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.plain_model import check_ids
@@ -148,6 +149,20 @@ class EditSession(Generic[E]):
         ids, known = set(self.target.request_ids), requests_of(self.target.delta.batches)
         # One whose text is not known was committed by hand, or by an earlier version.
         return [r for r in requests if r.id not in ids or known.get(r.id, r).sha256() != r.sha256()]
+
+    def check_made_here(self, edit: E) -> None:
+        """Checks that an edit was made of the model as it stands.
+
+        Raises:
+            EditError: If it was made of other weights.
+        """
+        made_of, now = edit.provenance.base.sha256, self.state.sha256
+        if made_of and made_of != now:
+            raise EditError(
+                f"This edit was made of weights with the hash {made_of[:12]}…, but the model "
+                f"stands at {now[:12]}…, so that it does not reckon with what was committed since. "
+                "Make it again of the model as it stands: `editor.commit(editor.edit(requests))`."
+            )
 
     def commit(self, edit: E) -> None:
         """Writes an edit into the model, on top of all that were committed.
