@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
@@ -24,7 +26,7 @@ from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
-from lightning_edit.core.figures import RequestFigures
+from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
@@ -99,7 +101,10 @@ class EditReport(Callback):
         if is_dry(trainer):
             return
         # By every process, since sharded weights are gathered by all of them together.
-        delta = pl_module.committed() if isinstance(pl_module, EditModule) else None
+        delta = None
+        if isinstance(pl_module, EditModule):
+            delta = pl_module.committed()
+            pl_module.fitting.finish(pl_module)
         if not trainer.is_global_zero:
             return
         saved = delta is not None and self.save_delta
@@ -140,6 +145,7 @@ class EditReport(Callback):
             requests_sha256=requests_sha256(requests) if requests else "",
             metrics=evaluator.rows if evaluator else {},
             edits=edits,
+            not_taken=not_taken(list({row["id"]: row for row in history}.values())),
             layers=_layers(delta),
             versions=_versions(),
             seconds={
@@ -222,7 +228,7 @@ def _edit_rows(
     figures = {row["id"]: row for row in history}
     size = 0.0
     if isinstance(delta, WeightDelta):
-        size = sum(float(t.float().square().sum()) for t in delta.originals.values()) ** 0.5
+        size = math.hypot(*(_norm(tensor) for tensor in delta.originals.values()))
     keys = [key for key in evaluator.rows if key.count("/") == 1 and not key.endswith("/kl")]
     rows = []
     for request in evaluator.requests:
@@ -289,9 +295,13 @@ def _layers(delta: Edit | None) -> dict[str, dict[str, float | None]]:
         return {}
     layers: dict[str, dict[str, float | None]] = {}
     for name, norm in delta.norms().items():
-        whole = float(torch.linalg.vector_norm(delta.originals[name].float()))
+        whole = _norm(delta.originals[name])
         layers[name] = {"norm": norm, "relative_norm": norm / whole if whole else None}
     return layers
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _versions() -> dict[str, str]:

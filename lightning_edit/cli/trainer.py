@@ -11,11 +11,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -24,7 +30,9 @@ from lightning_edit.__about__ import __version__
 from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint
 from lightning_edit.cli.parsing import EditParser
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import not_taken
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.meta_learning.training import EditorTraining
 from lightning_edit.presets import find_config
 
 __all__ = ["EditCLI", "main"]
@@ -59,8 +67,39 @@ class SaveConfig(SaveConfigCallback):
             file.write(self.parser.dump(self.config, skip_unset=False))
 
 
+class ReliabilityGate(Callback):
+    """Counts which requests the model that ``fit`` leaves answers as asked, token by token.
+
+    Args:
+        least: Share of them below which the command is to fail.
+    """
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+        #: What to say if it fails; empty where it does not.
+        self.verdict = ""
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """While the model is where it was edited; on all processes."""
+        requests = cast(Any, trainer).datamodule.requests
+        editor = cast(EditModule[Any], pl_module)
+        editor.model.eval()
+        found = editor.session.measured(requests)
+        missed = not_taken(list(found.values()))
+        share = 1 - len(missed) / max(1, len(found))
+        if share < self.least:
+            self.verdict = (
+                f"reliability is {share:.3g}, below --fail_under {self.least:g}: the edited model "
+                f"does not give the new answer of {len(missed)} of {len(found)} requests: "
+                f"{', '.join(missed)}. All was written nevertheless."
+            )
+
+
 class EditCLI(LightningCLI):
     """Lightning's command line over editors, data and callbacks of this package."""
+
+    _gate: ReliabilityGate | None = None
 
     @staticmethod
     @override
@@ -69,6 +108,22 @@ class EditCLI(LightningCLI):
         verbs = LightningCLI.subcommands()
         named = sys.argv[1] if len(sys.argv) > 1 else ""
         return {named: verbs[named]} if named in verbs else verbs
+
+    @override
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Adds the options that one verb alone has."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--fail_under",
+                type=float | None,
+                default=None,
+                help="Exit with status 2, after all is written, if the share of the requests whose "
+                "new answer the edited model gives, token by token, is below this, in [0, 1].",
+            )
+        return parser
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -98,6 +153,11 @@ class EditCLI(LightningCLI):
                 "`weights_only` is false, but checkpoints are always read without pickles, so that "
                 "no code in them runs. Leave it out."
             )
+        least = settings.get("fail_under")
+        if least is not None and not 0 <= least <= 1:
+            self.parser.error(
+                f"`fail_under` is expected to be a share between 0 and 1, but got {least:g}."
+            )
         checkpoint = settings.get("ckpt_path")
         if not checkpoint or checkpoint in ("last", "best", "hpc") or "://" in checkpoint:
             return
@@ -114,6 +174,29 @@ class EditCLI(LightningCLI):
         except (EditError, MisconfigurationException, ValueError) as error:
             # What a constructor refuses is a matter of the configuration, not of the program.
             self.parser.error(str(error))
+
+    def before_fit(self) -> None:
+        """Has a run counted whose exit status goes by what it came to."""
+        least = self.config[self.subcommand].get("fail_under")
+        if least is None:
+            return
+        if isinstance(self.model.fitting, EditorTraining):
+            self.parser.error(
+                f"`fail_under`: {type(self.model).__name__} edits nothing in `fit`, which trains "
+                "it. Give it to the `fit` of a TrainedEditor."
+            )
+        if not hasattr(self.datamodule, "requests"):
+            self.parser.error(
+                f"`fail_under` counts edit requests, but {type(self.datamodule).__name__} has none."
+            )
+        self._gate = ReliabilityGate(least)
+        cast(Any, self.trainer).callbacks.append(self._gate)
+
+    def after_fit(self) -> None:
+        """Exits with a status that says so where fewer edits took than were asked for."""
+        if self._gate is not None and self._gate.verdict:
+            sys.stderr.write(f"lightning-edit fit: {self._gate.verdict}\n")
+            sys.exit(2)
 
     def before_validate(self) -> None:
         """Has ``validate`` run although configurations of ``fit`` leave validation out."""

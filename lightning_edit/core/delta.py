@@ -187,8 +187,11 @@ class WeightDelta(Edit):
         return math.hypot(*self.norms().values())
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of the change of each parameter."""
-        return {name: float(torch.linalg.vector_norm(self.dense(name))) for name in self.changes}
+        """Frobenius norm of the change of each parameter, summed in float64."""
+        return {
+            name: float(torch.linalg.vector_norm(self.dense(name), dtype=torch.float64))
+            for name in self.changes
+        }
 
     @property
     def nbytes(self) -> int:

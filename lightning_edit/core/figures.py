@@ -4,27 +4,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-__all__ = ["EditDetails", "RequestFigures"]
+__all__ = ["EditDetails", "RequestFigures", "not_taken"]
 
 
 class RequestFigures(TypedDict, total=False):
     """What an edit came to for one request. Primitives only: checkpoints and reports keep them.
 
-    A method gives what it knows beside the id.
+    A method gives what it knows beside the id: what it searched, never what came of it. That,
+    ``loss``, ``p_target`` and ``took``, is measured on the written model, whatever the method.
     """
 
     id: str
     #: Why the method failed on the request, which is then no part of the edit.
     failed: str
-    #: Loss in nats at the end of the search or of the training, and the steps made.
+    #: Mean NLL of the new answer's tokens after the prompt in the written model, in nats.
     loss: float
-    steps: int
-    #: Geometric mean over the target's tokens of their probability.
+    #: exp(−loss): the geometric mean of these tokens' probabilities.
     p_target: float
+    #: Whether each of these tokens is the written model's likeliest after those before it.
+    took: bool
+    #: Loss in nats at the last step of the search or of the training that looked at it, with all
+    #: its terms, such as penalties and an end token, and the steps made.
+    searched_loss: float
+    steps: int
+    #: As ``p_target``, where the search expected the edit to bring it.
+    searched_p_target: float
     #: ‖Δ‖ (Frobenius) of the request's part of the edit.
     norm: float
     #: Seconds of the edit, shared out evenly among its requests.
@@ -76,3 +85,16 @@ class EditDetails(TypedDict, total=False):
     normalized_keys: dict[str, Tensor]
     normalized_gradients: dict[str, Tensor]
     values: dict[str, Tensor]
+
+
+def not_taken(rows: Sequence[RequestFigures]) -> list[str]:
+    """Ids of the requests whose new answer the written model does not give, token by token.
+
+    Args:
+        rows: Figures of requests. Those that failed count; those that were not measured do not.
+
+    Examples:
+        >>> not_taken([{"id": "a", "took": True}, {"id": "b", "took": False}, {"id": "c"}])
+        ['b']
+    """
+    return [row["id"] for row in rows if "failed" in row or not row.get("took", True)]

@@ -173,7 +173,7 @@ class MemoryWrite(Edit):
     def norm(self) -> float:
         """Frobenius norm over the tensors of all entries."""
         tensors = [t for entry in self._present() for t in entry.tensors.values()]
-        return math.hypot(*(float(torch.linalg.vector_norm(t.float())) for t in tensors))
+        return math.hypot(*(float(torch.linalg.vector_norm(t.double())) for t in tensors))
 
     @property
     def nbytes(self) -> int:

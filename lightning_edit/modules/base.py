@@ -38,6 +38,7 @@ from lightning_edit.modules.fitting import (
     edit_again,
     log_metrics,
     request_rows,
+    warn_of_not_taken,
 )
 from lightning_edit.modules.lending import Lending, check_trainer
 from lightning_edit.modules.protocols import (
@@ -395,7 +396,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             requests: What to change: one request, several, or a batch made of them.
 
         Returns:
-            The edit; ``apply_`` writes it, ``revert_`` takes it out.
+            The edit; ``apply_`` writes it, ``revert_`` takes it out. Its ``details["requests"]``
+            have ``loss``, ``p_target`` and ``took`` of each request in the model with the edit;
+            those that did not take are named in a warning.
 
         Raises:
             RequestError: If the requests contradict each other, or lack a subject that the method
@@ -405,7 +408,14 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                 ``edit.details["failed"]``.
         """
         provenance = replace(self.provenance, base=self.session.state)
-        return self.session.edit(requests, self.compute_edit, provenance)
+        edit = self.session.edit(requests, self.compute_edit, provenance)
+        if isinstance(requests, EditBatch):
+            requests = requests.requests
+        elif isinstance(requests, EditRequest):
+            requests = [requests]
+        self.session.described(edit, requests, is_written=False)
+        warn_of_not_taken(self, request_rows(edit, edit.provenance.request_ids))
+        return edit
 
     def commit(self, edit: E) -> None:
         """Writes an edit into the model to stay, after all that were committed, as ``fit`` does.

@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import FailedRequestsError
-from lightning_edit.core.figures import RequestFigures
+from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.optim import E, EditOptimizer
@@ -41,7 +41,12 @@ __all__ = [
     "log_metrics",
     "measure",
     "request_rows",
+    "warn_of_not_taken",
 ]
+
+MAX_IDS = 10  # of edits that did not take; all are in the report and in `history`
+# What an editor may be asked for when an edit did not take.
+_REMEDIES = {"steps": "more `steps`", "lr": "a higher `lr`", "layers": "other `layers`"}
 
 
 class EditState(TypedDict, total=False):
@@ -110,6 +115,13 @@ class Fitting(Callback, ABC, Generic[E]):
     def kept(self, editor: EditModule[E], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint keeps of the editor's state."""
 
+    @abstractmethod
+    def finish(self, editor: EditModule[E]) -> None:
+        """Has ``history`` hold what the edited model makes of each request.
+
+        Called after the last step, once or several times, by all processes.
+        """
+
 
 class CommitEdits(Fitting[E]):
     """``fit`` commits edits: one optimizer step a batch of requests.
@@ -122,6 +134,12 @@ class CommitEdits(Fitting[E]):
 
     def __init__(self) -> None:
         self._has_committed = False
+        #: Figures of the requests of this ``fit``.
+        self._rows: list[RequestFigures] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rows = []
 
     @override
     def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
@@ -140,9 +158,11 @@ class CommitEdits(Fitting[E]):
         # The wrapper would keep the attribute to itself.
         cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
         optimizer.step()
-        ids = [request.id for request in batch]
-        rows = request_rows(edit, ids, time.perf_counter() - began)
+        ids, seconds = [request.id for request in batch], time.perf_counter() - began
+        editor.session.described(edit, batch, is_written=True)
+        rows = request_rows(edit, ids, seconds)
         editor.history += rows
+        self._rows += rows
         figures = [row["p_target"] for row in rows if "p_target" in row]
         if figures:
             mean = sum(figures) / len(figures)
@@ -163,6 +183,14 @@ class CommitEdits(Fitting[E]):
                 f"Epoch {epoch} is the last: no request is left that is not in the model. "
                 "`repeat_requests=True` makes them again in every epoch."
             )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_not_taken(cast("EditModule[E]", pl_module), self._rows)
+
+    @override
+    def finish(self, editor: EditModule[E]) -> None:
+        """Nothing: each edit is measured after its step."""
 
     @override
     def validation_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
@@ -215,8 +243,9 @@ def edit_again(editor: EditModule[E], batch: RequestBatch, rows: list[RequestFig
     dtype: torch.dtype = getattr(torch, batch.pass_dtype or "bfloat16")
     with torch.autocast(editor.session.device.type, dtype, enabled=rounded):
         edit = edit_or_go_on(editor, batch.requests, Processes.running())
-    ids = [request.id for request in batch.requests]
-    rows += request_rows(edit, ids, time.perf_counter() - began)
+    ids, seconds = [request.id for request in batch.requests], time.perf_counter() - began
+    editor.session.described(edit, batch.requests, is_written=False)
+    rows += request_rows(edit, ids, seconds)
     return edit
 
 
@@ -231,11 +260,26 @@ def request_rows(
         seconds: How long it took, which is shared out among the requests; left out when None.
     """
     rows = list(edit.details.get("requests", []))
-    rows += [{"id": i, "failed": why} for i, why in edit.details.get("failed", {}).items()]
+    failed = edit.details.get("failed", {})
+    rows += [{"id": i, "failed": why, "took": False} for i, why in failed.items()]
     rows = rows or [{"id": name} for name in ids]
     if seconds is None:
         return rows
     return [{**row, "seconds": seconds / len(ids)} for row in rows]
+
+
+def warn_of_not_taken(editor: EditModule[E], rows: Sequence[RequestFigures]) -> None:
+    """Says which edits did not take, and what to try; nothing where all did."""
+    missed = not_taken(rows)
+    if not missed:
+        return
+    more = f" and {len(missed) - MAX_IDS} more" if len(missed) > MAX_IDS else ""
+    remedies = [words for name, words in _REMEDIES.items() if name in editor.hparams]
+    rank_zero_warn(
+        f"{len(missed)} of {len(rows)} edits did not take: {', '.join(missed[:MAX_IDS])}{more}. "
+        "The edited model has another answer, token by token, than the new one. Try "
+        f"{', '.join([*remedies, 'another method'])}, or words before the subject."
+    )
 
 
 def measure(editor: EditModule[E], batch: list[EditRequest]) -> None:

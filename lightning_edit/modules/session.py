@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Generic
 
@@ -16,6 +17,7 @@ from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.committed import RequestBatch, requests_of
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.plain_model import check_ids
@@ -23,6 +25,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_requests, check_subjects
 from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.evaluation.scoring import prompt_ids, score_targets
 from lightning_edit.modules.targets import Target, kept_weights
 from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
@@ -144,6 +147,57 @@ class EditSession(Generic[E]):
         edit.batches = (RequestBatch(batch.requests, rounded) if asked else None,)
         return edit
 
+    def described(self, edit: E, requests: Sequence[EditRequest], *, is_written: bool) -> E:
+        """An edit whose figures tell what the model with it makes of each request.
+
+        Args:
+            edit: Made of the model for these requests.
+            requests: The requests; those that failed are left out.
+            is_written: Whether the edit stands in the model. If not, it is written for as long as
+                it takes to measure.
+
+        Returns:
+            The edit, in whose ``details["requests"]`` each request has what ``measured`` gives.
+        """
+        failed = edit.details.get("failed", {})
+        asked = {request.id: request for request in requests if request.id not in failed}
+        rows: dict[str, RequestFigures] = {id_: {"id": id_} for id_ in asked}
+        rows |= {row["id"]: row for row in edit.details.get("requests", [])}
+        with torch.inference_mode(False), nullcontext() if is_written else self._tried(edit):
+            for id_, found in self.measured(list(asked.values())).items():
+                rows[id_] = {**rows[id_], **found}
+        edit.details["requests"] = list(rows.values())
+        return edit
+
+    def measured(self, requests: Sequence[EditRequest]) -> dict[str, RequestFigures]:
+        """``loss``, ``p_target`` and ``took`` of each request in the model as it stands, by id.
+
+        Prompts are asked as metrics ask them: without a context or an end token, and with what a
+        memory tells the model before them. All of them are one batch, whose logits are computed at
+        the answers alone.
+
+        Args:
+            requests: The requests, the same on all processes.
+        """
+        if not requests:
+            return {}
+        ids = prompt_ids(self.model, self.tokens, [request.prompt for request in requests])
+        pairs = [
+            (ids[request.prompt], self.tokens.target(request.prompt, request.target_new))
+            for request in requests
+        ]
+        with torch.autocast(self.device.type, enabled=False):
+            scores = score_targets(self.model, self.tokens, pairs)
+        return {
+            request.id: {
+                "id": request.id,
+                "loss": score.nll,
+                "p_target": math.exp(-score.nll),
+                "took": score.argmax == score.target,
+            }
+            for request, score in zip(requests, scores, strict=True)
+        }
+
     def unanswered(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """Those of some requests that are not in the model, or were other ones when they were."""
         ids, known = set(self.target.request_ids), requests_of(self.target.delta.batches)
@@ -182,6 +236,17 @@ class EditSession(Generic[E]):
             yield
         finally:
             edit.revert_(self.model)
+
+    @contextmanager
+    def _tried(self, edit: E) -> Iterator[None]:
+        """Context manager: as ``written``, without a trace of it in the edit."""
+        if not isinstance(edit, WeightDelta):
+            with self.written(edit):
+                yield
+            return
+        with kept_weights({name: self.model.get_parameter(name) for name in edit.changes}):
+            write_for_now(self.model, edit)
+            yield
 
     def committed(self, provenance: Provenance) -> E:
         """All committed edits as one artefact, with originals and hashes for an exact undo.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -368,8 +369,9 @@ def restore(parameters: Mapping[str, nn.Parameter], originals: Mapping[str, Tens
 
 def relative_norm(delta: Edit, originals: Mapping[str, Tensor]) -> float:
     """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
-    size = sum(float(tensor.float().square().sum()) for tensor in originals.values())
-    return delta.norm() / size**0.5 if size else 0.0
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in originals.values()]
+    size = math.hypot(*(float(norm) for norm in norms))
+    return delta.norm() / size if size else 0.0
 
 
 class _MemoryOptimizer(EditOptimizer[MemoryWrite]):

@@ -23,7 +23,6 @@ __all__ = [
     "GradientPass",
     "gradient_passes",
     "output_below",
-    "probabilities_now",
     "recorded",
     "skipped",
 ]
@@ -35,18 +34,14 @@ class GradientPass:
 
     Args:
         chosen: Their places in the batch, n of them.
-        batch: The requests.
         taken: Inputs [t, I] and gradients at outputs [t, O] at their t target tokens, by the
             parameter's name.
         losses: Mean loss of each request.
-        below: The blocks below the edited ones, each with the output of the last of them.
     """
 
     chosen: list[int]
-    batch: EditBatch
     taken: dict[str, tuple[Tensor, Tensor]]
     losses: list[float]
-    below: dict[nn.Module, object]
 
 
 def gradient_passes(
@@ -77,7 +72,7 @@ def gradient_passes(
     for start in range(0, len(batch), size):
         chosen = by_length[start : start + size]
         part = batch.select(chosen)
-        with recorded(tree.model, sites) as seen, output_below(tree, sites) as below:
+        with recorded(tree.model, sites) as seen:
             nll = target_nll(tree, part)
         outputs = [seen[site.name][1] for site in sites]
         gradients = torch.autograd.grad(nll.sum() / divisor, outputs)
@@ -91,31 +86,9 @@ def gradient_passes(
                 gradient.reshape(len(part), -1, site.out_features)[rows, at].float(),
             )
         losses = row_means(nll.detach(), part.labels).tolist()
-        passes.append(GradientPass(chosen, part, taken, losses, below))
+        passes.append(GradientPass(chosen, taken, losses))
         places.append(numbers[chosen][rows, columns])
     return passes, torch.argsort(torch.cat(places))
-
-
-@torch.no_grad()
-def probabilities_now(tree: ModelTree, passes: Sequence[GradientPass]) -> dict[int, float]:
-    """exp(−mean NLL) of each request's target with the projections as they are by now.
-
-    Blocks below the projections say what they said before, so they are not run again.
-
-    Args:
-        tree: The model.
-        passes: What earlier passes of it left.
-
-    Returns:
-        Place in the batch to probability, in (0, 1].
-    """
-    found: dict[int, float] = {}
-    for one in passes:
-        with skipped(one.below):
-            nll = target_nll(tree, one.batch)
-        means = torch.exp(-row_means(nll, one.batch.labels)).tolist()
-        found |= dict(zip(one.chosen, means, strict=True))
-    return found
 
 
 @contextmanager

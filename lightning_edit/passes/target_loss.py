@@ -30,7 +30,6 @@ __all__ = [
     "target_logits",
     "target_nll",
     "target_places",
-    "target_probabilities",
 ]
 
 MAX_ROWS = 64  # rows whose logits are held at once
@@ -180,16 +179,6 @@ def row_means(values: Tensor, labels: Tensor) -> Tensor:
     sums = torch.zeros(len(labels), device=values.device, dtype=values.dtype)
     sums = sums.index_add(0, torch.nonzero(mask)[:, 0], values)
     return sums / mask.sum(1)
-
-
-@torch.no_grad()
-def target_probabilities(tree: ModelTree, batch: EditBatch) -> list[float]:
-    """exp(−mean NLL) of each row's target, in (0, 1]."""
-    found: list[float] = []
-    for start in range(0, len(batch), MAX_ROWS):
-        part = batch.select(range(start, min(start + MAX_ROWS, len(batch))))
-        found += torch.exp(-row_means(target_nll(tree, part), part.labels)).tolist()
-    return found
 
 
 @contextmanager

@@ -128,6 +128,8 @@ class RunReport:
         requests_sha256: Hash of the edit requests.
         metrics: ``<metric>/<reading>`` -> row; ``portability/<kind>/<reading>`` for the kinds.
         edits: One row an edit, in the order of editing.
+        not_taken: Ids of the edits whose new answer the edited model does not give, token by token,
+            and of those that failed, right after each was made.
         layers: Parameter name -> ``{"norm": ‖Δ‖, "relative_norm": ‖Δ‖ / ‖W‖}``.
         versions: Package -> version.
         seconds: Stage -> seconds, such as ``total``, ``edit``, ``evaluate``.
@@ -155,6 +157,7 @@ class RunReport:
     requests_sha256: str = ""
     metrics: Mapping[str, MetricRow] = field(default_factory=dict)
     edits: Sequence[EditRow] = ()
+    not_taken: Sequence[str] = ()
     layers: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float | None] = field(default_factory=dict)
@@ -168,7 +171,7 @@ class RunReport:
     def __post_init__(self) -> None:
         for name in ("settings", "model", "layers", "versions", "seconds", "sequence"):
             object.__setattr__(self, name, plain(getattr(self, name)))
-        for name in ("edits", "sequence", "notes"):
+        for name in ("edits", "not_taken", "sequence", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def to_dict(self) -> dict[str, object]:

@@ -27,6 +27,7 @@ __all__ = [
     "success",
 ]
 
+MAX_IDS = 5  # of edits that did not take; all are in results.json
 MAX_EDITS = 200  # more would make a page that no browser scrolls; edits.jsonl has them all
 
 ROLES = {"generality": "rephrased", "locality": "neighbors", "portability": "consequences"}
@@ -177,6 +178,9 @@ def headline(report: RunReport) -> str:
         ...                probes=[ProbeRow("locality", unchanged=False)])
         >>> headline(RunReport(method="ROME", edits=[edit]))
         'The fact was changed; 0 of 1 neighboring answer stayed as it was.'
+        >>> missed = EditRow(id="b", prompt="p", after={"reliability/autoregressive": 0.0})
+        >>> headline(RunReport(method="ROME", edits=[missed], not_taken=["b"]))
+        'The fact was not changed; 1 of 1 edit did not take: b.'
     """
     found = outcomes(report)
     clauses = []
@@ -193,6 +197,12 @@ def headline(report: RunReport) -> str:
         of = " of the" if outcome.hits is None else ""
         stayed = "answer stayed as it was" if one else "answers stayed as they were"
         clauses.append(f"{outcome.count}{of} neighboring {stayed}")
+    if report.not_taken:
+        count, more = len(report.not_taken), len(report.not_taken) - MAX_IDS
+        of = f" of {len(report.edits)}" if report.edits else ""
+        ids = ", ".join(report.not_taken[:MAX_IDS]) + (f" and {more} more" if more > 0 else "")
+        noun = "edit" if max(count, len(report.edits)) == 1 else "edits"
+        clauses.append(f"{count}{of} {noun} did not take: {ids}")
     sentence = "; ".join(clauses) or "Nothing was measured"
     return sentence[0].upper() + sentence[1:] + "."
 

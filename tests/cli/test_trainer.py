@@ -192,6 +192,32 @@ def test_fit_tells_what_it_does_and_what_to_do_next(
     }
 
 
+def test_edits_that_did_not_take_are_told_and_fail_the_command_if_asked_to(
+    tmp_path: Path, capsys: Output
+) -> None:
+    for folder in ("world", "learner"):
+        (tmp_path / folder).mkdir()
+    world = TinyWorld(tmp_path / "world", n=3, method="FineTune", settings={"lr": 2e-2})
+    weak, gate = "--model.lr=1e-9", "--fail_under=0.9"
+    with pytest.warns(UserWarning, match=r"3 of 3 edits did not take: .*Try more `steps`"):
+        assert run_here(world.arguments(tmp_path / "weak", weak, gate)) == 2
+    assert "reliability is 0, below --fail_under 0.9" in capsys.readouterr().err
+    results = json.loads((tmp_path / "weak" / "results.json").read_text(encoding="utf-8"))
+    assert results["not_taken"] == [request.id for request in tiny_requests(3)]
+    assert (tmp_path / "weak" / "delta").is_dir()
+    report = (tmp_path / "weak" / "report.md").read_text(encoding="utf-8")
+    assert "3 of 3 edits did not take: " in report.splitlines()[0]
+    with pytest.warns(UserWarning, match="3 of 3 edits did not take"):
+        assert run_here(world.arguments(tmp_path / "again", weak)) == 0
+    # All in one edit, of which none takes another back.
+    assert run_here(world.arguments(tmp_path / "strong", gate, "--data.batch_size=3")) == 0
+    results = json.loads((tmp_path / "strong" / "results.json").read_text(encoding="utf-8"))
+    assert results["not_taken"] == []
+    learner = TinyWorld(tmp_path / "learner", n=3, method="MEND", settings={})
+    assert run_here(learner.arguments(tmp_path / "none", gate)) == 2
+    assert_told(capsys, "`fail_under`: MEND edits nothing in `fit`, which trains it")
+
+
 def test_a_second_run_keeps_the_results_of_the_first(world: TinyWorld, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kept = []
@@ -254,6 +280,7 @@ OPTIONS = {
     "out of range": ("--model.steps=0", 2, r": `steps` is expected to be at least 1, but got 0\."),
     "no number": ("--model.steps=many", 2, r'"steps":\n.*Expected a <class \'int\'>.*many'),
     "no choice": ("--model.test_protocol=one", 2, r"'independent', 'batch', 'sequential'.*one"),
+    "no share": ("--fail_under=90", 2, r"`fail_under` is expected to be a share"),
     "no checkpoint": ("--ckpt_path=nowhere.ckpt", 2, r"there is no checkpoint `nowhere\.ckpt`"),
     "argument": ("--model.stepz=3", 2, r"Did you mean `steps` instead of `stepz`\?"),
     "section": ("--modle.steps=3", 2, r"Did you mean `model\.steps` instead of `modle\.steps`\?"),

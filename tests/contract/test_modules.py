@@ -16,12 +16,13 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_edit import Edit, EditCheckpoint, EditModule, EditRequest, WeightDelta
+from lightning_edit import Edit, EditCheckpoint, EditMemory, EditModule, EditRequest, WeightDelta
 from lightning_edit.core.errors import EditError, ModelError, RequestError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.metrics import edit_metrics
+from lightning_edit.modules.fitting import CommitEdits
 from lightning_edit.modules.locate_then_edit.base import LocateModule
 from tests.contract.enumeration import (
     EDITORS,
@@ -191,6 +192,45 @@ def test_an_edit_knows_where_it_comes_from(cls: type[EditModule], edited: tuple[
         assert row["norm"] > 0
         assert row["steps"] <= quick(cls).get("steps", 3)
         assert math.isfinite(row["loss"])
+
+
+def read_plainly(editor: Any, request: EditRequest) -> tuple[float, bool]:
+    """Mean NLL of the new answer in the model as it stands, and whether it is what that says."""
+    memory = EditMemory.find(editor.model)
+    asked = [request.prompt] if memory is None else memory.rewrite([request.prompt], editor.tokens)
+    prompt = editor.tokens.prompt(asked[0])
+    target = editor.tokens.target(request.prompt, request.target_new)
+    losses, hits = [], []
+    with torch.no_grad():
+        for i, token in enumerate(target):
+            row = torch.tensor([[*prompt, *target[:i]]])
+            log_probs = torch.log_softmax(editor.model(input_ids=row).logits[0, -1], -1)
+            losses.append(-float(log_probs[token]))
+            hits.append(int(log_probs.argmax()) == token)
+    return sum(losses) / len(losses), all(hits)
+
+
+def check_figures(editor: Any, requests: list[EditRequest], rows: list[Any]) -> None:
+    """That figures of requests are what the model as it stands makes of them."""
+    assert [row["id"] for row in rows] == [request.id for request in requests]
+    for request, row in zip(requests, rows, strict=True):
+        loss, took = read_plainly(editor, request)
+        assert row["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-4), request.id
+        assert row["p_target"] == pytest.approx(math.exp(-loss), rel=1e-3, abs=1e-7), request.id
+        assert row["took"] is took, request.id
+
+
+def test_figures_of_an_edit_are_those_of_the_model_with_it(edited: tuple[Any, Any]) -> None:
+    editor, edit = edited
+    with edit.applied(editor.model):
+        check_figures(editor, tiny_requests(2), edit.details["requests"])
+
+
+def test_figures_of_a_fit_are_those_of_the_model_that_it_leaves(fitted: Fitted) -> None:
+    editor = fitted.editor
+    # Where edits are committed, each is measured after its step; the last step's are left.
+    first = 4 if isinstance(editor.fitting, CommitEdits) else 0
+    check_figures(editor, tiny_requests(5)[first:], editor.history[first:])
 
 
 def test_an_edit_makes_its_answer_likelier(edited: tuple[Any, Any]) -> None:

@@ -467,17 +467,10 @@ class CaliNET(MemoryModule):
             norm = float(torch.linalg.vector_norm(entries[name].tensors["values"]))
             for request_id in taught:
                 rows[request_id] |= {"block": name, "steps": steps}
-        with self._only(entries), torch.no_grad():
-            losses = row_means(target_nll(self.tree, batch), batch.labels)
         edit = self.memory_write(entries)
         edit.details["requests"] = [
-            {
-                **rows[request.id],
-                "loss": float(loss),
-                "p_target": float(torch.exp(-loss)),
-                "norm": norm if request.id in taught else 0.0,
-            }
-            for request, loss in zip(batch.requests, losses, strict=True)
+            {**rows[request.id], "norm": norm if request.id in taught else 0.0}
+            for request in batch.requests
         ]
         return edit
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.sampling import sample_text_ids, seeded
-from lightning_edit.passes.target_loss import target_logits, target_probabilities
+from lightning_edit.passes.target_loss import target_logits
 
 __all__ = ["PatchParameters", "TPatcher"]
 
@@ -259,13 +258,9 @@ class TPatcher(MemoryModule):
                         for field, tensor in zip(PatchNeurons.fields, rows, strict=True)
                     }
                     entries[name] = MemoryEntry(tensors, {request.id: kept})
-            with self._patched(entries):
-                [p] = target_probabilities(tree, batch)
         return {
             "id": request.id,
-            "loss": -math.log(max(p, 1e-38)),
             "steps": steps,
-            "p_target": p,
             "norm": norm,
             "patches": len(names),
         }

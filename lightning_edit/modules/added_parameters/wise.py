@@ -28,7 +28,7 @@ from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.sampling import sample_text_ids
-from lightning_edit.passes.target_loss import row_means, target_nll, target_probabilities
+from lightning_edit.passes.target_loss import row_means, target_nll
 
 __all__ = ["WISE"]
 
@@ -262,13 +262,9 @@ class WISE(MemoryModule):
                     change -= self.lr * gradient
                     change.copy_((before + change).clamp(-self.bound, self.bound) - before)
                 previous, steps = value, steps + 1
-        matrix = matrix.detach()
-        with self._changed(site, matrix, self._prompt_mask(tree, batch)):
-            [p] = target_probabilities(tree, batch)
         figures: RequestFigures = {
-            "loss": value,
+            "searched_loss": value,
             "steps": steps,
-            "p_target": p,
             "norm": float(torch.linalg.vector_norm(change.detach())),
             "distance": float(edited.detach().min()),
             "distance_other": float(other.detach()),

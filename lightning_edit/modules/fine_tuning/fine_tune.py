@@ -20,7 +20,6 @@ from lightning_edit.passes.target_loss import (
     Objective,
     row_means,
     target_nll,
-    target_probabilities,
 )
 
 __all__ = ["FineTune"]
@@ -136,15 +135,13 @@ class FineTune(EditModule):
                 break
         edit = inner.delta()
         norm = edit.norm()
-        probabilities = target_probabilities(tree, batch)
         edit.details = {
             "losses": losses,
             "requests": [
                 {
                     "id": request.id,
-                    "loss": losses[e][-1],
+                    "searched_loss": losses[e][-1],
                     "steps": steps[e],
-                    "p_target": probabilities[e],
                     "norm": norm,
                 }
                 for e, request in enumerate(batch.requests)

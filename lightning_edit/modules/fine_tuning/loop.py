@@ -24,7 +24,13 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.functional.token_weights import token_weights
-from lightning_edit.modules.fitting import EditState, Fitting, log_metrics, measure
+from lightning_edit.modules.fitting import (
+    EditState,
+    Fitting,
+    log_metrics,
+    measure,
+    warn_of_not_taken,
+)
 from lightning_edit.optim import E
 from lightning_edit.passes.target_loss import target_nll
 
@@ -158,9 +164,11 @@ class LightningLoop(Fitting[E]):
     def __init__(self, choice: OptimizerChoice, *, train_mode: bool = False) -> None:
         self.choice = choice
         self.train_mode = train_mode
-        #: Steps and seconds of each request, by id.
+        #: Figures of each request, by id.
         self.rows: dict[str, RequestFigures] = {}
         self.requests: dict[str, EditRequest] = {}
+        self._asked: dict[str, EditRequest] = {}  # of the running fit
+        self._is_measured = False
         self._began = 0.0
 
     def edit_state(self) -> EditState:
@@ -198,6 +206,7 @@ class LightningLoop(Fitting[E]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._asked = {}
         cast(nn.Module, pl_module.model).train(self.train_mode)
 
     @override
@@ -213,7 +222,8 @@ class LightningLoop(Fitting[E]):
         processes = Processes(share["rank"], share["num_replicas"])
         for request in batch:
             self.row(request)
-            self.requests[request.id] = request
+            self.requests[request.id] = self._asked[request.id] = request
+        self._is_measured = False
         loss = _trained(editor).step_loss(batch, processes)
         if loss is not None:
             editor.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch), sync_dist=True)
@@ -242,6 +252,22 @@ class LightningLoop(Fitting[E]):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cast(nn.Module, pl_module.model).eval()
         _trained(pl_module).after_fit()
+        editor = cast("EditModule[E]", pl_module)
+        self.finish(editor)
+        warn_of_not_taken(editor, [self.rows[id_] for id_ in self._asked])
+
+    @override
+    def finish(self, editor: EditModule[E]) -> None:
+        """Measures the requests in the trained model, once."""
+        if self._is_measured:
+            return
+        was_training = editor.model.training
+        editor.model.eval()
+        for id_, found in editor.session.measured(list(self._asked.values())).items():
+            self.rows[id_] = {**self.rows[id_], **found}
+        editor.model.train(was_training)
+        editor.history = list(self.rows.values())
+        self._is_measured = True
 
     @override
     def validation_step(self, editor: EditModule[E], batch: list[EditRequest]) -> None:

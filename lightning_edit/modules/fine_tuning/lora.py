@@ -15,7 +15,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.fine_tuning.adapter_layers import AdapterLayers, adapter_sites
-from lightning_edit.passes.target_loss import row_means, target_nll, target_probabilities
+from lightning_edit.passes.target_loss import row_means, target_nll
 
 __all__ = ["LoRA"]
 
@@ -104,7 +104,6 @@ class LoRA(EditModule):
                     factor.grad = gradient
                 adam.step()
                 steps += 1
-            probabilities = target_probabilities(tree, batch)
         edit = WeightDelta(adapter.changes() if steps else {})
         norm = edit.norm()
         edit.details = {
@@ -112,9 +111,8 @@ class LoRA(EditModule):
             "requests": [
                 {
                     "id": request.id,
-                    "loss": losses[-1][e],
+                    "searched_loss": losses[-1][e],
                     "steps": steps,
-                    "p_target": probabilities[e],
                     "norm": norm,
                 }
                 for e, request in enumerate(batch.requests)

@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
@@ -24,7 +23,6 @@ from lightning_edit.modules.fine_tuning.inner_loop import InnerLoop
 from lightning_edit.modules.fine_tuning.loop import AnswerLoss, LightningLoop, OptimizerChoice
 from lightning_edit.modules.fine_tuning.tuned_weights import TunedTarget, TunedWeights
 from lightning_edit.modules.targets import Target
-from lightning_edit.passes.target_loss import target_probabilities
 
 __all__ = ["TuningModule"]
 
@@ -133,11 +131,10 @@ class TuningModule(EditModule[WeightDelta]):
         return self.described(inner.delta(), batch, float(loss.detach()))
 
     def described(self, edit: WeightDelta, batch: EditBatch, loss: float) -> WeightDelta:
-        """The edit with its figures; it stands in the model."""
-        figures: RequestFigures = {"loss": loss, "steps": self.steps, "norm": edit.norm()}
-        probabilities = target_probabilities(self.tree, batch)
+        """The edit with its figures."""
+        norm = edit.norm()
         edit.details["requests"] = [
-            {**figures, "id": request.id, "p_target": p}
-            for request, p in zip(batch.requests, probabilities, strict=True)
+            {"id": request.id, "searched_loss": loss, "steps": self.steps, "norm": norm}
+            for request in batch.requests
         ]
         return edit

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
@@ -23,6 +23,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.spacing import word_starts
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.locate_then_edit.attention_sink import sink_reasons
 from lightning_edit.modules.locate_then_edit.contexts import Contexts
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
@@ -258,8 +259,9 @@ class LocateModule(EditModule[WeightDelta]):
             layer: The layer whose output changes.
 
         Returns:
-            The requests whose loss stayed finite, their target values, and the ids of the others,
-            with the reason of each; see ``failed`` in the details of an edit.
+            The requests that can be written and whose loss stayed finite, their target values, and
+            the ids of the others, with the reason of each; see ``failed`` in the details of an
+            edit.
 
         Raises:
             FailedRequestsError: If there is no target value at all.
@@ -275,20 +277,21 @@ class LocateModule(EditModule[WeightDelta]):
         if batch.processes.count > 1:
             for site in self.sites(self.tree):
                 self.second_moment(site.layer, batch.processes)
-        found = self.target_values(batch, layer)
-        reasons = {
-            batch.requests[e].id: "the loss of its target value is not finite at pass "
+        reasons = sink_reasons(self.tree, self.tokens, batch.requests, layer)
+        asked = batch if not reasons else _without(batch, reasons)
+        found = self.target_values(asked, layer)
+        kept = [e for e in range(len(asked.requests)) if e not in found.failed]
+        reasons |= {
+            asked.requests[e].id: "the loss of its target value is not finite at pass "
             f"{step}. Lower `lr`, or edit this request alone in float32."
             for e, step in found.failed.items()
         }
         if not reasons:
             return batch, found, {}
-        if len(reasons) == len(batch.requests):
-            raise FailedRequestsError(reasons)
+        left = _without(batch, reasons)
         for id_, why in reasons.items():
             rank_zero_warn(f"Request {id_!r} is left out of its batch: {why}")
-        kept = [e for e in range(len(batch.requests)) if e not in found.failed]
-        return batch.select(kept), found.select(kept), reasons
+        return left, found.select(kept), reasons
 
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:
         """Target values of a batch; under several processes each finds those of its share."""
@@ -302,3 +305,15 @@ class LocateModule(EditModule[WeightDelta]):
             processes=batch.processes,
             dtype=batch.pass_dtype,
         )
+
+
+def _without(batch: EditBatch, reasons: Mapping[str, str]) -> EditBatch:
+    """The requests of a batch that did not fail.
+
+    Raises:
+        FailedRequestsError: If none is left.
+    """
+    kept = [e for e, request in enumerate(batch.requests) if request.id not in reasons]
+    if not kept:
+        raise FailedRequestsError(dict(reasons))
+    return batch.select(kept)

@@ -31,10 +31,8 @@ from lightning_edit.functional.knowledge_neurons import (
     replacement,
 )
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.session import write_for_now
 from lightning_edit.passes.activation_paths import ActivationPaths
 from lightning_edit.passes.borrowing import borrowed
-from lightning_edit.passes.target_loss import row_means, target_nll
 
 __all__ = ["KN", "KnowledgeNeurons", "Operation"]
 
@@ -305,15 +303,12 @@ class KN(EditModule):
             is_small = u.shape[1] * (len(u) + len(v)) < len(u) * len(v)
             changes[site.name] = LowRank(u, v) if is_small else u @ v.T
         edit = WeightDelta(changes)
-        losses = self._losses_with(edit, batch)
         edit.details = {
             "neurons": neurons,
             "requests": [
                 {
                     "id": request.id,
-                    "loss": losses[e],
                     "steps": self.steps,
-                    "p_target": math.exp(-losses[e]),
                     "norm": math.sqrt(float(squares[e])),
                     "neurons": len(neurons[e]),
                 }
@@ -374,9 +369,3 @@ class KN(EditModule):
         ones = torch.zeros(site.in_features, len(union), device=change.device)
         ones[union, torch.arange(len(union), device=change.device)] = 1.0
         return change[:, union], ones, norms
-
-    @torch.no_grad()
-    def _losses_with(self, edit: WeightDelta, batch: EditBatch) -> list[float]:
-        """Mean NLL of each target with the edit, which the caller takes out again."""
-        write_for_now(self.model, edit)
-        return [float(x) for x in row_means(target_nll(self.tree, batch), batch.labels)]

@@ -101,9 +101,9 @@ class RankOneChanges:
             {
                 "id": request.id,
                 "norm": self._norms[e],
-                "loss": found.losses[e][-1]["total"],
+                "searched_loss": found.losses[e][-1]["total"],
                 "steps": len(found.losses[e]),
-                "p_target": found.probabilities[e],
+                "searched_p_target": found.probabilities[e],
             }
             for e, request in enumerate(requests)
         ]

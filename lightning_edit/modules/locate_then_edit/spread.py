@@ -177,8 +177,8 @@ class Spread:
         return {
             "id": self.batch.requests[e].id,
             "norm": sum(float(norm) ** 2 for norm in norms) ** 0.5,
-            "loss": self.found.losses[e][-1]["total"],
+            "searched_loss": self.found.losses[e][-1]["total"],
             "steps": len(self.found.losses[e]),
-            "p_target": self.found.probabilities[e],
+            "searched_p_target": self.found.probabilities[e],
             "written_share": sum(shares) / len(shares),
         }

@@ -27,11 +27,9 @@ from lightning_edit.functional.ultra_edit import (
     update_normalizer,
 )
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.session import write_for_now
 from lightning_edit.passes.gradient_passes import (
     GradientPass,
     gradient_passes,
-    probabilities_now,
 )
 
 __all__ = ["UltraEdit"]
@@ -199,11 +197,9 @@ class UltraEdit(EditModule):
         passes: Sequence[GradientPass],
         found: Mapping[str, tuple[Tensor, ...]],
     ) -> EditDetails:
-        """Figures of each request, with the edit in the weights, and tensors of each projection."""
+        """Figures of each request, and tensors of each projection."""
         norm = edit.norm()
         losses = {e: x for one in passes for e, x in zip(one.chosen, one.losses, strict=True)}
-        write_for_now(self.model, edit)
-        probabilities = probabilities_now(self.tree, passes)
         return {
             "keys": {name: tensors[0] for name, tensors in found.items()},
             "gradients": {name: tensors[1] for name, tensors in found.items()},
@@ -213,9 +209,8 @@ class UltraEdit(EditModule):
             "requests": [
                 {
                     "id": request.id,
-                    "loss": losses[e],
+                    "searched_loss": losses[e],
                     "steps": 1,
-                    "p_target": probabilities[e],
                     "norm": norm,
                 }
                 for e, request in enumerate(batch.requests)

@@ -314,9 +314,9 @@ class GRACE(MemoryModule):
             value = values.detach()[r].clone()
             entry = entries[name]
             entries[name] = replace(entry, tensors={**entry.tensors, "values": value})
-            row["loss"] = float(losses[r])
+            row["searched_loss"] = float(losses[r])
             row["steps"] = int(steps[r])
-            row["p_target"] = float(torch.exp(-losses[r]))
+            row["searched_p_target"] = float(torch.exp(-losses[r]))
             row["norm"] = float(torch.linalg.vector_norm(value))
 
     @contextmanager

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -16,7 +15,6 @@ from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.memories.prompts import PromptMemory, demonstration, statement
 from lightning_edit.modules.memory_based.base import MemoryModule
-from lightning_edit.passes.target_loss import target_probabilities
 
 __all__ = ["check_threshold", "prompts_of", "tell"]
 
@@ -75,18 +73,15 @@ def tell(
             editor.tokens,
             requests,
         )
-        probabilities = target_probabilities(editor.tree, told.to(batch.input_ids.device))
     edit.details["requests"] = [
         {
             "id": request.id,
-            "loss": -math.log(max(p, 1e-38)),
             "steps": 0,
-            "p_target": p,
             "norm": float(torch.linalg.vector_norm(embedding)),
             "prompt_tokens": int(length),
         }
-        for request, p, embedding, length in zip(
-            requests, probabilities, embeddings, told.prompt_lengths, strict=True
+        for request, embedding, length in zip(
+            requests, embeddings, told.prompt_lengths, strict=True
         )
     ]
     return edit

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast, get_args
@@ -25,7 +24,6 @@ from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
-from lightning_edit.evaluation.scoring import score_targets
 from lightning_edit.functional.scope import Distance, scope_distances, scope_loss
 from lightning_edit.memories.prompts import statement
 from lightning_edit.memories.scope import ScopeMemory
@@ -408,14 +406,6 @@ class SERAC(MemoryModule):
                 row["overrides"] = overridden
             rows.append(row)
         edit = self.memory_write(entries)
-        before = memory.entries
-        memory.write(entries)
-        try:
-            scores = score_targets(self.model, tokens, list(zip(prompts, targets, strict=True)))
-        finally:
-            memory.write(before)
-        for row, score in zip(rows, scores, strict=True):
-            row["loss"], row["p_target"] = score.nll, math.exp(-score.nll)
         edit.details["requests"] = rows
         return edit
 

@@ -36,7 +36,6 @@ from lightning_edit.modules.meta_learning.factors import (
     Positions,
     as_change,
     capture,
-    edited,
 )
 from lightning_edit.modules.meta_learning.objectives import Objective, WeightedSum
 from lightning_edit.modules.meta_learning.training import EditorTraining, is_ready
@@ -44,7 +43,6 @@ from lightning_edit.modules.meta_learning.training_batch import TrainOn, shared_
 from lightning_edit.modules.meta_learning.training_loss import BatchLoss, TrainingLoss
 from lightning_edit.modules.targets import Target, WeightTarget
 from lightning_edit.passes.borrowing import borrowed
-from lightning_edit.passes.target_loss import target_probabilities
 
 __all__ = ["HyperEditModule", "check_counts"]
 
@@ -303,11 +301,9 @@ class HyperEditModule(EditModule[WeightDelta]):
                 "The edit is not finite. Nothing was written. The editor may not have been trained "
                 "well, or the model's precision is too low: load it with dtype float32."
             )
-        with edited(self.model, self.sites, factors):
-            probabilities = target_probabilities(tree, batch)
         edit.details["requests"] = [
-            {"id": request.id, "loss": losses[i], "steps": 1, "p_target": p, "norm": norm}
-            for i, (request, p) in enumerate(zip(batch.requests, probabilities, strict=True))
+            {"id": request.id, "searched_loss": losses[i], "steps": 1, "norm": norm}
+            for i, request in enumerate(batch.requests)
         ]
         return edit
 

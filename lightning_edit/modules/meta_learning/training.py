@@ -165,6 +165,10 @@ class EditorTraining(Fitting[E]):
                 "float32."
             )
 
+    @override
+    def finish(self, editor: EditModule[E]) -> None:
+        """Nothing: the language model is as it was."""
+
     # -- measuring ---------------------------------------------------------------------------
 
     @override
@@ -193,7 +197,8 @@ class EditorTraining(Fitting[E]):
         baseline = self._baselines.get(key) or evaluator.baseline(group)
         if in_fit:  # the model stays the same all along
             self._baselines[key] = baseline
-        with editor.session.written(editor.edit(group)):
+        edit = editor.session.edit(group, editor.compute_edit, editor.provenance)
+        with editor.session.written(edit):
             return evaluator.evaluate(group, baseline)
 
     @override

@@ -15,7 +15,7 @@ from lightning_edit.core.errors import EditError, LocatorError
 from lightning_edit.core.locator import Locator
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.passes.replay import blocks_below
-from tests.modules.helpers import fingerprint, plain_nll, same_edit
+from tests.modules.helpers import computed, fingerprint, plain_nll, same_edit
 
 
 class PlainGrace:
@@ -188,7 +188,7 @@ def test_only_the_layers_above_are_run_again(kind: Any) -> None:
         return lambda *_: runs.__setitem__(i, runs[i] + 1)
 
     hooks = [m.register_forward_hook(count(i)) for i, m in enumerate(counted)]
-    editor.edit(tiny_requests(3))
+    computed(editor, tiny_requests(3))
     for hook in hooks:
         hook.remove()
     assert set(runs.values()) == {2}  # once for the keys, once for all the steps
