@@ -26,6 +26,7 @@ __all__ = [
     "load_plainly",
     "read_checkpoint",
     "read_plainly",
+    "record_in",
 ]
 
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -117,6 +118,21 @@ def load_plainly(strategy: Strategy) -> None:
     """
     if not isinstance(strategy.load_checkpoint, _PlainLoading):
         cast(Any, strategy).load_checkpoint = _PlainLoading(strategy)
+
+
+def record_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an editor keeps in a checkpoint beside Lightning's own.
+
+    Raises:
+        ArtifactError: If no editor has written the checkpoint.
+    """
+    if "lightning_edit" not in checkpoint:
+        raise ArtifactError(
+            "The checkpoint was not written by an editor of lightning_edit: it lacks the key "
+            "`lightning_edit`. Give a checkpoint of an editing run."
+        )
+    found: Mapping[str, Any] = checkpoint["lightning_edit"]
+    return found
 
 
 def read_checkpoint(source: str | Path | IO[bytes], where: str = "") -> dict[str, Any]:

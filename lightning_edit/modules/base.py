@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_edit.checkpoints import PlainCheckpoints, load_plainly
+from lightning_edit.checkpoints import PlainCheckpoints, load_plainly, record_in
 from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
-from lightning_edit.core.errors import ArtifactError, EditError, ModelError
+from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.plain_model import check_tokens, check_weights
@@ -582,19 +582,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("lightning_edit")
-        if saved is None:
-            raise ArtifactError(
-                "The checkpoint was not written by an editor of lightning_edit: it lacks the key "
-                "`lightning_edit`. Give a checkpoint of an editing run."
-            )
+        saved = record_in(checkpoint)
         self.configure_model()
-        if saved["base_sha256"] != self.base.sha256:
-            raise ArtifactError(
-                f"The checkpoint belongs to the base weights {saved['base_sha256'][:12]}…, but "
-                f"{self.model_id} has {self.base.sha256[:12]}…. Resume with the model it was made "
-                "with."
-            )
+        self.session.check_base(saved["base_sha256"])
         self.target.load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
         self.fitting.on_load_checkpoint(cast(Trainer, self._trainer), self, checkpoint)

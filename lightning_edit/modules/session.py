@@ -16,7 +16,7 @@ from torch import nn
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.committed import RequestBatch, requests_of
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.locator import ModelTree
@@ -203,6 +203,18 @@ class EditSession(Generic[E]):
         ids, known = set(self.target.request_ids), requests_of(self.target.delta.batches)
         # One whose text is not known was committed by hand, or by an earlier version.
         return [r for r in requests if r.id not in ids or known.get(r.id, r).sha256() != r.sha256()]
+
+    def check_base(self, sha256: str) -> None:
+        """Checks that a checkpoint is of this model, by the hash of its base weights.
+
+        Raises:
+            ArtifactError: If it is of another.
+        """
+        if sha256 != self.base.sha256:
+            raise ArtifactError(
+                f"The checkpoint belongs to the base weights {sha256[:12]}…, but {self.model_id} "
+                f"has {self.base.sha256[:12]}…. Resume with the model it was made with."
+            )
 
     def check_made_here(self, edit: E) -> None:
         """Checks that an edit was made of the model as it stands.
