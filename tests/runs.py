@@ -119,10 +119,12 @@ def run_here(words: Sequence[str]) -> int:
         sys.argv[:] = kept
 
 
-def printed_command(text: str) -> list[str]:
-    """The words of the command that an interrupted run says to go on with."""
-    [line] = [line for line in text.splitlines() if "Go on with: lightning-edit " in line]
-    return shlex.split(line.partition("Go on with: lightning-edit ")[2])
+def printed_command(text: str) -> tuple[Path, list[str]]:
+    """The command that an interrupted run says to go on with: its folder and its words."""
+    [line] = [line for line in text.splitlines() if "Go on with: cd " in line]
+    cd, folder, and_then, program, *words = shlex.split(line.partition("Go on with: ")[2])
+    assert (cd, and_then, program) == ("cd", "&&", "lightning-edit")
+    return Path(folder), words
 
 
 def metrics_of(run: Path) -> dict[str, Any]:

@@ -88,10 +88,42 @@ def test_ctrl_c_in_an_edit_says_how_to_go_on(
     assert "Stopped after 2 committed step(s)" in stopped.stderr
     assert committed_steps(tmp_path) == 2
     # The very words that were printed, less the cause of the interruption.
-    words = [w for w in printed_command(stopped.stderr) if "trainer.callbacks" not in w]
-    assert words[-2:] == ["--ckpt_path", "last"]
+    _, words = printed_command(stopped.stderr)
+    words = [word for word in words if "trainer.callbacks" not in word]
+    assert words[-2:] == ["--ckpt_path", str(tmp_path / "checkpoints" / "last.ckpt")]
     assert run_here(words) == 0
     assert_same_edit(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_the_printed_command_finds_the_checkpoint_of_any_logger(
+    world: TinyWorld,
+    whole_run: Path,
+    tmp_path: Path,
+    logger: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if logger == "TensorBoardLogger":
+        pytest.importorskip("tensorboard")
+    home, away = tmp_path / "my home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    monkeypatch.chdir(home)
+    logging = ["--trainer.logger", logger, "--trainer.logger.save_dir", "logs"]
+    logging += ["--trainer.log_every_n_steps", "1"]
+    words = world.arguments(Path("root"), *logging, *interruption("SIGINT", 2))
+    monkeypatch.setattr("sys.argv", ["lightning-edit"])
+    with caplog.at_level("INFO"):
+        assert run_here(words) == 1
+    logs = home / "logs" / "lightning_logs" / "version_0"
+    folder, words = printed_command(caplog.text)
+    monkeypatch.chdir(away)
+    monkeypatch.chdir(folder)  # as the command does
+    assert words[-2:] == ["--ckpt_path", str(logs / "checkpoints" / "last.ckpt")]
+    assert run_here([word for word in words if "trainer.callbacks" not in word]) == 0
+    assert_same_edit(logs.with_name("version_1"), whole_run)
+    assert not any(away.iterdir())
 
 
 def test_a_terminated_run_finishes_its_edit_and_does_not_claim_success(

@@ -11,6 +11,7 @@ import sys
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,8 +28,8 @@ class EditCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date, so that a run goes on at the very edit it was stopped at.
 
     An editor's checkpoint holds only what the edits changed. After an interruption it says
-    which edits are safe and how to go on: ``--ckpt_path last``. A run that begins anew keeps the
-    checkpoint of the run before in ``earlier/``.
+    which edits are safe, and the command that goes on, with the checkpoint's own path. A run that
+    begins anew keeps the checkpoint of the run before in ``earlier/``.
 
     Args:
         dirpath: Folder of the checkpoint; ``checkpoints`` in the run's folder when None.
@@ -61,6 +62,13 @@ class EditCheckpoint(ModelCheckpoint):
             message = "Using ModelCheckpoint with manual optimization"
             warnings.filterwarnings("ignore", message=message)
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            # A logger gives a resumed run a folder of its own; there are no best ones to lose.
+            warnings.filterwarnings("ignore", message="The dirpath has changed from")
+            super().load_state_dict(state_dict)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +130,8 @@ def _move_aside(folder: Path) -> None:
 
 
 def _resume_command(checkpoint: str) -> str:
-    """The command, or the call, that goes on from a checkpoint."""
+    """The command, or the call, that goes on from a checkpoint, wherever it is given."""
+    checkpoint = os.path.abspath(checkpoint)
     program = Path(sys.argv[0])
     if program.stem != "lightning-edit" and program.parent.name != "lightning_edit":
         return f"trainer.fit(..., ckpt_path={checkpoint!r})"
@@ -132,4 +141,6 @@ def _resume_command(checkpoint: str) -> str:
             del words[i : i + 2]
         elif word.startswith("--ckpt_path="):
             del words[i]
-    return f"lightning-edit {shlex.join(words)} --ckpt_path last"
+    words += ["--ckpt_path", checkpoint]
+    # Configurations may name paths, too, which are relative to this folder.
+    return f"cd {shlex.quote(os.getcwd())} && lightning-edit {shlex.join(words)}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -20,14 +21,13 @@ from lightning_edit.callbacks.model_access import (
 )
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator, ScoredProbe
-from lightning_edit.functional.counterfact import edit_score
+from lightning_edit.evaluation.measured import gathered, metric_values
 from lightning_edit.functional.intervals import wilson_interval
-from lightning_edit.metrics import edit_metrics
 from lightning_edit.metrics.reading import Reading
 from lightning_edit.modules.base import EditModule
 from lightning_edit.report.results import MetricRow
 
-__all__ = ["EditEvaluator"]
+__all__ = ["EditEvaluator", "metric_rows"]
 
 
 class EditEvaluator(Callback):
@@ -38,12 +38,17 @@ class EditEvaluator(Callback):
     unedited ones. Under several processes each asks its share of the requests. A resumed run of
     such a module has no ``locality/kl``: whole distributions are too large for a checkpoint.
 
+    Values go to the loggers and to ``trainer.callback_metrics`` as ``edit/<metric>/<reading>``,
+    such as ``edit/reliability/teacher_forced``: those of ``every_n_steps`` along the run, where
+    ``ModelCheckpoint`` and ``EarlyStopping`` may watch them, and all of them at its end.
+
     Args:
         requests: What to measure by; the requests of the Trainer's datamodule when None.
         readings: Readings to take.
         max_new_tokens: Longest continuation that is read, in tokens.
-        every_n_steps: Also measure teacher-forced reliability of the requests so far after every
-            so many optimizer steps: the curve over a sequence of edits. Never when None.
+        every_n_steps: Also measure under teacher forcing after every so many optimizer steps: the
+            requests so far, as a curve over the number of edits; all requests, over the number
+            of steps, in a training. Never when None.
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
 
@@ -81,12 +86,14 @@ class EditEvaluator(Callback):
         self._baseline = Baseline({})
         self._values_before: dict[str, tuple[float, int]] = {}
         self._restored: Mapping[str, Any] | None = None
+        self._seen_step = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After checkpoints are restored: measures the unedited model."""
         self.requests = find_requests(trainer, self.given, "EditEvaluator")
         self.after, self.rows, self.seconds = None, {}, 0.0
+        self._seen_step = trainer.global_step
         restored, self._restored = self._restored, None
         self.sequence = list(restored["sequence"]) if restored else []
         began = time.perf_counter()
@@ -102,8 +109,8 @@ class EditEvaluator(Callback):
         with unedited(pl_module):
             mine = evaluator.evaluate(share)
         self._baseline = mine.baseline
-        self._values_before = self._values(mine, pl_module)
         self.before = self._gather(mine)
+        self._values_before = metric_values(self.before, self.readings)
         self.seconds += time.perf_counter() - began
 
     @override
@@ -111,21 +118,28 @@ class EditEvaluator(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *args: object, **kwargs: object
     ) -> None:
         """After every ``every_n_steps`` steps: adds a point to the curve."""
-        if not self.every_n_steps or trainer.global_step % self.every_n_steps:
+        step = trainer.global_step
+        # Batches whose gradients are accumulated end without a step.
+        if not self.every_n_steps or step == self._seen_step or step % self.every_n_steps:
             return
+        self._seen_step = step
         began = time.perf_counter()
-        done = len(self.requests)
-        if isinstance(pl_module, EditModule):
+        point, requests = {"step": float(step)}, self.requests
+        if isinstance(pl_module, EditModule) and not pl_module.automatic_optimization:
             done = len(pl_module.history)  # failed ones included
+            point, requests = {"edits": float(done)}, requests[:done]
         evaluator = Evaluator(
             *model_and_tokens(pl_module, self.model_attribute, "EditEvaluator"),
             readings=["teacher_forced"],
         )
-        share = self._share(self.requests[:done])
+        share = self._share(requests)
         mine = evaluator.evaluate(share, self._baseline)
-        values = self._values(mine, pl_module)
-        point = {key: value for key, (value, n) in values.items() if n}
-        self.sequence.append({"edits": float(done), **point})
+        values = metric_values(self._gather(mine), ["teacher_forced"])
+        found = {key: value for key, (value, _) in values.items()}
+        self.sequence.append({**point, **found})
+        for name, value in _log(trainer, found).items():
+            pl_module.log(name, value, logger=False, batch_size=1)
+        _ = trainer.callback_metrics  # keeps them until whoever watches them looks
         self.seconds += time.perf_counter() - began
 
     @override
@@ -140,14 +154,12 @@ class EditEvaluator(Callback):
         began = time.perf_counter()
         evaluator = self._evaluator(pl_module)
         mine = evaluator.evaluate(self._share(self.requests), self._baseline)
-        after = self._values(mine, pl_module)
         self.after = self._gather(mine)
-        for key, (value, n) in after.items():
-            before = self._values_before.get(key, (float("nan"), 0))[0]
-            is_rate = key != "locality/kl" and not key.startswith("edit_score")
-            self.rows[key] = MetricRow(
-                before, value, n, wilson_interval(value, n) if is_rate and n else None
-            )
+        after = metric_values(self.after, self.readings)
+        self.rows = metric_rows(self._values_before, after)
+        trainer = pl_module.trainer
+        final = _log(trainer, {key: value for key, (value, _) in after.items()})
+        trainer.callback_metrics.update({k: torch.tensor(value) for k, value in final.items()})
         self.seconds += time.perf_counter() - began
 
     @override
@@ -173,35 +185,35 @@ class EditEvaluator(Callback):
     def _share(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         return list(requests[_rank() :: _world_size()])
 
-    def _values(self, mine: Evaluation, pl_module: LightningModule) -> dict[str, tuple[float, int]]:
-        """Value and number of rows of each metric, over all processes."""
-        metrics = edit_metrics(readings=self.readings, likelihoods=True).to(pl_module.device)
-        mine.update(metrics)
-        members: Mapping[str, Any] = dict(metrics.items())
-        values = {key: (float(m.compute()), m.count()) for key, m in members.items()}
-        values = {key: (value, n) for key, (value, n) in values.items() if n}
-        parts = [
-            values.get(f"{name}/teacher_forced", (float("nan"), 0))
-            for name in ("efficacy_success", "paraphrase_success", "neighborhood_success")
-        ]
-        if all(n for _, n in parts):
-            score = edit_score(*(value for value, _ in parts))
-            values["edit_score/teacher_forced"] = (score, parts[0][1])
-        mean, n = self._gather(mine).mean("locality/kl")
-        if n:
-            values["locality/kl"] = (mean, n)
-        return values
-
     def _gather(self, mine: Evaluation) -> Evaluation:
         """The probes of all processes, in the order of the requests."""
-        if _world_size() == 1:
-            return mine
-        parts: list[list[ScoredProbe]] = [[] for _ in range(_world_size())]
-        torch.distributed.all_gather_object(parts, mine.probes)
         order = {request.id: i for i, request in enumerate(self.requests)}
-        return Evaluation(
-            sorted((p for part in parts for p in part), key=lambda p: order[p.request_id])
-        )
+        return Evaluation(sorted(gathered(mine.probes), key=lambda p: order[p.request_id]))
+
+
+def metric_rows(
+    before: Mapping[str, tuple[float, int]], after: Mapping[str, tuple[float, int]]
+) -> dict[str, MetricRow]:
+    """Metric key to values before and after, with the interval of a rate.
+
+    Args:
+        before: Metric key to value and number of rows.
+        after: The same.
+    """
+    rows: dict[str, MetricRow] = {}
+    for key, (value, n) in after.items():
+        is_rate = key != "locality/kl" and not key.startswith("edit_score")
+        interval = wilson_interval(value, n) if is_rate and n else None
+        rows[key] = MetricRow(before.get(key, (float("nan"), 0))[0], value, n, interval)
+    return rows
+
+
+def _log(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
+    """Gives values to the loggers at once, and returns them by the names that they have there."""
+    named = {f"edit/{key}": value for key, value in values.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(named, step=trainer.global_step)
+    return named
 
 
 def _world_size() -> int:

@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,22 +23,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_edit.callbacks.edit_evaluator import EditEvaluator
+from lightning_edit.callbacks.edit_evaluator import EditEvaluator, metric_rows
+from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
-from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.figures import RequestFigures, not_taken
+from lightning_edit.core.provenance import Provenance
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
-from lightning_edit.evaluation.evaluator import ScoredProbe, probe_score
+from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_score
+from lightning_edit.evaluation.measured import metric_values
+from lightning_edit.forgetting.base_weights import BaseWeights
+from lightning_edit.metrics import edit_metrics
 from lightning_edit.modules.base import EditModule
 from lightning_edit.rendering.terminal import spell_out
 from lightning_edit.report import metrics_table, write_results
 from lightning_edit.report.files import FILES as REPORT_FILES
 from lightning_edit.report.files import is_foreign_card
-from lightning_edit.report.results import EditRow, ProbeRow, RunReport
+from lightning_edit.report.results import EditRow, ProbeRow, RunReport, plain
 
 __all__ = ["EditReport"]
 
@@ -45,17 +54,19 @@ FILES = ("delta", *REPORT_FILES)
 
 
 class EditReport(Callback):
-    """Writes the run folder at the end of ``fit`` and prints the table of the metrics.
+    """Writes the run folder at the end of a verb and prints the table of the metrics.
 
     The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,
     ``report.md`` and a card. Metrics come from the [`EditEvaluator`][lightning_edit.EditEvaluator]
     of the same Trainer, the curve over a sequence of edits from its
-    [`RetentionCurve`][lightning_edit.RetentionCurve] as well. Files of an earlier run are kept in
-    ``earlier/``.
+    [`RetentionCurve`][lightning_edit.RetentionCurve] as well. ``validate`` and ``test`` of an
+    editor, which measure by themselves, leave the same but the edit in the folders ``validate/``
+    and ``test/`` of it. Files of an earlier run are kept in ``earlier/``.
 
     Args:
         dirpath: The folder; the Trainer's log or root folder when None.
-        save_delta: Write the edit itself, where the module is an editor.
+        save_delta: Write the edit itself. Of a module that is no editor it is what its trainable
+            weights have changed by; they lie in memory once more meanwhile, and in checkpoints.
         originals: Keep the original tensors with the edit, so that it can be undone exactly in a
             copy of the edited model.
 
@@ -71,6 +82,8 @@ class EditReport(Callback):
         self.save_delta = save_delta
         self.originals = originals
         self.report: RunReport | None = None
+        self._base: BaseWeights | None = None
+        self._loaded: dict[str, torch.Tensor] | None = None
         self._began = 0.0
 
     @override
@@ -86,6 +99,32 @@ class EditReport(Callback):
             rank_zero_info(_banner(pl_module, trainer))
         if trainer.is_global_zero and not is_dry(trainer) and trainer.ckpt_path is None:
             _move_aside(folder)
+        if not self.save_delta or isinstance(pl_module, EditModule):
+            return
+        loaded, self._loaded = self._loaded, None
+        try:
+            model = _foreign_model(trainer, pl_module)
+            known = trainer.ckpt_path is None or loaded is not None
+            self._base = BaseWeights.of(model) if known else None
+        except ModelError as error:
+            rank_zero_info("The report will have no edit. %s", error)
+            return
+        if loaded is not None:
+            self._base = BaseWeights.from_whole(model, loaded)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._base is not None:
+            model = _foreign_model(trainer, pl_module)
+            checkpoint[type(self).__name__] = {"base": self._base.whole(model)}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loaded = checkpoint.get(type(self).__name__, {}).get("base")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,10 +140,19 @@ class EditReport(Callback):
         if is_dry(trainer):
             return
         # By every process, since sharded weights are gathered by all of them together.
-        delta = None
+        delta: Edit | None = None
         if isinstance(pl_module, EditModule):
             delta = pl_module.committed()
             pl_module.fitting.finish(pl_module)
+        elif self._base is not None:
+            model = _foreign_model(trainer, pl_module)
+            ids = [request.id for e in evaluators[:1] for request in e.requests]
+            settings = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+            base = self._base.info(model)
+            delta = self._base.edit(model)
+            delta.provenance = Provenance(
+                type(pl_module).__name__, "", dict(settings), base, tuple(ids)
+            )
         if not trainer.is_global_zero:
             return
         saved = delta is not None and self.save_delta
@@ -114,6 +162,52 @@ class EditReport(Callback):
         files = [name for name in REPORT_FILES if not is_foreign_card(folder / name)]
         write_results(self.report, folder, files)
         self._show(folder, saved)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what ``validate`` has measured."""
+        if trainer.state.fn == "validate":  # not one inside of `fit`
+            self._report_verb(trainer, pl_module, "validate")
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what ``test`` has measured."""
+        self._report_verb(trainer, pl_module, "test")
+
+    def _report_verb(self, trainer: Trainer, pl_module: LightningModule, verb: str) -> None:
+        folder = run_folder(trainer, self.dirpath) / verb
+        if not isinstance(pl_module, EditModule) or is_dry(trainer):
+            return
+        measured = pl_module.measured.whole()
+        if not trainer.is_global_zero:
+            return
+        _move_aside(folder)
+        before, after = Evaluation(measured.before), Evaluation(measured.after)
+        readings = pl_module.evaluator.readings
+        values = [metric_values(scores, readings) for scores in (before, after)]
+        notes = []
+        if (
+            verb == "validate"
+            and not pl_module.unedited.is_other
+            and measured.before == measured.after
+        ):
+            notes.append(
+                "The model was compared with itself: the editor knows of no edit in it. Name the "
+                "model as it was before with the editor's `baseline`."
+            )
+            rank_zero_info(notes[0])
+        self.report = self._report(
+            pl_module,
+            measured.requests,
+            metrics=metric_rows(*values),
+            edits=_edit_rows(measured.requests, before, after, measured.figures, None),
+            settings=plain(pl_module.provenance.settings),
+            seconds={"edit": sum(row.get("seconds", 0.0) for row in measured.figures)},
+            notes=notes,
+            artifact="",
+        )
+        write_results(self.report, folder)
+        self._show(folder, saved=False)
 
     def _build(
         self,
@@ -131,36 +225,55 @@ class EditReport(Callback):
             )
         requests = evaluator.requests if evaluator else []
         history = pl_module.history if isinstance(pl_module, EditModule) else []
-        edits = _edit_rows(evaluator, history, delta) if evaluator else []
-        model: dict[str, object] = {}
-        if isinstance(pl_module, EditModule):
-            model = asdict(pl_module.base)
-        evaluating = sum(e.seconds for e in evaluators)
-        total = time.perf_counter() - self._began
-        return RunReport(
-            method=type(pl_module).__name__,
-            paper=getattr(pl_module, "paper", ""),
-            settings=delta.provenance.settings if delta else {},
-            model=model,
-            requests_sha256=requests_sha256(requests) if requests else "",
+        edits: list[EditRow] = []
+        if evaluator and evaluator.before and evaluator.after:
+            edits = _edit_rows(requests, evaluator.before, evaluator.after, history, delta)
+        return self._report(
+            pl_module,
+            requests,
             metrics=evaluator.rows if evaluator else {},
+            delta=delta,
             edits=edits,
             not_taken=not_taken(list({row["id"]: row for row in history}.values())),
+            settings=delta.provenance.settings if delta else {},
             layers=_layers(delta),
-            versions=_versions(),
             seconds={
-                "total": total,
                 "edit": sum(row.get("seconds", 0.0) for row in history),
-                "evaluate": evaluating,
+                "evaluate": sum(e.seconds for e in evaluators),
             },
-            peak_memory_bytes=_peak_memory(),
             # The page draws the first few curves: retention before what is measured anyway.
             sequence=_points(
                 *(c.sequence for c in curves), evaluator.sequence if evaluator else []
             ),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
             artifact="delta" if saved else "",
             artifact_class=type(delta).__name__ if saved else "WeightDelta",
+        )
+
+    def _report(
+        self,
+        pl_module: LightningModule,
+        requests: list[EditRequest],
+        *,
+        seconds: dict[str, float],
+        delta: Edit | None = None,
+        **more: Any,
+    ) -> RunReport:
+        """A report with what is the same in all of them."""
+        model: dict[str, Any] = {}
+        if isinstance(pl_module, EditModule):
+            model = asdict(pl_module.base)
+        elif delta is not None:
+            model = asdict(delta.provenance.base)
+        return RunReport(
+            method=type(pl_module).__name__,
+            paper=getattr(pl_module, "paper", ""),
+            model=model,
+            requests_sha256=requests_sha256(requests) if requests else "",
+            versions=_versions(),
+            seconds={"total": time.perf_counter() - self._began, **seconds},
+            peak_memory_bytes=_peak_memory(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            **more,
         )
 
     def _show(self, folder: Path, saved: bool) -> None:
@@ -175,11 +288,19 @@ class EditReport(Callback):
             rank_zero_info("%s", metrics_table(self.report, "md"))
         rank_zero_info(f"Saved  {folder}: report.html, results.json, edits.jsonl, README.md")
         if saved:
-            delta = folder / "delta"
+            delta = str(folder / "delta")
             kind = self.report.artifact_class
-            load = f'lightning_edit.{kind}.load("{delta}")'
-            rank_zero_info(f"Apply  lightning-edit apply {delta} --output edited")
+            load = f"lightning_edit.{kind}.load({json.dumps(delta)})"
+            command = shlex.join(["lightning-edit", "apply", delta, "--output", "edited"])
+            rank_zero_info(f"Apply  {command}")
             rank_zero_info(f"Undo   {load}.revert_(model)  # bit for bit")
+
+
+def _foreign_model(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """The language model that is trained, where need be the one that an evaluator names."""
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    named = [c.model_attribute for c in callbacks if isinstance(c, EditEvaluator)]
+    return find_model(pl_module, named[0] if named else None)
 
 
 def _banner(pl_module: EditModule, trainer: Trainer) -> str:
@@ -220,18 +341,19 @@ def _move_aside(folder: Path) -> None:
 
 
 def _edit_rows(
-    evaluator: EditEvaluator, history: list[RequestFigures], delta: Edit | None
+    requests: list[EditRequest],
+    before: Evaluation,
+    after: Evaluation,
+    history: list[RequestFigures],
+    delta: Edit | None,
 ) -> list[EditRow]:
-    before, after = evaluator.before, evaluator.after
-    if before is None or after is None:
-        return []
     figures = {row["id"]: row for row in history}
     size = 0.0
     if isinstance(delta, WeightDelta):
         size = math.hypot(*(_norm(tensor) for tensor in delta.originals.values()))
-    keys = [key for key in evaluator.rows if key.count("/") == 1 and not key.endswith("/kl")]
+    keys = [key for key in map(str, edit_metrics(likelihoods=True)) if key.count("/") == 1]
     rows = []
-    for request in evaluator.requests:
+    for request in requests:
         old, new = list(before.of(request.id)), list(after.of(request.id))
         own = figures.get(request.id, RequestFigures()).copy()
         own.pop("id", None)
@@ -258,11 +380,12 @@ def _edit_rows(
 
 
 def _points(*sequences: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Points of several curves, those after the same number of edits as one."""
-    points: dict[float, dict[str, float]] = {}
+    """Points of several curves, those after the same number of edits or steps as one."""
+    points: dict[tuple[bool, float], dict[str, float]] = {}
     for point in (point for sequence in sequences for point in sequence):
-        points.setdefault(point["edits"], {}).update(point)
-    return [points[edits] for edits in sorted(points)]
+        place = ("step" in point, point.get("step", point.get("edits", 0.0)))
+        points.setdefault(place, {}).update(point)
+    return [points[place] for place in sorted(points)]
 
 
 def _scores(probes: list[ScoredProbe], keys: list[str]) -> dict[str, float | None]:

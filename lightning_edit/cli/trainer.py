@@ -174,6 +174,13 @@ class EditCLI(LightningCLI):
         except (EditError, MisconfigurationException, ValueError) as error:
             # What a constructor refuses is a matter of the configuration, not of the program.
             self.parser.error(str(error))
+        callbacks = getattr(self.trainer, "callbacks", [])
+        if self.subcommand in ("validate", "test"):
+            settings = self.config_init[self.subcommand]
+            # Its table has whole names, intervals and the values before.
+            settings["verbose"] &= not any(
+                isinstance(c, lightning_edit.EditReport) for c in callbacks
+            )
 
     def before_fit(self) -> None:
         """Has a run counted whose exit status goes by what it came to."""

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.spacing import is_inside_word, word_starts
@@ -24,10 +24,29 @@ __all__ = [
     "check_subjects",
 ]
 
+T = TypeVar("T")
+
 LOCALITY_KINDS = ("neighborhood", "distracting", "unrelated")
 PORTABILITY_KINDS = ("one_hop", "subject_alias", "inverse")
 
 
+def _retaken(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields may be set to what they are, and to nothing else.
+
+    Lightning's precision plugins rebuild dataclasses in a batch field by field, and refuse those
+    that do not let them.
+    """
+    refuse = cls.__setattr__
+
+    def set_field(self: T, name: str, value: object) -> None:
+        if name not in vars(self) or vars(self)[name] != value:
+            refuse(self, name, value)
+
+    type.__setattr__(cls, "__setattr__", set_field)
+    return cls
+
+
+@_retaken
 @dataclass(frozen=True)
 class Probe:
     """A question beside the edit: either outside its scope (locality) or following from it.
@@ -75,6 +94,7 @@ class Probe:
         return (self.answer, *self.aliases)
 
 
+@_retaken
 @dataclass(frozen=True)
 class EditRequest:
     """One fact to change, as text: the edit itself and the probes that judge it.

@@ -150,12 +150,26 @@ class BaseWeights:
             is_writer: Whether this process writes the files.
         """
         vector = self.task_vector(model, keep=is_writer)
-        base = BaseModelInfo(
+        vector.provenance = Provenance("TaskVector", _PAPER, dict(settings), self.info(model))
+        if is_writer:
+            vector.save(folder, originals=False)
+
+    def edit(self, model: nn.Module) -> WeightDelta:
+        """τ with what it replaces, for an exact undo; every process must call this.
+
+        Of LoRA layers, which leave the weights beneath alone, nothing is replaced.
+        """
+        vector = self.task_vector(model)
+        if self.adapts:
+            return vector
+        plain = {actual: name for name, actual in plain_names(model).items()}
+        return vector.seal(model, {plain[name]: t for name, t in self.whole(model).items()})
+
+    def info(self, model: nn.Module) -> BaseModelInfo:
+        """The model as it was; every process must call this."""
+        return BaseModelInfo(
             id=getattr(getattr(model, "config", None), "_name_or_path", ""),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             sha256="" if self.adapts else weight_hash(model, self.whole(model)),
             parameters=sum(p.numel() for p in model.parameters()),
         )
-        vector.provenance = Provenance("TaskVector", _PAPER, dict(settings), base)
-        if is_writer:
-            vector.save(folder, originals=False)

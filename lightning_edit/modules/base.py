@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_edit.checkpoints import PlainCheckpoints, load_plainly, record_in
 from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
-from lightning_edit.core.errors import EditError, ModelError
+from lightning_edit.core.errors import ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.plain_model import check_tokens, check_weights
@@ -28,6 +28,7 @@ from lightning_edit.core.request import EditRequest, check_subjects
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.core.wrappers import unwrapped
 from lightning_edit.evaluation.evaluator import Evaluator
+from lightning_edit.evaluation.measured import Measured
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.modules.arguments import check_arguments
 from lightning_edit.modules.fitting import (
@@ -47,13 +48,15 @@ from lightning_edit.modules.protocols import (
     make_protocol,
     texts_before_and_after,
 )
-from lightning_edit.modules.session import EditSession
+from lightning_edit.modules.session import EditSession, requests_in
 from lightning_edit.modules.targets import (
     Target,
     WeightTarget,
     check_target,
+    no_new_memory,
     relative_norm,
 )
+from lightning_edit.modules.unedited import UneditedModel
 from lightning_edit.optim import E, EditOptimizer
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.presets import load_preset
@@ -94,6 +97,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         system_prompt: The system's message before each prompt, in the chat template.
         repeat_requests: Have ``fit`` make the edit of a request again that is in the model already,
             as in a second epoch.
+        baseline: Hub id or folder of the model that ``validate`` compares with, where edits are
+            in the weights of ``model`` and the editor knows nothing of them.
     """
 
     #: Address of the paper that describes the method.
@@ -118,6 +123,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         chat_template_kwargs: dict[str, TemplateValue] | None = None,
         system_prompt: str | None = None,
         repeat_requests: bool = False,
+        baseline: str | None = None,
         **unknown: object,
     ) -> None:
         # Subclasses hand on what they do not know, so that the error can name the editor.
@@ -135,12 +141,16 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.test_protocol = test_protocol
         self.max_new_tokens = max_new_tokens
         self.repeat_requests = repeat_requests
+        #: What ``validate`` compares with.
+        self.unedited = UneditedModel(baseline)
         self.strict_loading = False  # checkpoints hold only what changed
         self.model: Any = None
         self.val_metrics = edit_metrics("val/")
         self.test_metrics = edit_metrics("test/")
         #: Figures of each committed edit, in order: ``id``, ``seconds`` and the method's own.
         self.history: list[RequestFigures] = []
+        #: What the last ``validate`` or ``test`` has measured; this process's share.
+        self.measured = Measured()
         #: Parts of the editor with something that a resumed run must have.
         self.parts: list[Stateful] = []
         self.fit_by(CommitEdits())
@@ -257,15 +267,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             system_prompt=self.system_prompt,
         )
         check_tokens(model, self._tokens)
-        before = EditMemory.find(model)
-        try:
+        with no_new_memory(model):
             target = self.make_target(tree)
             check_target(target, given)
-        except BaseException:
-            memory = EditMemory.find(model)
-            if memory is not None and memory is not before:
-                memory.detach_()
-            raise
         self.model = model
         self._session = EditSession(
             model, self._tokens, target, self.model_id, self.revision, self.needs_subject
@@ -275,11 +279,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     def setup(self, stage: str) -> None:
         load_plainly(self.trainer.strategy)
         check_trainer(self.trainer, stage)
-        if self.repeat_requests and not isinstance(self.fitting, CommitEdits):
-            raise EditError(
-                f"{type(self).__name__} has no use for `repeat_requests`: it is trained in epochs, "
-                "each of which sees every request. Leave it out."
-            )
+        self.fitting.check_repeats(self)
         if self.needs_subject and stage != "validate":
             requests = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
             check_subjects((r for r in requests if isinstance(r, EditRequest)), type(self).__name__)
@@ -377,6 +377,14 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.target.check()
         return self.target.base_weights()
 
+    def compare_with(self, model: nn.Module) -> None:
+        """Has ``validate`` compare with a model in memory, as with the one that ``baseline`` names.
+
+        Args:
+            model: A Hugging Face language model with the same tokenizer; it is only run.
+        """
+        self.unedited.take(model)
+
     def relative_norm(self) -> float:
         """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
         originals = self.target.originals
@@ -409,11 +417,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         """
         provenance = replace(self.provenance, base=self.session.state)
         edit = self.session.edit(requests, self.compute_edit, provenance)
-        if isinstance(requests, EditBatch):
-            requests = requests.requests
-        elif isinstance(requests, EditRequest):
-            requests = [requests]
-        self.session.described(edit, requests, is_written=False)
+        self.session.described(edit, requests_in(requests), is_written=False)
         warn_of_not_taken(self, request_rows(edit, edit.provenance.request_ids))
         return edit
 
@@ -437,12 +441,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             >>> editor.committed()
             WeightDelta(model.layers.1.mlp.down_proj.weight: rank 2)
         """
-        if not isinstance(self.fitting, CommitEdits):
-            raise EditError(
-                f"{type(self).__name__} does not commit edits: `Trainer.fit` trains it. Write this "
-                "one into the model with `edit.apply_(model)`."
-            )
-        self.target.check()
+        self.fitting.check_commits(self)
         self.session.check_made_here(edit)
         self.session.commit(edit)
         self.history += request_rows(edit, edit.provenance.request_ids)
@@ -530,6 +529,10 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     # -- measuring ---------------------------------------------------------------------------
 
     @override
+    def on_validation_start(self) -> None:
+        self.measured = Measured()
+
+    @override
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         if batch:  # else a process whose share ran out
             self.fitting.validation_step(self, batch)
@@ -540,6 +543,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def on_test_start(self) -> None:
+        self.measured = Measured()
         self.target.prepare("test")  # a checkpoint has been loaded since
         self._protocol = make_protocol(self)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,7 +23,7 @@ from typing_extensions import override
 
 from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.edit import Edit
-from lightning_edit.core.errors import FailedRequestsError
+from lightning_edit.core.errors import EditError, FailedRequestsError
 from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
@@ -44,6 +45,7 @@ __all__ = [
     "warn_of_not_taken",
 ]
 
+_AVERAGES = (StochasticWeightAveraging, WeightAveraging)
 MAX_IDS = 10  # of edits that did not take; all are in the report and in `history`
 # What an editor may be asked for when an edit did not take.
 _REMEDIES = {"steps": "more `steps`", "lr": "a higher `lr`", "layers": "other `layers`"}
@@ -95,6 +97,30 @@ class Fitting(Callback, ABC, Generic[E]):
     #: What it trained on, by id; nothing where the edits themselves know what they were made of.
     requests: Mapping[str, EditRequest] = MappingProxyType({})
 
+    def check_repeats(self, editor: EditModule[E]) -> None:
+        """Checks that an editor which is to repeat requests commits edits.
+
+        Raises:
+            EditError: If it does not.
+        """
+        if editor.repeat_requests and not isinstance(self, CommitEdits):
+            raise EditError(
+                f"{type(editor).__name__} has no use for `repeat_requests`: it is trained in "
+                "epochs, each of which sees every request. Leave it out."
+            )
+
+    def check_commits(self, editor: EditModule[E]) -> None:
+        """Checks that ``fit`` commits edits, rather than train the editor or its model.
+
+        Raises:
+            EditError: If it does not.
+        """
+        if not isinstance(self, CommitEdits):
+            raise EditError(
+                f"{type(editor).__name__} does not commit edits: `Trainer.fit` trains it. Write "
+                "this one into the model with `edit.apply_(model)`."
+            )
+
     @abstractmethod
     def configure_optimizers(self, editor: EditModule[E]) -> OptimizerLRScheduler:
         """What Lightning is to step: an optimizer, or all that it accepts in place of one."""
@@ -136,6 +162,17 @@ class CommitEdits(Fitting[E]):
         self._has_committed = False
         #: Figures of the requests of this ``fit``.
         self._rows: list[RequestFigures] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        averages = [c for c in callbacks if isinstance(c, _AVERAGES)]
+        if stage == "fit" and averages:
+            raise EditError(
+                f"{type(averages[0]).__name__} averages weights over steps, which would leave a "
+                f"part of each edit of {type(pl_module).__name__}: an edit is in the model or it "
+                "is not. Leave the callback out."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,9 +321,11 @@ def warn_of_not_taken(editor: EditModule[E], rows: Sequence[RequestFigures]) -> 
 
 def measure(editor: EditModule[E], batch: list[EditRequest]) -> None:
     """Measures a batch in the model as it stands, beside the unedited one."""
-    with editor.base_weights():
-        baseline = editor.evaluator.baseline(batch)
-    editor.evaluator.evaluate(batch, baseline).update(editor.val_metrics)
+    with editor.unedited.evaluator(editor) as evaluator:
+        before = evaluator.evaluate(batch)
+    after = editor.evaluator.evaluate(batch, before.baseline)
+    after.update(editor.val_metrics)
+    editor.measured.add(batch, before, after)
 
 
 def log_metrics(editor: EditModule[E], metrics: MetricCollection) -> None:

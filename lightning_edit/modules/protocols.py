@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Generic, Literal
@@ -12,9 +13,10 @@ import torch
 from typing_extensions import override
 
 from lightning_edit.core.errors import EditError
+from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.request import EditRequest
-from lightning_edit.evaluation.evaluator import Baseline
-from lightning_edit.modules.fitting import edit_or_go_on
+from lightning_edit.evaluation.evaluator import Evaluation
+from lightning_edit.modules.fitting import edit_or_go_on, request_rows
 from lightning_edit.optim import E
 
 if TYPE_CHECKING:
@@ -78,20 +80,26 @@ class Sequential(EditProtocol[E]):
 
     def __init__(self, before: E) -> None:
         self.before = before
-        self._seen: list[tuple[list[EditRequest], Baseline]] = []
+        self._seen: list[tuple[list[EditRequest], Evaluation, list[RequestFigures]]] = []
 
     @override
     def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
         with editor.base_weights():
-            self._seen.append((batch, editor.evaluator.baseline(batch)))
+            before = editor.evaluator.evaluate(batch)
+        figures: list[RequestFigures] = []
         with torch.inference_mode(False):
             for request in batch:
-                editor.session.commit(edit_or_go_on(editor, [request]))
+                edit, rows = _made(editor, [request])
+                editor.session.commit(edit)
+                figures += rows
+        self._seen.append((batch, before, figures))
 
     @override
     def finish(self, editor: EditModule[E]) -> None:
-        for batch, baseline in self._seen:
-            editor.evaluator.evaluate(batch, baseline).update(editor.test_metrics)
+        for batch, before, figures in self._seen:
+            after = editor.evaluator.evaluate(batch, before.baseline)
+            after.update(editor.test_metrics)
+            editor.measured.add(batch, before, after, figures)
         if self._seen:
             editor.edit_optimizer.rewind(self.before)
 
@@ -141,6 +149,17 @@ def make_protocol(editor: EditModule[E]) -> EditProtocol[E]:
 
 def _measure_groups(editor: EditModule[E], groups: Iterable[Sequence[EditRequest]]) -> None:
     for group in groups:
-        baseline = editor.evaluator.baseline(group)
-        with editor.session.written(edit_or_go_on(editor, group)):
-            editor.evaluator.evaluate(group, baseline).update(editor.test_metrics)
+        before = editor.evaluator.evaluate(group)
+        edit, figures = _made(editor, group)
+        with editor.session.written(edit):
+            after = editor.evaluator.evaluate(group, before.baseline)
+        after.update(editor.test_metrics)
+        editor.measured.add(group, before, after, figures)
+
+
+def _made(editor: EditModule[E], group: Sequence[EditRequest]) -> tuple[E, list[RequestFigures]]:
+    """An edit of a group of requests, and what it tells of each."""
+    began = time.perf_counter()
+    edit = edit_or_go_on(editor, group)
+    ids = [request.id for request in group]
+    return edit, request_rows(edit, ids, time.perf_counter() - began)

@@ -30,7 +30,7 @@ from lightning_edit.modules.targets import Target, kept_weights
 from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
 
-__all__ = ["EditSession", "write_for_now"]
+__all__ = ["EditSession", "requests_in", "write_for_now"]
 
 
 class EditSession(Generic[E]):
@@ -220,8 +220,9 @@ class EditSession(Generic[E]):
         """Checks that an edit was made of the model as it stands.
 
         Raises:
-            EditError: If it was made of other weights.
+            EditError: If it was made of other weights, or something else wrote to them.
         """
+        self.target.check()
         made_of, now = edit.provenance.base.sha256, self.state.sha256
         if made_of and made_of != now:
             raise EditError(
@@ -276,6 +277,15 @@ class EditSession(Generic[E]):
         known |= requests_of(self.target.delta.batches)
         total.provenance = provenance.answering(total.provenance.request_ids, known)
         return total
+
+
+def requests_in(
+    requests: EditBatch | EditRequest | Sequence[EditRequest],
+) -> Sequence[EditRequest]:
+    """Requests that come as one, as several or as a batch made of them."""
+    if isinstance(requests, EditBatch):
+        return requests.requests
+    return [requests] if isinstance(requests, EditRequest) else requests
 
 
 @torch.no_grad()

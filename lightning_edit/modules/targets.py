@@ -26,7 +26,7 @@ from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory, MemoryEnt
 from lightning_edit.core.wrappers import check_not_compiled, plain_names
 from lightning_edit.optim import E, EditOptimizer
 
-__all__ = ["MemoryTarget", "Target", "WeightTarget", "check_target"]
+__all__ = ["MemoryTarget", "Target", "WeightTarget", "check_target", "no_new_memory"]
 
 
 class Target(ABC, Generic[E]):
@@ -306,6 +306,19 @@ class MemoryTarget(Target[MemoryWrite]):
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         if own:
             self.memory.load_state_dict(own)
+
+
+@contextmanager
+def no_new_memory(model: nn.Module) -> Iterator[None]:
+    """Context manager: a memory that was attached in it is taken off again if it fails."""
+    before = EditMemory.find(model)
+    try:
+        yield
+    except BaseException:
+        memory = EditMemory.find(model)
+        if memory is not None and memory is not before:
+            memory.detach_()
+        raise
 
 
 def check_target(target: Target[E], given: nn.Module) -> None:

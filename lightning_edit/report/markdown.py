@@ -29,7 +29,7 @@ def render_markdown(report: RunReport) -> str:
         report,
         outcomes=list(outcomes(report).values()),
         metrics_table=metrics_table(report, "md"),
-        curves=[name for name in curves if name != "edits"],
+        curves=[name for name in curves if name not in ("edits", "step")],
         figure=_figure,
         folder=f"{report.artifact}/",
     )

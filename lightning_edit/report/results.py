@@ -135,7 +135,7 @@ class RunReport:
         seconds: Stage -> seconds, such as ``total``, ``edit``, ``evaluate``.
         peak_memory_bytes: Most memory held at a time, where it was measured.
         sequence: Points of the curve over a sequence of edits: ``edits`` -> how many were made,
-            and ``<metric>/<reading>`` -> value.
+            and ``<metric>/<reading>`` -> value; of a training ``step`` -> how many steps.
         notes: Remarks for the reader.
         created: ISO date of the run, given by the caller.
         artifact: Folder of the saved edit, relative to the report; empty where none is saved.

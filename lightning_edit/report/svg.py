@@ -136,20 +136,20 @@ def layer_chart(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
 
 
 def sequence_series(report: RunReport) -> dict[str, list[tuple[float, float]]]:
-    """The curves of a sequence: name -> points (edits made, value), rates first, at most six."""
+    """The curves of a sequence: name -> points (edits or steps, value), rates, at most six."""
     series: dict[str, list[tuple[float, float]]] = {}
     for i, point in enumerate(report.sequence):
-        at = point.get("edits") or i + 1
+        at = point.get("edits") or point.get("step") or i + 1
         for name, value in point.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
-            if name != "edits" and metric_name(name).is_rate:
+            if name not in ("edits", "step") and metric_name(name).is_rate:
                 series.setdefault(name, []).append((float(at), float(value)))
     return dict(list(series.items())[:MAX_SERIES])
 
 
-def sequence_chart(series: dict[str, list[tuple[float, float]]]) -> str:
-    """Rates against the number of edits made; every line has its own color, dash and marker."""
+def sequence_chart(series: dict[str, list[tuple[float, float]]], unit: str = "edits") -> str:
+    """Rates against edits or steps made; every line has its own color, dash and marker."""
     width, height, left, right, top, bottom = 980.0, 300.0, 56.0, 16.0, 12.0, 44.0
     places = sorted({at for points in series.values() for at, _ in points})
     first, last = places[0], places[-1]
@@ -162,8 +162,8 @@ def sequence_chart(series: dict[str, list[tuple[float, float]]]) -> str:
         return round(top + (height - top - bottom) * (1 - min(max(share, 0.0), 1.0)), 2)
 
     label = "; ".join(
-        f"{metric_name(name).full_label}: {percent(points[0][1])} after {points[0][0]:.12g} edits, "
-        f"{percent(points[-1][1])} after {points[-1][0]:.12g}"
+        f"{metric_name(name).full_label}: {percent(points[0][1])} after "
+        f"{points[0][0]:.12g} {unit}, {percent(points[-1][1])} after {points[-1][0]:.12g}"
         for name, points in series.items()
     )
     parts = [_open(width, height, label)]
@@ -183,7 +183,7 @@ def sequence_chart(series: dict[str, list[tuple[float, float]]]) -> str:
             )
     parts.append(
         f'<text class="axis" x="{(left + width - right) / 2:g}" y="{height - 5:g}" '
-        'text-anchor="middle">edits made</text>'
+        f'text-anchor="middle">{unit} made</text>'
     )
     for i, points in enumerate(series.values()):
         path = "M" + "L".join(f"{x(at):g} {y(value):g}" for at, value in points)

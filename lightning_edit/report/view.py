@@ -47,6 +47,7 @@ def render_report(template: str, report: RunReport, **more: object) -> str:
         report=report,
         model=report.model.get("id") or "",
         headline=headline(report),
+        unit="steps" if any("step" in point for point in report.sequence) else "edits",
         metrics=_metrics(report, keys),
         terms=_terms([metric_name(key) for key in keys]),
         gaps=found,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_edit.demos import tiny_tokenizer
 from lightning_edit.models import load_model, load_tokenizer
 from tests import zoo
 from tests.artifacts.helpers import made_run, same_weights, weights
+from tests.runs import run_here
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +171,12 @@ def test_two_edits_in_one_model() -> None:
     made_run(layers=(0,))
     second = made_run(folder="second", seed=1, layers=(2,))
     apply("run", output="one")
-    apply("second", "one", "two", check=False)
+    done = apply("second", "one", "two", check=False)
+    # It is the later edit that comes out alone, by the command that is said.
+    [note] = done.notes
+    words = shlex.split(note.partition("Undo with: lightning-edit ")[2])
+    assert run_here([*words, "--output", "one-again"]) == 0
+    assert same_weights(weights("one-again"), weights("one"))
     with pytest.raises(ArtifactError, match=r"another edit is in it too.*--no_check"):
         revert("run", "two", others=[])
     assert not Path("restored").exists()
@@ -180,6 +187,15 @@ def test_two_edits_in_one_model() -> None:
         for name in second.changes:
             wanted[name] += second.dense(name)
     assert same_weights(weights("restored"), wanted)
+
+
+def test_no_undo_is_promised_of_an_edit_on_top_of_another_in_the_same_weights() -> None:
+    made_run()
+    made_run(folder="second", seed=1)
+    apply("run", output="one")
+    done = apply("second", "one", "two", check=False)
+    assert "cannot be undone exactly: keep the model that it was added to" in done.notes[0]
+    assert not any("Undo with" in note for note in done.notes)
 
 
 def test_revert_an_edit_that_records_no_hash() -> None:

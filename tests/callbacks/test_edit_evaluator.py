@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_edit import (
     EditCheckpoint,
     EditEvaluator,
+    EditReport,
     EditRequest,
     FineTune,
     Probe,
@@ -104,17 +108,61 @@ def test_the_curve_over_a_sequence_of_edits() -> None:
     assert all("reliability/teacher_forced" in point for point in evaluator.sequence)
 
 
+def test_a_foreign_run_can_be_watched_by_its_edits(tmp_path: Path) -> None:
+    """Loggers, ``ModelCheckpoint`` and ``EarlyStopping`` see what was measured."""
+    evaluator = EditEvaluator(every_n_steps=2, readings=["teacher_forced"])
+    name = "edit/reliability/teacher_forced"
+    keep = ModelCheckpoint(
+        tmp_path / "kept", monitor=name, mode="max", save_top_k=2, every_n_train_steps=2
+    )
+    stop = EarlyStopping(
+        name, mode="max", stopping_threshold=0.9, patience=40, check_on_train_epoch_end=True
+    )
+    logger = CSVLogger(tmp_path / "logs")
+    module = foreign(lr=2e-3)
+    trainer = quiet_trainer(
+        keep,
+        stop,
+        EditReport(str(tmp_path / "report")),
+        evaluator,
+        max_epochs=40,
+        logger=logger,
+        log_every_n_steps=4,
+        enable_checkpointing=True,
+        accumulate_grad_batches=2,
+    )
+    trainer.fit(module, data_of(n=8))
+    # Four batches, two steps an epoch: a point each.
+    epochs = trainer.current_epoch
+    assert 2 < epochs < 40
+    steps = [point["step"] for point in evaluator.sequence]
+    assert steps == [2.0 * i for i in range(1, epochs + 1)]
+    assert evaluator.sequence[-1]["reliability/teacher_forced"] > 0.9
+    assert stop.stopped_epoch == epochs - 1
+    values = [point["reliability/teacher_forced"] for point in evaluator.sequence]
+    assert float(keep.best_model_score or 0.0) == pytest.approx(max(values))
+    assert len(keep.best_k_models) == 2
+    assert float(trainer.callback_metrics[name]) == pytest.approx(values[-1])
+    assert name.isascii()
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row[name]]
+    assert [float(row[name]) for row in logged][: len(values) - 1] == pytest.approx(values[:-1])
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [point["step"] for point in results["sequence"]] == steps
+    assert "steps made" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_a_second_fit_is_measured_anew() -> None:
     evaluator = EditEvaluator(every_n_steps=1, readings=["teacher_forced"])
     editor = editor_of()
-    for n in (2, 3):
+    for n, made in ((2, [1.0, 2.0]), (3, [3.0])):  # what is in the model is not made again
         trainer = bare_trainer(max_epochs=1, callbacks=[evaluator])
         trainer.fit(editor, datamodule=EditDataModule(requests=tiny_requests(n)))
         assert evaluator.rows["reliability/teacher_forced"].n == n
         # An editor knows its unedited weights at any time.
         assert evaluator.rows["reliability/teacher_forced_strict"].before == 0.0
         assert evaluator.rows["locality/teacher_forced_strict"].before == 1.0
-        assert len(evaluator.sequence) == n
+        assert [point["edits"] for point in evaluator.sequence] == made
 
 
 @pytest.mark.parametrize("kind", ["foreign", "editor"])

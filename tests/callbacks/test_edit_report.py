@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_edit import EditEvaluator, EditReport, FineTune, WeightDelta
 from lightning_edit.core.errors import ArtifactError
@@ -83,14 +84,41 @@ def test_what_is_saved_can_be_chosen(tmp_path: Path) -> None:
     assert "apply" not in (tmp_path / "b" / "report.md").read_text()
 
 
-def test_a_foreign_run_has_a_report_without_an_edit(tmp_path: Path) -> None:
+def test_a_foreign_run_is_told_whole_too(tmp_path: Path) -> None:
+    module = foreign()
+    before = weight_hash(module.net)
     trainer = quiet_trainer(EditEvaluator(), EditReport(str(tmp_path)))
-    trainer.fit(foreign(), data_of(n=2))
-    assert names(tmp_path) == PARTS
+    trainer.fit(module, data_of(n=2))
+    assert names(tmp_path) == {*PARTS, "delta"}
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["method"] == "Foreign"
+    assert results["model"]["sha256"] == before
     assert results["metrics"]["reliability/teacher_forced"]["n"] == 2
     assert len((tmp_path / "edits.jsonl").read_text().splitlines()) == 2
+    delta = WeightDelta.load(tmp_path / "delta")
+    assert delta.provenance.request_ids == tuple(request.id for request in tiny_requests(2))
+    delta.revert_(module.net)
+    assert weight_hash(module.net) == before
+
+
+def test_a_resumed_foreign_run_saves_the_change_of_the_whole_run(tmp_path: Path) -> None:
+    def run(folder: str, epochs: int, ckpt_path: Path | None = None) -> WeightDelta:
+        keep = ModelCheckpoint(tmp_path / folder, save_last=True, save_top_k=0)
+        report = EditReport(str(tmp_path / folder))
+        trainer = quiet_trainer(
+            EditEvaluator(readings=["teacher_forced"]),
+            report,
+            keep,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+        )
+        trainer.fit(foreign(), data_of(n=2), ckpt_path=ckpt_path, weights_only=True)
+        return WeightDelta.load(tmp_path / folder / "delta")
+
+    whole = run("whole", 2)
+    run("part", 1)
+    rest = run("part", 2, tmp_path / "part" / "last.ckpt")
+    assert rest.hashes == whole.hashes
 
 
 def test_without_an_evaluator_it_says_so(tmp_path: Path) -> None:
@@ -133,3 +161,70 @@ def test_earlier_results_are_kept_and_other_files_left_alone(tmp_path: Path) -> 
     for folder in earlier:
         assert names(folder) == {*PARTS, "delta"} - {"README.md"}
         WeightDelta.load(folder / "delta")
+
+
+@pytest.mark.parametrize("protocol", ["independent", "batch", "sequential"])
+def test_a_test_is_told_as_a_fit_is(tmp_path: Path, protocol: Any) -> None:
+    model, tokenizer = trained_tiny_model()
+    settings: dict[str, Any] = {"layers": [1], "steps": 15, "lr": 0.01, "test_protocol": protocol}
+    editor = FineTune.from_model(model, tokenizer, **settings)
+    before = weight_hash(model)
+    trainer = bare_trainer(
+        callbacks=[EditReport()], default_root_dir=tmp_path, inference_mode=False
+    )
+    trainer.test(editor, datamodule=EditDataModule(requests=tiny_requests(2), batch_size=2))
+    assert weight_hash(model) == before
+    assert names(tmp_path) == {"test"}
+    assert names(tmp_path / "test") == PARTS
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    row = results["metrics"]["reliability/autoregressive"]
+    assert (row["before"], row["n"]) == (0.0, 2)
+    assert row["after"] > 0
+    assert row["ci"][0] <= row["after"] <= row["ci"][1]
+    logged = float(trainer.callback_metrics["test/reliability/autoregressive"])
+    assert row["after"] == pytest.approx(logged)
+    rows = [
+        json.loads(line) for line in (tmp_path / "test" / "edits.jsonl").read_text().splitlines()
+    ]
+    assert [row["id"] for row in rows] == [request.id for request in tiny_requests(2)]
+    assert rows[0]["before_text"] == "Dorin."
+    assert all(row["seconds"] > 0 for row in rows)
+    assert results["settings"]["steps"] == 15
+    assert results["seconds"]["edit"] == pytest.approx(sum(row["seconds"] for row in rows))
+
+
+def test_validate_compares_with_the_model_as_it_was(tmp_path: Path) -> None:
+    edited_model = edited(tmp_path / "fit", n=2, steps=40).model
+    _, tokenizer = trained_tiny_model()
+
+    def validate(name: str, **settings: Any) -> dict[str, Any]:
+        editor = FineTune.from_model(edited_model, tokenizer, layers=[1], **settings)
+        if name == "memory":
+            editor.compare_with(trained_tiny_model()[0])
+        trainer = bare_trainer(
+            callbacks=[EditReport()], default_root_dir=tmp_path / name, limit_val_batches=1.0
+        )
+        trainer.validate(editor, datamodule=EditDataModule(requests=tiny_requests(2)))
+        assert editor.measured.requests == tiny_requests(2)
+        assert not any("unedited" in key for key in editor.state_dict())
+        folder = tmp_path / name / "validate"
+        assert names(folder) == PARTS
+        results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        return results
+
+    base = tmp_path / "base"
+    trained_tiny_model()[0].save_pretrained(base)
+    itself = validate("itself")
+    assert "compared with itself" in itself["notes"][0]
+    assert itself["metrics"]["locality/kl"]["after"] == pytest.approx(0, abs=1e-6)
+    folder, memory = validate("folder", baseline=str(base)), validate("memory")
+    assert not folder["notes"]
+    assert folder["metrics"] == memory["metrics"]
+    # The same as of the run that made the edit.
+    fit = json.loads((tmp_path / "fit" / "results.json").read_text())["metrics"]
+    assert fit["locality/kl"]["after"] > 0
+    for key, row in fit.items():
+        found = folder["metrics"][key]
+        assert found["n"] == row["n"]
+        for side in ("before", "after"):
+            assert found[side] == pytest.approx(row[side], rel=1e-4, abs=1e-6), key

@@ -108,10 +108,13 @@ def test_leaves_the_other_verbs_alone(name: str, tmp_path: Path, vector: Path, v
     )
     getattr(trainer, verb)(editor, datamodule=EditDataModule(requests=tiny_requests(1)))
     assert all(torch.equal(p, before[n]) for n, p in editor.model.named_parameters())
-    # Tracing is measuring, which `validate` is for.
-    expected = {"causal_tracing.json", "causal_tracing.png"}
-    traced = expected if (name, verb) == ("CausalTracing", "validate") else set()
-    assert {path.name for path in tmp_path.iterdir()} == traced
+    # Tracing is measuring, which `validate` is for; a report tells what was measured.
+    expected = {
+        ("CausalTracing", "validate"): {"causal_tracing.json", "causal_tracing.png"},
+        ("EditReport", "validate"): {"validate"},
+        ("EditReport", "test"): {"test"},
+    }
+    assert {path.name for path in tmp_path.iterdir()} == expected.get((name, verb), set())
 
 
 @pytest.mark.filterwarnings("ignore:EditReport has no metrics to report:UserWarning")

@@ -10,6 +10,8 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 
 from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.request import EditRequest, Probe, check_requests, check_subjects
@@ -426,3 +428,18 @@ def test_metadata_is_kept_and_changes_nothing() -> None:
     for wrong in (["a"], "text", {"a": {1, 2}}, {"a": float("nan")}):
         with pytest.raises(RequestError, match="`metadata` is expected to be a mapping"):
             dataclasses.replace(plain, metadata=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_precision_plugins_take_a_batch_of_requests(dtype: torch.dtype) -> None:
+    """They rebuild dataclasses field by field."""
+    plugin: Any = DoublePrecision() if dtype == torch.float64 else None
+    plugin = plugin or HalfPrecision("bf16-true" if dtype == torch.bfloat16 else "16-true")
+    batch = tiny_requests(3)
+    assert batch[0].locality
+    assert plugin.convert_input(batch) == batch
+    assert plugin.convert_input({"requests": batch, "x": torch.ones(1)})["x"].dtype == dtype
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch[0].prompt = "Something else"  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch[0].locality[0].prompt = "Something else"  # type: ignore[misc]

@@ -21,7 +21,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
 from lightning_edit.modules.base import EditModule
-from lightning_edit.modules.fitting import EditState, Fitting, log_metrics
+from lightning_edit.modules.fitting import EditState, Fitting, log_metrics, request_rows
 from lightning_edit.modules.meta_learning.checkpoints import (
     NETWORK,
     EditorCheckpoint,
@@ -194,12 +194,18 @@ class EditorTraining(Fitting[E]):
         if in_fit:  # what a model would write takes many passes
             evaluator = Evaluator(editor.model, editor.tokens, readings=["teacher_forced"])
         key = tuple(request.id for request in group)
-        baseline = self._baselines.get(key) or evaluator.baseline(group)
         if in_fit:  # the model stays the same all along
+            baseline = self._baselines.get(key) or evaluator.baseline(group)
             self._baselines[key] = baseline
+            edit = editor.session.edit(group, editor.compute_edit, editor.provenance)
+            with editor.session.written(edit):
+                return evaluator.evaluate(group, baseline)
+        before = evaluator.evaluate(group)
         edit = editor.session.edit(group, editor.compute_edit, editor.provenance)
         with editor.session.written(edit):
-            return evaluator.evaluate(group, baseline)
+            after = evaluator.evaluate(group, before.baseline)
+        editor.measured.add(group, before, after, request_rows(edit, key))
+        return after
 
     @override
     def log_validation(self, editor: EditModule[E]) -> None:

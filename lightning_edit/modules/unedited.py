@@ -1,0 +1,60 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The unedited model, which ``validate`` compares with: an editor's own, or another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from lightning_edit.evaluation.evaluator import Evaluator
+from lightning_edit.optim import E
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_edit.modules.base import EditModule
+
+__all__ = ["UneditedModel"]
+
+
+class UneditedModel:
+    """The unedited model of an editor.
+
+    Args:
+        name: Hub id or folder of another model to compare with; None for the editor's own, without
+            its edits.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+        self._given: nn.Module | None = None
+
+    @property
+    def is_other(self) -> bool:
+        """Whether it is a model that was named or given, rather than the editor's own."""
+        return self.name is not None or self._given is not None
+
+    def take(self, model: nn.Module) -> None:
+        """Takes a model in memory."""
+        self._given = model
+
+    @contextmanager
+    def evaluator(self, editor: EditModule[E]) -> Iterator[Evaluator]:
+        """Context manager: what measures it, with the editor's tokenizer."""
+        if not self.is_other:
+            with editor.base_weights():
+                yield editor.evaluator
+            return
+        if self._given is None:
+            from lightning_edit.models import load_model
+
+            name = cast(str, self.name)
+            self._given = load_model(name, dtype=editor.dtype_name, cache_dir=editor.cache_dir)
+        editor.target.check()
+        self._given.to(editor.session.device)
+        model = cast("PreTrainedModel", self._given)
+        yield Evaluator(model, editor.tokens, max_new_tokens=editor.max_new_tokens)
