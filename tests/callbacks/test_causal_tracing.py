@@ -118,7 +118,7 @@ def test_a_resumed_fit_is_not_traced_again(tmp_path: Path) -> None:
     tracing = CausalTracing(**FEW)
     again = bare_trainer(max_epochs=2, callbacks=[tracing], default_root_dir=tmp_path)
     again.fit(
-        editor_of(), datamodule=data_of(n=2), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        editor_of(), datamodule=data_of(n=3), ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )
     assert again.global_step > first.global_step
     assert tracing.result is None

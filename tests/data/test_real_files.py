@@ -81,6 +81,7 @@ FILES: list[tuple[str, type[EditDataModule], int, int, int, Any, Any]] = [
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file[0] for file in FILES])
+@pytest.mark.filterwarnings("ignore:.*is a part of another word")
 def test_a_published_file_is_read_whole(file: Any) -> None:
     name, cls, count, old, rephrases, locality, portability = file
     module = data(cls, name)
