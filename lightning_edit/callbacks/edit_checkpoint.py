@@ -11,7 +11,6 @@ import sys
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -64,7 +63,7 @@ class EditCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         with warnings.catch_warnings():
             # A logger gives a resumed run a folder of its own; there are no best ones to lose.
             warnings.filterwarnings("ignore", message="The dirpath has changed from")

@@ -259,7 +259,7 @@ class EditReport(Callback):
         **more: Any,
     ) -> RunReport:
         """A report with what is the same in all of them."""
-        model: dict[str, Any] = {}
+        model: dict[str, object] = {}
         if isinstance(pl_module, EditModule):
             model = asdict(pl_module.base)
         elif delta is not None:

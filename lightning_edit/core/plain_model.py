@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["check_ids", "check_tokens", "check_weight", "check_weights"]
 
@@ -95,7 +98,7 @@ def check_weight(path: str, weight: Tensor, model: str = "The model") -> None:
         raise _offloaded(model, path)
 
 
-def check_tokens(model: Any, tokens: PromptTokenizer) -> None:
+def check_tokens(model: PreTrainedModel, tokens: PromptTokenizer) -> None:
     """Checks that a model knows the tokens that rows are filled and ended with.
 
     Args:
@@ -121,7 +124,9 @@ def check_tokens(model: Any, tokens: PromptTokenizer) -> None:
             )
 
 
-def check_ids(model: Any, tokens: PromptTokenizer, rows: Iterable[Sequence[int]]) -> None:
+def check_ids(
+    model: PreTrainedModel, tokens: PromptTokenizer, rows: Iterable[Sequence[int]]
+) -> None:
     """Checks that a model knows all tokens of some rows.
 
     Args:
@@ -144,7 +149,7 @@ def check_ids(model: Any, tokens: PromptTokenizer, rows: Iterable[Sequence[int]]
             )
 
 
-def _embedding_rows(model: Any) -> int:
+def _embedding_rows(model: PreTrainedModel) -> int:
     """Tokens that a model has an embedding of; 0 where that is not known."""
     get = getattr(model, "get_input_embeddings", None)
     embeddings = None if get is None else get()

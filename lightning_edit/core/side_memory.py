@@ -369,7 +369,7 @@ class EditMemory(nn.Module, ABC):
 
     # -- state -------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         stale = frozenset(handle.id for handle in self._handles) | self._stale
         return {**self.__dict__, "_handles": [], "_model": None, "_stale": stale}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from lightning_edit.memories.text_encoder import (
 )
 from lightning_edit.passes.block_recorder import recorded_blocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["encode_by_folder", "encode_by_model"]
 
 MAX_TEXTS = 64  # run at once
@@ -31,7 +34,9 @@ MAX_TEXTS = 64  # run at once
 DEPTH = 1 / 6
 
 
-def encode_by_model(model: Any, tokens: PromptTokenizer, texts: Sequence[str]) -> Tensor:
+def encode_by_model(
+    model: PreTrainedModel, tokens: PromptTokenizer, texts: Sequence[str]
+) -> Tensor:
     """Vectors out of a language model's own hidden states, behind the first sixth of its blocks.
 
     The blocks above are not run.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.memories.text_encoder import check_pooling, load_encoder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["FolderEncoder", "ScopeEncoder", "TokenEncoder"]
 
@@ -26,7 +30,7 @@ class ScopeEncoder(nn.Module, ABC):
     """Gives texts, as the base tokenizes them, a place in space."""
 
     @abstractmethod
-    def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    def encode(self, base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of texts.
 
         Args:
@@ -50,7 +54,7 @@ class TokenEncoder(ScopeEncoder):
     """
 
     def __init__(
-        self, base: Any, width: int, depth: int, heads: int, generator: torch.Generator
+        self, base: PreTrainedModel, width: int, depth: int, heads: int, generator: torch.Generator
     ) -> None:
         super().__init__()
         from transformers import BertConfig, BertModel
@@ -74,7 +78,7 @@ class TokenEncoder(ScopeEncoder):
         self.transformer.embeddings.word_embeddings.weight.requires_grad_(False)
 
     @override
-    def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    def encode(self, base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
         embeddings = base.get_input_embeddings()
         kept = [list(row)[-MAX_TOKENS:] for row in rows]
         ids, mask = (t.to(embeddings.weight.device) for t in pad_rows(kept, 0))
@@ -115,7 +119,7 @@ class FolderEncoder(ScopeEncoder):
         self.transformer = self._encoder.transformer
         self.head = self._encoder.head
         self.register_buffer("tokenizer", torch.zeros(0, dtype=torch.uint8))
-        self._decoder: Any = None
+        self._decoder: Tokenizer | None = None
 
     @property
     def pooling(self) -> str:
@@ -130,14 +134,14 @@ class FolderEncoder(ScopeEncoder):
         """
         check_pooling(self._folder, self.pooling, made_with)
 
-    def take_tokenizer(self, tokenizer: Any) -> None:
+    def take_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Takes over the base's fast tokenizer, by which tokens become text."""
         text = tokenizer.backend_tokenizer.to_str()
         self.tokenizer = torch.tensor(list(text.encode()), dtype=torch.uint8)
         self._decoder = None
 
     @override
-    def encode(self, base: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    def encode(self, base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
         return self._encoder([self._text(row) for row in rows])
 
     def _text(self, row: Sequence[int]) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, StoppingCriteria
+    from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria
 
 __all__ = ["GREEDY", "end_ids", "sampling", "write", "written_by"]
 
@@ -39,7 +39,7 @@ def sampling(top_k: int = 0) -> Mapping[str, object]:
     }
 
 
-def end_ids(model: Any, tokens: PromptTokenizer) -> list[int]:
+def end_ids(model: PreTrainedModel, tokens: PromptTokenizer) -> list[int]:
     """Tokens that end a text: the tokenizer's, and what else of its special tokens the model names.
 
     Args:
@@ -56,7 +56,7 @@ def end_ids(model: Any, tokens: PromptTokenizer) -> list[int]:
 
 
 def written_by(
-    model: Any, tokens: PromptTokenizer, settings: Mapping[str, object]
+    model: PreTrainedModel, tokens: PromptTokenizer, settings: Mapping[str, object]
 ) -> GenerationConfig:
     """A generation configuration in which nothing but these settings and special tokens is set.
 
@@ -82,14 +82,14 @@ def written_by(
 
 
 def write(
-    model: Any,
+    model: PreTrainedModel,
     tokens: PromptTokenizer,
     ids: Tensor,
     mask: Tensor,
     settings: Mapping[str, object],
     *,
     stop: Sequence[StoppingCriteria] = (),
-    cache: Any = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Has a model go on with some rows.
 
