@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from lightning_edit.core.errors import ModelError, RequestError
+from lightning_edit.core.errors import FailedRequestsError, ModelError, RequestError
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.spacing import space_between, word_starts
@@ -167,6 +167,15 @@ class PromptTokenizer:
         """
         ids, inside = self.subject_range(text, subject, prefix, start)
         return ids, inside[-1]
+
+    def subject_of(self, request: EditRequest, prefix: str = "") -> tuple[list[int], int]:
+        """Tokens of a request's prompt and the position of its subject's last token.
+
+        Args:
+            request: The request; its ``subject_start`` counts.
+            prefix: As in ``subject_last``.
+        """
+        return self.subject_last(request.prompt, request.subject, prefix, request.subject_start)
 
     def subject_range(
         self, text: str, subject: str, prefix: str = "", start: int | None = None
@@ -399,6 +408,20 @@ class EditBatch:
             labels=self.labels.to(device),
             prompt_lengths=self.prompt_lengths.to(device),
         )
+
+    def without(self, reasons: Mapping[str, str]) -> Self:
+        """The requests that did not fail.
+
+        Args:
+            reasons: Why requests failed, by id.
+
+        Raises:
+            FailedRequestsError: If none is left.
+        """
+        kept = [e for e, request in enumerate(self.requests) if request.id not in reasons]
+        if not kept:
+            raise FailedRequestsError(dict(reasons))
+        return self.select(kept)
 
     def select(self, indices: Sequence[int]) -> Self:
         """The batch of some of the requests, in the order given."""

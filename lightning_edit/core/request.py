@@ -22,6 +22,7 @@ __all__ = [
     "Probe",
     "check_requests",
     "check_subjects",
+    "warn_of_several_places",
 ]
 
 T = TypeVar("T")
@@ -377,6 +378,20 @@ def check_subjects(requests: Iterable[EditRequest], method: str) -> None:
             f"{', '.join(nameless[:5])}{' and others' if len(nameless) > 5 else ''}. Give each its "
             "`subject`, or choose a method that needs none, such as FineTune or GRACE."
         )
+
+
+def warn_of_several_places(requests: Iterable[EditRequest]) -> None:
+    """Warns of prompts that name their subject several times, where no place is told."""
+    for request in requests:
+        times = len(word_starts(request.prompt, request.subject))
+        if times > 1 and request.subject_start is None:
+            warnings.warn(
+                f"Request {request.id!r}: the subject {request.subject!r} occurs {times} times in "
+                f"{request.prompt!r}; the first one is edited. Write {{}} for the one that is "
+                "meant, or reword the prompt.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _probe(record: object, kind: str, where: str) -> Probe:

@@ -46,7 +46,7 @@ def sink_reasons(
     """
     reasons: dict[str, str] = {}
     for request in requests:
-        prompt, last = tokens.subject_last(request.prompt, request.subject)
+        prompt, last = tokens.subject_of(request)
         if last > 0:
             continue
         row = [*prompt, *tokens.target(request.prompt, request.target_new)]

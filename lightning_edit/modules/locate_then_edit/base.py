@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
@@ -17,10 +17,9 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.errors import FailedRequestsError
 from lightning_edit.core.locator import Locator, ModelTree, WeightSite
 from lightning_edit.core.processes import Processes
-from lightning_edit.core.spacing import word_starts
+from lightning_edit.core.request import warn_of_several_places
 from lightning_edit.functional.least_squares import factorize
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.locate_then_edit.attention_sink import sink_reasons
@@ -266,19 +265,12 @@ class LocateModule(EditModule[WeightDelta]):
         Raises:
             FailedRequestsError: If there is no target value at all.
         """
-        for request in batch.requests:
-            times = len(word_starts(request.prompt, request.subject))
-            if times > 1 and request.subject_start is None:
-                rank_zero_warn(
-                    f"Request {request.id!r}: the subject {request.subject!r} occurs {times} times "
-                    f"in {request.prompt!r}; the first one is edited. Write {{}} for the one that "
-                    "is meant, or reword the prompt."
-                )
+        warn_of_several_places(batch.requests)
         if batch.processes.count > 1:
             for site in self.sites(self.tree):
                 self.second_moment(site.layer, batch.processes)
         reasons = sink_reasons(self.tree, self.tokens, batch.requests, layer)
-        asked = batch if not reasons else _without(batch, reasons)
+        asked = batch if not reasons else batch.without(reasons)
         found = self.target_values(asked, layer)
         kept = [e for e in range(len(asked.requests)) if e not in found.failed]
         reasons |= {
@@ -288,7 +280,7 @@ class LocateModule(EditModule[WeightDelta]):
         }
         if not reasons:
             return batch, found, {}
-        left = _without(batch, reasons)
+        left = batch.without(reasons)
         for id_, why in reasons.items():
             rank_zero_warn(f"Request {id_!r} is left out of its batch: {why}")
         return left, found.select(kept), reasons
@@ -305,15 +297,3 @@ class LocateModule(EditModule[WeightDelta]):
             processes=batch.processes,
             dtype=batch.pass_dtype,
         )
-
-
-def _without(batch: EditBatch, reasons: Mapping[str, str]) -> EditBatch:
-    """The requests of a batch that did not fail.
-
-    Raises:
-        FailedRequestsError: If none is left.
-    """
-    kept = [e for e, request in enumerate(batch.requests) if request.id not in reasons]
-    if not kept:
-        raise FailedRequestsError(dict(reasons))
-    return batch.select(kept)

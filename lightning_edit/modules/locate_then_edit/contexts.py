@@ -72,9 +72,7 @@ class Contexts:
         prefixes = [template.removesuffix("{}") for template in self.templates]
 
         def row(request: EditRequest, prefix: str) -> list[int]:
-            ids, last = tokens.subject_last(
-                request.prompt, request.subject, prefix, request.subject_start
-            )
+            ids, last = tokens.subject_of(request, prefix)
             return list(ids[: last + 1])
 
         return [[row(request, prefix) for prefix in prefixes] for request in requests]

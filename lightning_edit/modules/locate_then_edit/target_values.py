@@ -190,9 +190,7 @@ def _turns(
     """Requests to take together: those with equally many tokens from the subject on."""
     by_width: dict[int, list[int]] = {}
     for e, request in enumerate(requests):
-        prompt, last = tokens.subject_last(
-            request.prompt, request.subject, start=request.subject_start
-        )
+        prompt, last = tokens.subject_of(request)
         target = tokens.target(request.prompt, request.target_new, request.glued)
         by_width.setdefault(len(prompt) - last + len(target), []).append(e)
     size = max(1, per_turn)
@@ -229,9 +227,7 @@ def _make_rows(
         target = tokens.target(request.prompt, request.target_new, request.glued)
         for template in templates:
             prefix = template.removesuffix("{}")
-            prompt, last = tokens.subject_last(
-                request.prompt, request.subject, prefix, request.subject_start
-            )
+            prompt, last = tokens.subject_of(request, prefix)
             tokens.check_length(request, len(prompt), len(target), prefix)
             for j, token in enumerate(target):
                 rows.row.append(len(rows.ids))
