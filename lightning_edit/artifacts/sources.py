@@ -201,15 +201,6 @@ def undo_note(
                 "cannot be undone exactly."
             )
             return
-    if isinstance(saved, WeightDelta) and isinstance(applied, WeightDelta):
-        for name, original in applied.originals.items():
-            if torch.equal(original, saved.originals[name]):
-                continue
-            yield (
-                f"`{name}` did not hold what the saved edit keeps of it, so the edit cannot be "
-                "undone exactly: keep the model that it was added to."
-            )
-            return
     if is_as_recorded:
         words = ("lightning-edit", "revert", str(artifact), "--model", str(folder))
         if is_base or not saved.changes_weights:

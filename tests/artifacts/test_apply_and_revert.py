@@ -189,15 +189,6 @@ def test_two_edits_in_one_model() -> None:
     assert same_weights(weights("restored"), wanted)
 
 
-def test_no_undo_is_promised_of_an_edit_on_top_of_another_in_the_same_weights() -> None:
-    made_run()
-    made_run(folder="second", seed=1)
-    apply("run", output="one")
-    done = apply("second", "one", "two", check=False)
-    assert "cannot be undone exactly: keep the model that it was added to" in done.notes[0]
-    assert not any("Undo with" in note for note in done.notes)
-
-
 def test_revert_an_edit_that_records_no_hash() -> None:
     delta = made_run()
     plain = WeightDelta.load("run/delta")
