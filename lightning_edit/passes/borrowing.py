@@ -48,14 +48,16 @@ def borrowed(model: nn.Module, trainable: Collection[str] = ()) -> Iterator[None
         for module, mode in modes:
             if module.training != mode:
                 module.training = mode
-        # A sharded model has other parameters by now, under the same names.
+        # A sharded model may have other parameters by now, under the same names: whole ones, which
+        # stand for those that it had and will have again.
         now = dict(model.named_parameters())
         for name, flag in flags.items():
-            parameter = now.get(name, named[name])
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-            if parameter is named[name] and parameter.grad is not gradients[name]:
-                parameter.grad = gradients[name]
+            for parameter in (named[name], now.get(name, named[name])):
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+            is_same = now.get(name, named[name]) is named[name]
+            if is_same and named[name].grad is not gradients[name]:
+                named[name].grad = gradients[name]
         if device is not None and _device_of(model) not in (device, None):
             model.to(device)
 
