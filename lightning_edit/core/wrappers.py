@@ -31,7 +31,7 @@ def unwrapped(model: Any) -> Any:
 
     Examples:
         >>> import torch
-        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2, bias=False)))
+        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2, bias=False), backend="eager"))
         >>> [name for name, _ in model.named_parameters()]
         ['0._orig_mod.weight']
         >>> [(name, p is model[0].weight) for name, p in unwrapped(model).named_parameters()]

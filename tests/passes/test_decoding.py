@@ -104,9 +104,9 @@ def test_each_field_of_a_generation_configuration_is_known_here() -> None:
 
 
 def written(model: Any, tokens: PromptTokenizer) -> list[Any]:
-    prompts = [request.prompt for request in tiny_requests(4)]
+    prompts = [request.prompt for request in tiny_requests(2)]
     found: list[Any] = [continuations(model, tokens, prompts, max_new_tokens=8)]
-    found.append(sample_text_ids(model, tokens, 64, 0).tolist())
+    found.append(sample_text_ids(model, tokens, 16, 0).tolist())
     if not tokens.is_encoder_decoder:
         found.append(sample_templates(model, tokens, 0, 1, (5,)))
     return found
