@@ -258,9 +258,8 @@ class LocateModule(EditModule[WeightDelta]):
             layer: The layer whose output changes.
 
         Returns:
-            The requests that can be written and whose loss stayed finite, their target values, and
-            the ids of the others, with the reason of each; see ``failed`` in the details of an
-            edit.
+            The requests that can be written, their target values, and the ids of the others with
+            the reason of each; see ``failed`` in the details of an edit.
 
         Raises:
             FailedRequestsError: If there is no target value at all.
