@@ -63,7 +63,8 @@ class EditOptimizer(Optimizer, Generic[E]):
         self._nothing: E = cast(E, WeightDelta({})) if nothing is None else nothing
         self.delta: E = self._nothing
         self._staged: E | None = None
-        self._marks = self._quick_hashes()
+        # Fingerprints of the weights as they were left here; unknown until they are asked for.
+        self._marks: dict[str, tuple[object, ...]] = {}
 
     def stage(self, edit: E) -> None:
         """Sets the edit that the next step writes."""
@@ -104,7 +105,7 @@ class EditOptimizer(Optimizer, Generic[E]):
         """Names of the parameters that are not original + all edits so far."""
         found = self._quick_hashes()
         changed = [name for name, mark in found.items() if mark != self._marks.get(name)]
-        # A resumed run knows no fingerprints yet.
+        # A new or resumed run knows no fingerprints yet.
         foreign = [
             name
             for name in changed

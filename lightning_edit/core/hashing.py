@@ -115,14 +115,13 @@ class WeightHashes:
 
     def combined(self, originals: Mapping[str, Tensor] | None = None) -> str:
         """The model's ``weight_hash``, with ``originals`` in the place of its own parameters."""
-        named = plain_parameters(self._model)
+        instead = originals or {}
+        named = {n: p for n, p in plain_parameters(self._model).items() if n not in instead}
         states = {name: (local_shard(p).data_ptr(), p._version) for name, p in named.items()}
-        changed = {
-            n: p for n, p in named.items() if self._known.get(n, ((0, 0), ""))[0] != states[n]
-        }
-        self._known |= {n: (states[n], digest) for n, digest in _hashes(changed).items()}
-        digests = {name: self._known[name][1] for name in named}
-        return _combined({**digests, **_hashes(originals or {})})
+        known = {name: state for name, (state, _) in self._known.items()}
+        changed = {name: p for name, p in named.items() if known.get(name) != states[name]}
+        self._known |= {name: (states[name], found) for name, found in _hashes(changed).items()}
+        return _combined({**{name: self._known[name][1] for name in named}, **_hashes(instead)})
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -254,8 +254,8 @@ def edit_or_go_on(
     editor: EditModule[E], requests: Sequence[EditRequest], processes: Processes | None = None
 ) -> E:
     """An edit; an empty one where the method fails on every request, so that a run goes on."""
-    provenance = editor.provenance
-    if len(editor.delta) and editor.delta.changes_weights:
+    provenance, delta = editor.provenance, editor.delta
+    if delta.changes_weights and len(delta):
         # It goes on from an edited model, whose hash nobody will ask for before all is committed.
         provenance = replace(provenance, base=replace(provenance.base, sha256=""))
     try:

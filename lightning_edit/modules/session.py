@@ -90,8 +90,8 @@ class EditSession(Generic[E]):
     @property
     def state(self) -> BaseModelInfo:
         """The model as it stands, edited or not, with the hash of its weights."""
-        is_base = not self.target.delta.changes_weights or not len(self.target.delta)
-        if is_base and self.target.optimizer.is_intact:
+        delta = self.target.delta  # made anew where it is asked for, if it is a memory's
+        if not (delta.changes_weights and len(delta)) and self.target.optimizer.is_intact:
             return self.base
         return replace(self.base, sha256=self._hashes.combined())
 
@@ -115,11 +115,8 @@ class EditSession(Generic[E]):
             RequestError: If the requests contradict each other, or lack a subject that the method
                 needs.
         """
-        if isinstance(requests, EditRequest):
-            requests = [requests]
         if self.needs_subject:
-            given = requests.requests if isinstance(requests, EditBatch) else requests
-            check_subjects(given, provenance.method)
+            check_subjects(requests_in(requests), provenance.method)
         device = self.device
         mixed = torch.is_autocast_enabled(device.type)
         found = torch.get_autocast_dtype(device.type) if mixed else None
@@ -130,6 +127,7 @@ class EditSession(Generic[E]):
         lent = borrowed(self.model, self.target.trainable)
         with torch.inference_mode(False), torch.enable_grad(), exact, lent, kept:
             if not isinstance(requests, EditBatch):
+                requests = requests_in(requests)
                 check_requests(requests)
                 requests = EditBatch.from_requests(requests, self.tokens)
             check_ids(self.model, self.tokens, requests.input_ids.tolist())
