@@ -63,6 +63,7 @@ def borrowed(model: nn.Module, trainable: Collection[str] = ()) -> Iterator[None
 
     # What is compiled does not see hooks that come later, and is compiled anew for each shape.
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    is_given_back = False
     try:
         try:
             for module, mode in modes:
@@ -76,8 +77,10 @@ def borrowed(model: nn.Module, trainable: Collection[str] = ()) -> Iterator[None
                 yield
         finally:
             give_back()
+            is_given_back = True
     finally:
-        give_back()  # what is left if the first time was interrupted
+        if not is_given_back:  # the first time was interrupted
+            give_back()
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
