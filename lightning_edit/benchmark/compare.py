@@ -95,8 +95,8 @@ def compare(
     the program was stopped; one that fails is recorded with its error and tried again in the next
     call. The unedited model is measured once a data set, and is a row of every table.
 
-    The folder of results holds ``cells.jsonl``, ``edits.parquet`` (a row an edit and probe), and the
-    tables as ``name.html``, ``name.md``, ``name.tex`` and ``name.csv``. Several comparisons may
+    The folder of results holds ``cells.jsonl``, ``edits.parquet`` (a row an edit and probe), and
+    the tables as ``name.html``, ``name.md``, ``name.tex`` and ``name.csv``. Several comparisons may
     share it, and with it their cells.
 
     Args:
@@ -123,8 +123,8 @@ def compare(
         progress: Show a bar over all cells.
 
     Returns:
-        A row a figure, with the columns ``data``, ``protocol``, ``method``, ``edits``, ``is_final``,
-        ``metric``, ``kind``, ``reading``, ``before``, ``value``, ``low``, ``high``, ``gap``, ``n``,
+        A row a figure: ``data``, ``protocol``, ``method``, ``edits``, ``is_final``, ``metric``,
+        ``kind``, ``reading``, ``before``, ``value``, ``low``, ``high``, ``gap``, ``n``,
         ``requests``, ``reference``, ``difference``, ``difference_low``, ``difference_high``, ``p``.
 
     Raises:

@@ -164,9 +164,7 @@ class Engine:
 
         return getattr(rank_zero_only, "rank", 0) == 0
 
-    def _measured(
-        self, cell: Cell, unedited: Unedited, record: CellRecord
-    ) -> list[ProbeRow]:
+    def _measured(self, cell: Cell, unedited: Unedited, record: CellRecord) -> list[ProbeRow]:
         order = _shuffled(unedited.requests, cell.seed)
         record["requests"] = len(order)
         seed_everything(cell.seed, verbose=False)
@@ -205,9 +203,7 @@ class Engine:
         else:
             held = {r.id: len(order[i - i % size :][:size]) for i, r in enumerate(order)}
             held = held if protocol.name == "batch" else dict.fromkeys(held, 1)
-        rows = probe_rows(
-            cell.key, order, measured.before, measured.after, measured.figures, held
-        )
+        rows = probe_rows(cell.key, order, measured.before, measured.after, measured.figures, held)
         for point, scores in curve.found.items():
             so_far = order[:point]
             before = [p for request in so_far for p in unedited.evaluation.of(request.id)]
@@ -250,9 +246,7 @@ class Engine:
             )
         return known[: data.limit]
 
-    def _asked(
-        self, requests: Sequence[EditRequest], *, reads_prose: bool = False
-    ) -> UneditedRun:
+    def _asked(self, requests: Sequence[EditRequest], *, reads_prose: bool = False) -> UneditedRun:
         max_length = getattr(self.model.config, "max_position_embeddings", None)
         is_encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
         tokens = PromptTokenizer(
@@ -262,9 +256,7 @@ class Engine:
             max_length=max_length,
             system_prompt=self.study.system_prompt,
         )
-        run = UneditedRun(
-            self.model, tokens, self.study.max_new_tokens, reads_prose=reads_prose
-        )
+        run = UneditedRun(self.model, tokens, self.study.max_new_tokens, reads_prose=reads_prose)
         trainer = self._trainer()
         loader = RequestLoader(requests, ROWS_AT_ONCE, trainer.world_size, trainer.global_rank)
         trainer.test(run, dataloaders=loader, verbose=False)

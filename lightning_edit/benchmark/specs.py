@@ -108,8 +108,8 @@ class MethodSpec:
         cls = _method_class(self.method)
         if wrong := sorted(_STUDYS & set(self.settings)):
             raise EditError(
-                f"The method {self.name!r}: `{wrong[0]}` is the same for all methods of a comparison. "
-                "Leave it out of `settings`; what can be chosen there is an argument of `compare`."
+                f"The method {self.name!r}: `{wrong[0]}` is the same for all methods of a "
+                "comparison. Leave it out of `settings`, or give it to `compare` if that has it."
             )
         known = presets_of(cls.__name__)
         preset = self.preset
@@ -201,8 +201,8 @@ class CellFilter:
     """Which cells to run.
 
     Args:
-        patterns: One of ``method``, ``data``, ``protocol`` and ``seed`` to a pattern of its label, in
-            the way of a shell.
+        patterns: One of ``method``, ``data``, ``protocol`` and ``seed`` to a pattern of its label,
+            in the way of a shell.
 
     Examples:
         >>> chosen = CellFilter.parse("method=ROME, protocol=batch*")

@@ -27,11 +27,10 @@ from lightning_edit.functional.intervals import wilson_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COSTS", "READINGS", "Figure", "figures", "frame_of"]
+__all__ = ["RATES", "READINGS", "Figure", "figures", "frame_of"]
 
+RATES = ("reliability", "generality", "locality", "portability")
 READINGS = ("teacher_forced", "autoregressive")
-#: Metrics that are told once a method rather than in two readings.
-COSTS = ("seconds", "peak_memory_bytes", "perplexity_ratio", "failed")
 RESAMPLES = 2000
 FLIPS = 10000
 
@@ -206,12 +205,11 @@ def _by_request(
     counts = grouped["value"].count().unstack("request_id")
     before = long.groupby(names, sort=False)["before"].mean()
     ids = sorted(map(str, sums.columns))
-    order = [m for m in ("reliability", "generality", "locality", "portability")]
     found = sorted(
         (_Column(*index) for index in sums.index),
         key=lambda c: (
             list(methods).index(c.method),
-            order.index(c.metric),
+            RATES.index(c.metric),
             c.kind,
             READINGS.index(c.reading),
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lightning_edit.benchmark.statistics import Figure, frame_of
+from lightning_edit.benchmark.statistics import RATES, Figure, frame_of
 from lightning_edit.rendering.templates import render
 from lightning_edit.report.files import write_file
 from lightning_edit.report.glossary import METRICS, READINGS
@@ -22,7 +22,6 @@ __all__ = ["FORMATS", "Curve", "Section", "Table", "sections", "write_tables"]
 
 #: Endings of the files that ``write_tables`` writes.
 FORMATS = ("html", "md", "tex", "csv")
-RATES = ("reliability", "generality", "locality", "portability")
 # Nothing may be fetched or run, whatever a label or an id says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

@@ -77,9 +77,7 @@ class UneditedRun(LightningModule):
 
 def reversed_alone(request: EditRequest) -> EditRequest:
     """A request that asks for the old answer and nothing else, by the same id."""
-    return replace(
-        request.reversed(), id=request.id, rephrases=(), locality=(), portability=()
-    )
+    return replace(request.reversed(), id=request.id, rephrases=(), locality=(), portability=())
 
 
 def to_record(evaluation: Evaluation) -> dict[str, object]:

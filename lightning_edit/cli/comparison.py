@@ -118,10 +118,12 @@ def _listed(name: str, found: Sequence[CellState], chosen: CellFilter) -> Table:
 
 
 def _tables(outcome: Outcome) -> list[Table]:
-    found = []
-    for section in outcome.sections:
-        for table in section.tables[:1]:  # the rest is in the files
-            found.append(Table(table.columns, table.rows, f"{section.title}: {table.title.lower()}"))
+    # The first table of each; the others are in the files.
+    found = [
+        Table(table.columns, table.rows, f"{section.title}: {table.title.lower()}")
+        for section in outcome.sections
+        for table in section.tables[:1]
+    ]
     missing = sum(state.status != "done" for state in outcome.states)
     notes = [f"Wrote {path}" for path in outcome.files]
     notes += [f"{missing} of {len(outcome.states)} cells are not done."] if missing else []

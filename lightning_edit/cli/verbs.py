@@ -18,12 +18,17 @@ class Verb(NamedTuple):
         summary: What it does, in a line.
         function: Name of the function in ``lightning_edit.artifacts`` that does it, of a verb on
             saved edits.
-        module: The file in ``lightning_edit.cli`` that runs it.
+        own: The file in ``lightning_edit.cli`` of a verb that has one for itself.
     """
 
     summary: str
     function: str = ""
-    module: str = "trainer"
+    own: str = ""
+
+    @property
+    def module(self) -> str:
+        """The file in ``lightning_edit.cli`` that runs it."""
+        return self.own or ("console" if self.function else "trainer")
 
 
 #: All verbs by name, in the order in which the usage tells them.
@@ -32,18 +37,16 @@ VERBS: dict[str, Verb] = {
     "validate": Verb("measure a model as it stands"),
     "test": Verb("make edits, measure, and take them out again"),
     "predict": Verb("write texts before and after edits"),
-    "apply": Verb("write a saved edit into its base model", "apply", "console"),
-    "revert": Verb("take an edit out of an edited model, bit for bit", "revert", "console"),
-    "diff": Verb("compare edits or models, by parameters and entries of memories", "diff", "console"),
-    "export": Verb("turn an edit into a LoRA adapter or a whole model", "export", "console"),
-    "report": Verb("write a run's report again", "report", "console"),
+    "apply": Verb("write a saved edit into its base model", "apply"),
+    "revert": Verb("take an edit out of an edited model, bit for bit", "revert"),
+    "diff": Verb("compare edits or models, by parameters and entries of memories", "diff"),
+    "export": Verb("turn an edit into a LoRA adapter or a whole model", "export"),
+    "report": Verb("write a run's report again", "report"),
     "list": Verb(
-        "what there is: methods, data sets, configurations, or the edits in a folder",
-        "list_",
-        "console",
+        "what there is: methods, data sets, configurations, or the edits in a folder", "list_"
     ),
     "compare": Verb(
         "methods on data sets by protocols, as tables; goes on where it was stopped",
-        module="comparison",
+        own="comparison",
     ),
 }

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Templates of HTML, Markdown and LaTeX, whose values are escaped unless they are markup already."""
+"""Templates of HTML, Markdown and LaTeX; every value is escaped unless it is markup already."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ __all__ = ["COLUMNS", "escape_latex", "escape_markdown", "metrics_rows", "metric
 
 COLUMNS = ("metric", "reading", "before", "after", "95 % interval", "n")
 
+
 @overload
 def metrics_table(report: RunReport, fmt: Literal["rich"]) -> Table: ...
 @overload
