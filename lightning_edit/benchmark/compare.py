@@ -33,7 +33,7 @@ from lightning_edit.report.text import duration
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CellState", "Outcome", "compare", "run_study", "states", "study_of"]
+__all__ = ["CellState", "StudyOutcome", "compare", "run_study", "states", "study_of"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CellState:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudyOutcome:
     """What a comparison came to.
 
     Args:
@@ -227,7 +227,7 @@ def study_of(
 
 def run_study(
     study: Study, out: str | Path, name: str, cells: str | None = None, *, progress: bool = True
-) -> Outcome:
+) -> StudyOutcome:
     """Runs what is missing of a study and writes its tables.
 
     Args:
@@ -266,7 +266,7 @@ def run_study(
         finished = [key for key, record in folder.records().items() if record["status"] == "done"]
         edits = folder.combine(finished)
         files += [edits] if edits else []
-    return Outcome(frame_of(numbers), sections(numbers), files, found)
+    return StudyOutcome(frame_of(numbers), sections(numbers), files, found)
 
 
 def states(engine: Engine) -> list[CellState]:

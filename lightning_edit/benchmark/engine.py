@@ -17,7 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from typing_extensions import override
 
 from lightning_edit.benchmark.cells import Cell, cells_of, digest, unedited_parts
-from lightning_edit.benchmark.rows import ProbeRow, probe_rows
+from lightning_edit.benchmark.progress import without_remarks
+from lightning_edit.benchmark.rows import CellRow, probe_rows
 from lightning_edit.benchmark.specs import DataSpec, Study
 from lightning_edit.benchmark.store import CellRecord, ResultsFolder
 from lightning_edit.benchmark.unedited import (
@@ -124,7 +125,7 @@ class Engine:
         )
         return self._unedited[data.name]
 
-    def run(self, cell: Cell) -> tuple[CellRecord, list[ProbeRow]]:
+    def run(self, cell: Cell) -> tuple[CellRecord, list[CellRow]]:
         """Runs a cell and gives the model back bit for bit.
 
         Args:
@@ -144,7 +145,7 @@ class Engine:
             device=self.device,
         )
         began = time.perf_counter()
-        rows: list[ProbeRow] = []
+        rows: list[CellRow] = []
         try:
             [data] = [data for data in self.study.data if data.name == cell.data]
             rows = self._measured(cell, self.unedited(data), record)
@@ -164,7 +165,7 @@ class Engine:
 
         return getattr(rank_zero_only, "rank", 0) == 0
 
-    def _measured(self, cell: Cell, unedited: Unedited, record: CellRecord) -> list[ProbeRow]:
+    def _measured(self, cell: Cell, unedited: Unedited, record: CellRecord) -> list[CellRow]:
         order = _shuffled(unedited.requests, cell.seed)
         record["requests"] = len(order)
         seed_everything(cell.seed, verbose=False)
@@ -264,20 +265,21 @@ class Engine:
 
     def _trainer(self, callbacks: Sequence[Callback] = ()) -> Trainer:
         study = self.study
-        return Trainer(
-            accelerator=study.accelerator,
-            devices=study.devices,
-            strategy=study.strategy,
-            precision=study.precision,
-            callbacks=list(callbacks),
-            default_root_dir=self.folder.path,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            # Edits need gradients.
-            inference_mode=False,
-        )
+        with without_remarks():
+            return Trainer(
+                accelerator=study.accelerator,
+                devices=study.devices,
+                strategy=study.strategy,
+                precision=study.precision,
+                callbacks=list(callbacks),
+                default_root_dir=self.folder.path,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                # Edits need gradients.
+                inference_mode=False,
+            )
 
 
 class _Curve(Callback):

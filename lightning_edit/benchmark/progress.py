@@ -1,9 +1,10 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""One bar over all cells of a comparison."""
+"""What a comparison shows while it runs: one bar over all cells, and nothing of each Trainer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["CellProgress", "cell_progress"]
+__all__ = ["CellProgress", "cell_progress", "without_remarks"]
+
+_LOGGERS = (
+    "lightning.pytorch",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+)
 
 
 class CellProgress(Protocol):
@@ -26,6 +33,20 @@ class CellProgress(Protocol):
     def end(self, name: str, outcome: str) -> None:
         """A cell has ended."""
         ...
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Context manager: of Lightning only warnings, as a Trainer a cell would repeat itself."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.evaluator import ScoredProbe
 
-__all__ = ["COLUMNS", "ProbeRow", "probe_rows"]
+__all__ = ["COLUMNS", "CellRow", "probe_rows"]
 
 
-class ProbeRow(TypedDict):
+class CellRow(TypedDict):
     """A probe of a request, before and after the edits.
 
     Args:
@@ -70,7 +70,7 @@ class ProbeRow(TypedDict):
 
 
 #: Names of all columns, in order.
-COLUMNS = tuple(ProbeRow.__annotations__)
+COLUMNS = tuple(CellRow.__annotations__)
 
 
 def probe_rows(
@@ -82,7 +82,7 @@ def probe_rows(
     edits: Mapping[str, int],
     *,
     is_final: bool = True,
-) -> list[ProbeRow]:
+) -> list[CellRow]:
     """Rows of probes that were measured, in their order.
 
     Args:
@@ -97,12 +97,12 @@ def probe_rows(
     position = {request.id: i for i, request in enumerate(order)}
     told = {row["id"]: row for row in figures}
     seen: Counter[tuple[str, str]] = Counter()
-    rows: list[ProbeRow] = []
+    rows: list[CellRow] = []
     for old, new in zip(before, after, strict=True):
         own = told.get(new.request_id, RequestFigures())
         place = (new.request_id, new.metric)
         rows.append(
-            ProbeRow(
+            CellRow(
                 cell=cell,
                 request_id=new.request_id,
                 position=position[new.request_id],

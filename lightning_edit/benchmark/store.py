@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from lightning_edit.benchmark.rows import ProbeRow
+from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.core.errors import ArtifactError, MissingDependencyError
 from lightning_edit.report.files import write_file
 
@@ -92,7 +92,7 @@ class ResultsFolder:
             if record["status"] != "done" or self._rows_of(key).is_file()
         }
 
-    def add(self, record: CellRecord, rows: Sequence[ProbeRow]) -> None:
+    def add(self, record: CellRecord, rows: Sequence[CellRow]) -> None:
         """Writes what a cell came to: first its rows, then its line.
 
         Args:
@@ -125,7 +125,7 @@ class ResultsFolder:
 
         tables = [pq.read_table(self._rows_of(key)) for key in keys]
         if not tables:
-            return pd.DataFrame(columns=list(ProbeRow.__annotations__))
+            return pd.DataFrame(columns=list(CellRow.__annotations__))
         import pyarrow as pa
 
         return pa.concat_tables(tables).to_pandas()
@@ -181,7 +181,7 @@ class ResultsFolder:
     def _rows_of(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.parquet"
 
-    def _write_rows(self, path: Path, rows: Sequence[ProbeRow]) -> None:
+    def _write_rows(self, path: Path, rows: Sequence[CellRow]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -223,5 +223,5 @@ def _schema() -> pa.Schema:
         "bool | None": pa.bool_(),
     }
     # Annotations are texts here, which typing keeps as forward references.
-    named = {k: getattr(v, "__forward_arg__", v) for k, v in ProbeRow.__annotations__.items()}
+    named = {k: getattr(v, "__forward_arg__", v) for k, v in CellRow.__annotations__.items()}
     return pa.schema([(name, kinds[str(kind)]) for name, kind in named.items()])

@@ -18,7 +18,7 @@ from lightning_edit.report.glossary import METRICS, READINGS
 from lightning_edit.report.svg import MAX_SERIES, sequence_chart, sequence_legend
 from lightning_edit.report.text import DASH, byte_count, interval, number
 
-__all__ = ["FORMATS", "Curve", "Section", "Table", "sections", "write_tables"]
+__all__ = ["FORMATS", "ComparisonTable", "Curve", "Section", "sections", "write_tables"]
 
 #: Endings of the files that ``write_tables`` writes.
 FORMATS = ("html", "md", "tex", "csv")
@@ -27,7 +27,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True)
-class Table:
+class ComparisonTable:
     """Cells of text under headings.
 
     Args:
@@ -72,7 +72,7 @@ class Section:
     """
 
     title: str
-    tables: Sequence[Table]
+    tables: Sequence[ComparisonTable]
     curves: Sequence[Curve] = field(default_factory=tuple)
 
 
@@ -161,7 +161,7 @@ def _pair(figures: tuple[Figure | None, Figure | None]) -> str:
     return " / ".join(DASH if f is None else number(f.value, 2) for f in figures)
 
 
-def _summary(found: Sequence[Figure]) -> Table:
+def _summary(found: Sequence[Figure]) -> ComparisonTable:
     look = _Lookup(found)
     has_prose = any(figure.metric == "perplexity_ratio" for figure in found)
     columns = ["method", *(f">{METRICS[metric].label.lower()}" for metric in RATES)]
@@ -176,10 +176,10 @@ def _summary(found: Sequence[Figure]) -> Table:
         cells.append(DASH if failed is None else f"{failed:.0f}")
         cells += [number(look.value(method, "perplexity_ratio"))] if has_prose else []
         rows.append(tuple(cells))
-    return Table("Teacher-forced / autoregressive", columns, rows)
+    return ComparisonTable("Teacher-forced / autoregressive", columns, rows)
 
 
-def _rates(found: Sequence[Figure]) -> Table:
+def _rates(found: Sequence[Figure]) -> ComparisonTable:
     look = _Lookup(found)
     columns = ("method", "metric", ">teacher-forced", ">95 % interval", ">autoregressive")
     columns += (">95 % interval", ">gap", ">n", ">requests")
@@ -195,10 +195,10 @@ def _rates(found: Sequence[Figure]) -> Table:
                 ends = None if figure is None else (figure.low, figure.high)
                 cells += [number(figure.value if figure else None, 3), interval(ends, 3)]
             rows.append((*cells, number(one.gap, 3), str(one.n), str(one.requests)))
-    return Table("With intervals", columns, rows)
+    return ComparisonTable("With intervals", columns, rows)
 
 
-def _differences(found: Sequence[Figure]) -> Table:
+def _differences(found: Sequence[Figure]) -> ComparisonTable:
     look = _Lookup(found)
     [reference] = {figure.reference for figure in found if figure.reference} or {""}
     columns = ("method", "metric", ">teacher-forced", ">95 % interval", ">p")
@@ -215,7 +215,7 @@ def _differences(found: Sequence[Figure]) -> Table:
                 cells.append(_signed(figure.difference if figure else None))
                 cells += [interval(ends, 3), number(figure.p if figure else None, 4)]
             rows.append(tuple(cells))
-    return Table(f"Difference from {reference}, on the same requests", columns, rows)
+    return ComparisonTable(f"Difference from {reference}, on the same requests", columns, rows)
 
 
 def _signed(value: float | None) -> str:
@@ -223,7 +223,7 @@ def _signed(value: float | None) -> str:
     return f"+{text}" if text[0].isdigit() else text
 
 
-def _kinds(found: Sequence[Figure]) -> Table:
+def _kinds(found: Sequence[Figure]) -> ComparisonTable:
     look = _Lookup(found)
     kinds = dict.fromkeys((figure.metric, figure.kind) for figure in found if figure.kind)
     columns = ["method"]
@@ -236,7 +236,7 @@ def _kinds(found: Sequence[Figure]) -> Table:
         for method in look.methods
         if kinds
     ]
-    return Table("By kind of the probes, teacher-forced / autoregressive", columns, rows)
+    return ComparisonTable("By kind of the probes, teacher-forced / autoregressive", columns, rows)
 
 
 def _curves(found: Sequence[Figure]) -> list[Curve]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ActionConfigFile, Namespace
 
-from lightning_edit.benchmark.compare import CellState, Outcome, run_study, states, study_of
+from lightning_edit.benchmark.compare import CellState, StudyOutcome, run_study, states, study_of
 from lightning_edit.benchmark.engine import Engine
 from lightning_edit.benchmark.specs import CellFilter, Study
 from lightning_edit.benchmark.store import ResultsFolder, need_pandas
@@ -117,7 +117,7 @@ def _listed(name: str, found: Sequence[CellState], chosen: CellFilter) -> Table:
     return Table(columns, rows, name, [note])
 
 
-def _tables(outcome: Outcome) -> list[Table]:
+def _tables(outcome: StudyOutcome) -> list[Table]:
     # The first table of each; the others are in the files.
     found = [
         Table(table.columns, table.rows, f"{section.title}: {table.title.lower()}")

@@ -22,7 +22,7 @@ from lightning_edit import (
 from lightning_edit.benchmark import engine as engines
 from lightning_edit.benchmark.cells import Cell
 from lightning_edit.benchmark.engine import Engine
-from lightning_edit.benchmark.rows import ProbeRow
+from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.benchmark.store import CellRecord, ResultsFolder
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import weight_hash
@@ -71,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
     usual = Engine.run
 
-    def counting(self: Engine, cell: Cell) -> tuple[CellRecord, list[ProbeRow]]:
+    def counting(self: Engine, cell: Cell) -> tuple[CellRecord, list[CellRow]]:
         ran.append(cell.method)
         return usual(self, cell)
 
@@ -100,7 +100,7 @@ def test_stopped_after_a_cell_it_goes_on_and_repeated_it_finds_the_same(
 
     add = ResultsFolder.add
 
-    def add_and_stop(self: ResultsFolder, record: CellRecord, rows: list[ProbeRow]) -> None:
+    def add_and_stop(self: ResultsFolder, record: CellRecord, rows: list[CellRow]) -> None:
         add(self, record, rows)
         raise StoppedError
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lightning_edit.benchmark.rows import COLUMNS, ProbeRow
+from lightning_edit.benchmark.rows import COLUMNS, CellRow
 from lightning_edit.benchmark.store import CellRecord, ResultsFolder, _schema
 from lightning_edit.core.errors import ArtifactError
 
 
-def row(**fields: object) -> ProbeRow:
+def row(**fields: object) -> CellRow:
     empty: dict[str, object] = dict.fromkeys(COLUMNS)
     empty |= {"cell": "a", "request_id": "r", "position": 0, "edits": 1, "is_final": True}
     empty |= {"metric": "reliability", "kind": "", "probe": 0, "prompt": "p", "answers": ["x"]}
     empty |= {"text_before": "", "text": "", "failed": ""}
-    return ProbeRow(**{**empty, **fields})  # type: ignore[typeddict-item]
+    return CellRow(**{**empty, **fields})  # type: ignore[typeddict-item]
 
 
 def test_a_line_cut_short_is_passed_over_and_the_next_one_stands_by_itself(tmp_path: Path) -> None:
