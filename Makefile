@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What rests on numbers that a model computes.
-MODEL_TESTS := lightning_edit tests/artifacts tests/callbacks tests/contract tests/core \
+MODEL_TESTS := lightning_edit tests/artifacts tests/benchmark tests/callbacks tests/contract tests/core \
 	tests/evaluation tests/functional tests/memories tests/metrics tests/modules tests/passes \
 	tests/tracing tests/test_demos.py tests/test_examples.py tests/test_models.py tests/test_optim.py
 
@@ -25,7 +25,7 @@ $(VENV)/.base: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e '.[cli,data,dev,encoders,peft,plot]'
+	$(PIP) -e '.[cli,compare,data,dev,encoders,peft,plot]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

@@ -3,6 +3,10 @@
 # The public names and where they live: `__init__.py` imports each on first use.
 
 from .__about__ import __version__ as __version__
+from .benchmark.compare import compare as compare
+from .benchmark.specs import DataSpec as DataSpec
+from .benchmark.specs import MethodSpec as MethodSpec
+from .benchmark.specs import ProtocolSpec as ProtocolSpec
 from .callbacks.causal_tracing import CausalTracing as CausalTracing
 from .callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
 from .callbacks.edit_evaluator import EditEvaluator as EditEvaluator

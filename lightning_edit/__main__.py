@@ -25,11 +25,15 @@ With a Trainer, driven by configurations that compose:
 {trainer}
 
 On saved edits:
-{artifact}
+{console}
+
+Over many runs:
+{comparison}
 
   lightning-edit fit --config configs/edit.yaml
   lightning-edit fit -c method/rome.yaml -c data/facts.yaml -c trainer/ddp.yaml --print_config
   lightning-edit fit --model.help ROME
+  lightning-edit compare -c benchmark/smoke.yaml
 
 options:
   -h, --help     show this text
@@ -66,9 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(verb: str) -> int:
     from lightning_edit.core.errors import EditError
 
-    module = "console" if VERBS[verb].function else "trainer"
     try:
-        importlib.import_module(f"lightning_edit.cli.{module}").main()
+        importlib.import_module(f"lightning_edit.cli.{VERBS[verb].module}").main()
     except EditError as error:
         sys.stderr.write(f"lightning-edit {verb}: {error}\n")
         return 1
@@ -76,10 +79,10 @@ def _run(verb: str) -> int:
 
 
 def _usage() -> str:
-    lines: dict[bool, list[str]] = {True: [], False: []}
+    lines: dict[str, list[str]] = {}
     for name, verb in VERBS.items():
-        lines[bool(verb.function)].append(f"  {name:<10}{verb.summary}")
-    return USAGE.format(trainer="\n".join(lines[False]), artifact="\n".join(lines[True]))
+        lines.setdefault(verb.module, []).append(f"  {name:<10}{verb.summary}")
+    return USAGE.format(**{module: "\n".join(told) for module, told in lines.items()})
 
 
 def _near(verb: str) -> str:

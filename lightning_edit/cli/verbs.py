@@ -16,12 +16,19 @@ class Verb(NamedTuple):
 
     Args:
         summary: What it does, in a line.
-        function: Name of the function in ``lightning_edit.artifacts`` that does it; none for the
-            verbs of Lightning's Trainer.
+        function: Name of the function in ``lightning_edit.artifacts`` that does it, of a verb on
+            saved edits.
+        own: The file in ``lightning_edit.cli`` of a verb that has one for itself.
     """
 
     summary: str
     function: str = ""
+    own: str = ""
+
+    @property
+    def module(self) -> str:
+        """The file in ``lightning_edit.cli`` that runs it."""
+        return self.own or ("console" if self.function else "trainer")
 
 
 #: All verbs by name, in the order in which the usage tells them.
@@ -37,5 +44,9 @@ VERBS: dict[str, Verb] = {
     "report": Verb("write a run's report again", "report"),
     "list": Verb(
         "what there is: methods, data sets, configurations, or the edits in a folder", "list_"
+    ),
+    "compare": Verb(
+        "methods on data sets by protocols, as tables; goes on where it was stopped",
+        own="comparison",
     ),
 }

@@ -2,6 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pure tensor mathematics."""
 
+from lightning_edit.functional.bootstrap import (
+    cluster_means,
+    cluster_weights,
+    percentile_interval,
+    sign_flip_p,
+)
 from lightning_edit.functional.counterfact import (
     edit_score,
     efficacy_magnitude,
@@ -38,6 +44,8 @@ __all__ = [
     "answer_matches",
     "autoregressive_hit",
     "average_retention",
+    "cluster_means",
+    "cluster_weights",
     "completion_matches",
     "contains_answer",
     "early_retention",
@@ -53,8 +61,10 @@ __all__ = [
     "neighborhood_success",
     "ngram_entropy",
     "normalize_answer",
+    "percentile_interval",
     "retention_area",
     "retention_by_age",
+    "sign_flip_p",
     "token_accuracy",
     "token_f1",
     "wilson_interval",

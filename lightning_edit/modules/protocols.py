@@ -84,8 +84,10 @@ class Sequential(EditProtocol[E]):
 
     @override
     def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
-        with editor.base_weights():
-            before = editor.evaluator.evaluate(batch)
+        before = editor.unedited.known(batch)
+        if before is None:
+            with editor.base_weights():
+                before = editor.evaluator.evaluate(batch)
         figures: list[RequestFigures] = []
         with torch.inference_mode(False):
             for request in batch:
@@ -149,7 +151,9 @@ def make_protocol(editor: EditModule[E]) -> EditProtocol[E]:
 
 def _measure_groups(editor: EditModule[E], groups: Iterable[Sequence[EditRequest]]) -> None:
     for group in groups:
-        before = editor.evaluator.evaluate(group)
+        # With edits in it, the model as it stands is what further ones are compared with.
+        known = None if len(editor.delta) else editor.unedited.known(group)
+        before = known or editor.evaluator.evaluate(group)
         edit, figures = _made(editor, group)
         with editor.session.written(edit):
             after = editor.evaluator.evaluate(group, before.baseline)

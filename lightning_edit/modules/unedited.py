@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from lightning_edit.evaluation.evaluator import Evaluator
+from lightning_edit.core.request import EditRequest
+from lightning_edit.evaluation.evaluator import Evaluation, Evaluator
 from lightning_edit.optim import E
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class UneditedModel:
     def __init__(self, name: str | None = None) -> None:
         self.name = name
         self._given: nn.Module | None = None
+        self._known: Evaluation | None = None
 
     @property
     def is_other(self) -> bool:
@@ -41,6 +43,22 @@ class UneditedModel:
     def take(self, model: nn.Module) -> None:
         """Takes a model in memory."""
         self._given = model
+
+    def know(self, evaluation: Evaluation) -> None:
+        """Takes scores of the editor's own unedited model, so that they are not measured again.
+
+        Args:
+            evaluation: By the same readings, with what the model said to the locality prompts.
+        """
+        self._known = evaluation
+
+    def known(self, requests: Sequence[EditRequest]) -> Evaluation | None:
+        """Known scores of requests; None unless those of each are."""
+        if self._known is None:
+            return None
+        parts = [list(self._known.of(request.id)) for request in requests]
+        probes = [probe for part in parts for probe in part]
+        return Evaluation(probes, self._known.baseline) if all(parts) else None
 
     @contextmanager
     def evaluator(self, editor: EditModule[E]) -> Iterator[Evaluator]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 __all__ = [
     "code_block",
     "code_span",
+    "escape_latex",
     "escape_markdown",
     "is_web_address",
     "visible",
@@ -26,6 +27,15 @@ _HARMLESS: dict[int, str] = {
 # Unicode's Bidi_Control: they let a text be read in another order than it has.
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _HARMLESS |= {code: f"\\u{code:04x}" for code in _BIDI}
+
+_LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "–": "--",
+}
 
 
 def visible(text: object) -> str:
@@ -52,6 +62,17 @@ def escape_markdown(text: object) -> str:
     shown = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = "".join(f"\\{char}" if char in "\\`*_[]|#~$" else char for char in shown)
     return re.sub(r"\s*\n\s*", " ↵ ", escaped)
+
+
+def escape_latex(text: object) -> str:
+    r"""Makes a text safe in a line or table cell of LaTeX.
+
+    Examples:
+        >>> escape_latex("95 % of a_b")
+        '95 \\% of a\\_b'
+    """
+    line = re.sub(r"\s*\n\s*", " ", visible(text))
+    return "".join(_LATEX.get(char, char) for char in line)
 
 
 def code_span(text: object) -> Markup:

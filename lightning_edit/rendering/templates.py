@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Templates of HTML and Markdown, in which every value is escaped unless it is markup already."""
+"""Templates of HTML, Markdown and LaTeX; every value is escaped unless it is markup already."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from markupsafe import Markup
 from lightning_edit.rendering.escaping import (
     code_block,
     code_span,
+    escape_latex,
     escape_markdown,
     is_web_address,
     visible,
@@ -29,13 +30,14 @@ def render(package: str, name: str, **values: object) -> Markup:
 
     Args:
         package: Package with a folder ``templates``.
-        name: File in it; ``.html`` or ``.md`` says how values are escaped.
+        name: File in it; ``.html``, ``.md`` or ``.tex`` says how values are escaped.
         values: What the template names. A `markupsafe.Markup` is taken as it is.
 
     Raises:
         jinja2.UndefinedError: If the template names a value that is not given.
     """
-    environment = _html(package) if name.endswith(".html") else _markdown(package)
+    kinds = {"html": _html, "md": _markdown, "tex": _latex}
+    environment = kinds[name.rpartition(".")[2]](package)
     return Markup(environment.get_template(name).render(values))  # noqa: S704 - escaped by then
 
 
@@ -49,6 +51,11 @@ def _markdown(package: str) -> Environment:
     made = _environment(package, lambda value: Markup(escape_markdown(value)))  # noqa: S704
     made.filters |= {"code": code_span, "code_block": code_block}
     return made
+
+
+@cache
+def _latex(package: str) -> Environment:
+    return _environment(package, lambda value: Markup(escape_latex(value)))  # noqa: S704
 
 
 def _environment(package: str, escape: Callable[[object], str]) -> Environment:

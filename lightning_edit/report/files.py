@@ -22,6 +22,7 @@ __all__ = [
     "RESULTS",
     "is_foreign_card",
     "read_report",
+    "write_file",
     "write_results",
 ]
 
@@ -59,7 +60,7 @@ def write_results(report: RunReport, folder: str | Path, files: Collection[str] 
     # Edits before results: whoever finds new results finds their edits too.
     for name in FILES:
         if name in files:
-            _write(folder / name, _RENDER[name](report))
+            write_file(folder / name, _RENDER[name](report))
     return folder
 
 
@@ -148,7 +149,8 @@ def _parse(text: bytes, where: str) -> object:
         ) from None
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # Half of a surrogate pair, which a request may hold, has no UTF-8; JSON reads \udxxx back.

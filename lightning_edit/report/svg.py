@@ -8,7 +8,7 @@ Colors and dash patterns are classes of ``page.css``, so that light and dark fol
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.glossary import metric_name
@@ -148,7 +148,15 @@ def sequence_series(report: RunReport) -> dict[str, list[tuple[float, float]]]:
     return dict(list(series.items())[:MAX_SERIES])
 
 
-def sequence_chart(series: dict[str, list[tuple[float, float]]], unit: str = "edits") -> str:
+def _metric_label(name: str) -> str:
+    return metric_name(name).full_label
+
+
+def sequence_chart(
+    series: dict[str, list[tuple[float, float]]],
+    unit: str = "edits",
+    label_of: Callable[[str], str] = _metric_label,
+) -> str:
     """Rates against edits or steps made; every line has its own color, dash and marker."""
     width, height, left, right, top, bottom = 980.0, 300.0, 56.0, 16.0, 12.0, 44.0
     places = sorted({at for points in series.values() for at, _ in points})
@@ -162,7 +170,7 @@ def sequence_chart(series: dict[str, list[tuple[float, float]]], unit: str = "ed
         return round(top + (height - top - bottom) * (1 - min(max(share, 0.0), 1.0)), 2)
 
     label = "; ".join(
-        f"{metric_name(name).full_label}: {percent(points[0][1])} after "
+        f"{label_of(name)}: {percent(points[0][1])} after "
         f"{points[0][0]:.12g} {unit}, {percent(points[-1][1])} after {points[-1][0]:.12g}"
         for name, points in series.items()
     )
@@ -193,12 +201,15 @@ def sequence_chart(series: dict[str, list[tuple[float, float]]], unit: str = "ed
     return "".join([*parts, "</svg>"])
 
 
-def sequence_legend(series: dict[str, list[tuple[float, float]]]) -> str:
+def sequence_legend(
+    series: dict[str, list[tuple[float, float]]],
+    label_of: Callable[[str], str] = _metric_label,
+) -> str:
     """The key to ``sequence_chart``, in its colors, dashes and markers."""
     items = (
         f'<li><svg class="key" viewBox="0 0 44 14" aria-hidden="true">'
         f'<path class="line series{i}" d="M2 7H42"/>{_marker(i, 22, 7)}</svg>'
-        f"{_escape(metric_name(name).full_label)}</li>"
+        f"{_escape(label_of(name))}</li>"
         for i, name in enumerate(series)
     )
     return f'<ul class="legend">{"".join(items)}</ul>'

@@ -9,7 +9,7 @@ import io
 from typing import TYPE_CHECKING, Literal, overload
 
 from lightning_edit.core.errors import MissingDependencyError
-from lightning_edit.rendering.escaping import escape_markdown, visible
+from lightning_edit.rendering.escaping import escape_latex, escape_markdown
 from lightning_edit.report.glossary import metric_name, sort_metrics
 from lightning_edit.report.results import RunReport
 from lightning_edit.report.text import interval, number
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "escape_latex", "escape_markdown", "metrics_rows", "metrics_table"]
 
 COLUMNS = ("metric", "reading", "before", "after", "95 % interval", "n")
-
-_LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "–": "--",
-}
 
 
 @overload
@@ -87,16 +78,6 @@ def metrics_table(
     if fmt == "csv":
         return _csv(report)
     raise ValueError(f"`fmt` is expected to be 'rich', 'md', 'latex' or 'csv', but got {fmt!r}.")
-
-
-def escape_latex(text: str) -> str:
-    r"""Makes a text safe in LaTeX.
-
-    Examples:
-        >>> escape_latex("95 % of a_b")
-        '95 \\% of a\\_b'
-    """
-    return "".join(_LATEX.get(char, char) for char in visible(text))
 
 
 def metrics_rows(report: RunReport) -> list[tuple[str, ...]]:

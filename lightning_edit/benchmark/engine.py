@@ -1,0 +1,365 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cells: an editor's own ``test`` in a Lightning Trainer, one model for all of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from typing_extensions import override
+
+from lightning_edit.benchmark.cells import Cell, cells_of, digest, unedited_parts
+from lightning_edit.benchmark.progress import without_remarks
+from lightning_edit.benchmark.rows import CellRow, probe_rows
+from lightning_edit.benchmark.specs import DataSpec, Study
+from lightning_edit.benchmark.store import CellRecord, ResultsFolder
+from lightning_edit.benchmark.unedited import (
+    UneditedRun,
+    from_record,
+    reversed_alone,
+    to_record,
+)
+from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.hashing import WeightHashes
+from lightning_edit.core.provenance import utc_now
+from lightning_edit.core.request import EditRequest
+from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.data.base import EditDataModule
+from lightning_edit.data.loader import RequestLoader
+from lightning_edit.evaluation.evaluator import Evaluation
+from lightning_edit.evaluation.prose import perplexity, read_prose
+from lightning_edit.models import load_model, load_tokenizer
+from lightning_edit.modules.base import EditModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["Engine", "Unedited"]
+
+ROWS_AT_ONCE = 16  # requests whose probes are measured together
+KNOWN_AT_ONCE = 64  # facts asked for at once, in search of those that the model knows
+
+
+@dataclass(frozen=True)
+class Unedited:
+    """What the unedited model makes of a data set.
+
+    Args:
+        requests: The requests that are edited.
+        evaluation: Its scores of their probes.
+        perplexity: On the package's page of prose.
+    """
+
+    requests: list[EditRequest]
+    evaluation: Evaluation
+    perplexity: float
+
+
+class Engine:
+    """Runs the cells of a study on one copy of its model.
+
+    Args:
+        study: The study.
+        folder: Where scores of the unedited model are kept.
+    """
+
+    def __init__(self, study: Study, folder: ResultsFolder) -> None:
+        self.study = study
+        self.folder = folder
+        # What is wrong with a study is said before a model is loaded.
+        _ = study.resolved, [data.source.requests for data in study.data]
+        self._load()
+        self.sha256 = self._hashes.combined()
+        self.device = self._trainer().strategy.root_device.type
+        self.cells = list(cells_of(study, self.sha256, self.device))
+        self._unedited: dict[str, Unedited] = {}
+
+    def _load(self) -> None:
+        study = self.study
+        self.model: PreTrainedModel = load_model(
+            study.model, dtype=study.dtype, cache_dir=study.cache_dir
+        )
+        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(
+            study.model, cache_dir=study.cache_dir
+        )
+        self._hashes = WeightHashes(self.model)
+
+    def unedited(self, data: DataSpec) -> Unedited:
+        """The unedited model on a data set: measured once, and read from the folder from then on.
+
+        Args:
+            data: One of the study's.
+
+        Raises:
+            EditError: If the model knows none of the facts that it is to know.
+        """
+        if data.name in self._unedited:
+            return self._unedited[data.name]
+        name = f"unedited/{digest(unedited_parts(self.study, data, self.sha256))}.json"
+        by_id = {request.id: request for request in data.source.requests}
+        found = self.folder.read_json(name)
+        if found is None:
+            requests = self._chosen(data)
+            run = self._asked(requests, reads_prose=True)
+            found = {
+                "ids": [request.id for request in requests],
+                "perplexity": run.perplexity,
+                "scores": to_record(run.evaluation),
+            }
+            if self.is_first:
+                self.folder.write_json(name, found)
+        scores = cast("Mapping[str, Mapping[str, object]]", found)["scores"]
+        self._unedited[data.name] = Unedited(
+            [by_id[id_] for id_ in cast("Sequence[str]", found["ids"])],
+            from_record(**scores),  # type: ignore[arg-type]
+            cast(float, found["perplexity"]),
+        )
+        return self._unedited[data.name]
+
+    def run(self, cell: Cell) -> tuple[CellRecord, list[CellRow]]:
+        """Runs a cell and gives the model back bit for bit.
+
+        Args:
+            cell: One of the study's.
+
+        Returns:
+            What it came to, and its rows. Whatever fails is told in the record.
+        """
+        record = CellRecord(
+            key=cell.key,
+            status="done",
+            method=cell.method,
+            data=cell.data,
+            protocol=cell.protocol.label,
+            seed=cell.seed,
+            made_of=cell.made_of,
+            device=self.device,
+        )
+        began = time.perf_counter()
+        rows: list[CellRow] = []
+        try:
+            [data] = [data for data in self.study.data if data.name == cell.data]
+            rows = self._measured(cell, self.unedited(data), record)
+        except Exception as error:  # a method of anybody's may fail in any way
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        if not self._is_as_before() and record["status"] == "done":
+            rows = []
+            why = "The method left the model changed, so that nothing more can be said of it."
+            record |= {"status": "failed", "error": why}
+        record |= {"seconds": time.perf_counter() - began, "created": utc_now()}
+        return record, rows
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        from lightning.pytorch.utilities import rank_zero_only
+
+        return getattr(rank_zero_only, "rank", 0) == 0
+
+    def _measured(self, cell: Cell, unedited: Unedited, record: CellRecord) -> list[CellRow]:
+        order = _shuffled(unedited.requests, cell.seed)
+        record["requests"] = len(order)
+        seed_everything(cell.seed, verbose=False)
+        study, protocol = self.study, cell.protocol
+        resolved = study.resolved[cell.method]
+        settings = {
+            "model": study.model,
+            "cache_dir": study.cache_dir,
+            **resolved.arguments,
+            "dtype": study.dtype,
+            "test_protocol": protocol.name,
+            "max_new_tokens": study.max_new_tokens,
+            "chat_template": study.chat_template,
+            "system_prompt": study.system_prompt,
+        }
+        editor = resolved.cls(**settings)  # type: ignore[arg-type]
+        editor.adopt(self.model, self.tokenizer)
+        editor.unedited.know(unedited.evaluation)
+        curve = _Curve(protocol.points, len(order), unedited)
+        size = protocol.size if protocol.name == "batch" else math.gcd(*protocol.points, 0) or 16
+        data = EditDataModule(requests=order, eval_batch_size=size)
+        memory = _PeakMemory(self.device)
+        memory.begin()
+        trainer = self._trainer([curve] if protocol.name == "sequential" else [])
+        trainer.test(editor, datamodule=data, verbose=False)
+        measured = editor.measured.whole()
+        seconds = [row.get("seconds", 0.0) for row in measured.figures]
+        record |= {
+            "failed": sum("failed" in row for row in measured.figures),
+            "edit_seconds": sum(seconds),
+            "peak_memory_bytes": memory.most(),
+            "perplexity_ratio": curve.perplexity_ratio,
+        }
+        if protocol.name == "sequential":
+            held = dict.fromkeys((request.id for request in order), len(order))
+        else:
+            held = {r.id: len(order[i - i % size :][:size]) for i, r in enumerate(order)}
+            held = held if protocol.name == "batch" else dict.fromkeys(held, 1)
+        rows = probe_rows(cell.key, order, measured.before, measured.after, measured.figures, held)
+        for point, scores in curve.found.items():
+            so_far = order[:point]
+            before = [p for request in so_far for p in unedited.evaluation.of(request.id)]
+            held = dict.fromkeys((request.id for request in so_far), point)
+            rows += probe_rows(
+                cell.key, order, before, scores.probes, measured.figures, held, is_final=False
+            )
+        return rows
+
+    def _is_as_before(self) -> bool:
+        """Whether the model is what was loaded; loads it anew where it is not."""
+        memory = EditMemory.find(self.model)
+        if memory is not None:
+            memory.detach_()
+        if self._hashes.combined() == self.sha256:
+            return True
+        self._load()
+        return False
+
+    def _chosen(self, data: DataSpec) -> list[EditRequest]:
+        """The requests of a data set that are edited."""
+        requests = data.source.requests
+        if not data.known:
+            return requests[: data.limit]
+        asked = [request for request in requests if request.target_old]
+        known: list[EditRequest] = []
+        step = KNOWN_AT_ONCE if data.limit else max(1, len(asked))
+        for start in range(0, len(asked), step):
+            part = asked[start : start + step]
+            scores = self._asked([reversed_alone(request) for request in part]).evaluation
+            hits = {p.request_id for p in scores.probes if p.autoregressive}
+            known += [request for request in part if request.id in hits]
+            if data.limit and len(known) >= data.limit:
+                break
+        if not known:
+            raise EditError(
+                f"The model {self.study.model!r} gives the old answer of none of the "
+                f"{len(asked)} facts of {data.name!r} that name one. Set `known: false` to edit "
+                "them nevertheless, or take other facts."
+            )
+        return known[: data.limit]
+
+    def _asked(self, requests: Sequence[EditRequest], *, reads_prose: bool = False) -> UneditedRun:
+        max_length = getattr(self.model.config, "max_position_embeddings", None)
+        is_encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        tokens = PromptTokenizer(
+            self.tokenizer,
+            chat_template=self.study.chat_template,
+            is_encoder_decoder=is_encoder_decoder,
+            max_length=max_length,
+            system_prompt=self.study.system_prompt,
+        )
+        run = UneditedRun(self.model, tokens, self.study.max_new_tokens, reads_prose=reads_prose)
+        trainer = self._trainer()
+        loader = RequestLoader(requests, ROWS_AT_ONCE, trainer.world_size, trainer.global_rank)
+        trainer.test(run, dataloaders=loader, verbose=False)
+        return run
+
+    def _trainer(self, callbacks: Sequence[Callback] = ()) -> Trainer:
+        study = self.study
+        with without_remarks():
+            return Trainer(
+                accelerator=study.accelerator,
+                devices=study.devices,
+                strategy=study.strategy,
+                precision=study.precision,
+                callbacks=list(callbacks),
+                default_root_dir=self.folder.path,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                # Edits need gradients.
+                inference_mode=False,
+            )
+
+
+class _Curve(Callback):
+    """Measures all edits so far after some numbers of them, and prose after the last.
+
+    Args:
+        points: Numbers of edits.
+        total: Number of all edits, after which the protocol itself measures.
+        unedited: What the unedited model makes of the data set.
+    """
+
+    def __init__(self, points: Sequence[int], total: int, unedited: Unedited) -> None:
+        self.points = {point for point in points if point < total}
+        self.unedited = unedited
+        #: Number of edits to the scores of those so far.
+        self.found: dict[int, Evaluation] = {}
+        self.perplexity_ratio: float | None = None
+        self._made: list[EditRequest] = []
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: list[EditRequest],
+        *args: object,
+    ) -> None:
+        self._made += batch
+        if len(self._made) in self.points and isinstance(pl_module, EditModule):
+            baseline = self.unedited.evaluation.baseline
+            scores = pl_module.evaluator.evaluate(self._made, baseline)
+            self.found[len(self._made)] = scores
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the protocol puts the model back."""
+        if isinstance(pl_module, EditModule):
+            after = perplexity(pl_module.model, pl_module.tokens, read_prose())
+            ratio = after / self.unedited.perplexity
+            self.perplexity_ratio = ratio if math.isfinite(ratio) else None
+
+
+class _PeakMemory:
+    """Most memory that is held at a time, from a moment on.
+
+    Of a GPU what torch holds there; else of the process, where the system tells and forgets it, as
+    Linux does.
+
+    Args:
+        device: Type of the device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._is_cuda = device == "cuda"
+        self._began = False
+
+    def begin(self) -> None:
+        """Forgets what was before."""
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            try:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+                self._began = True
+            except OSError:  # a system that does not let it
+                self._began = False
+
+    def most(self) -> int | None:
+        """Bytes; None where they are not known."""
+        if self._is_cuda:
+            return int(torch.cuda.max_memory_allocated())
+        if not self._began:
+            return None
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        return 1024 * int(peak)
+
+
+def _shuffled(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    """Requests in the order that a seed draws."""
+    generator = torch.Generator().manual_seed(seed)
+    return [requests[i] for i in torch.randperm(len(requests), generator=generator).tolist()]
