@@ -397,8 +397,8 @@ class ModelTree:
         listed = ", ".join(f"`{name}`" for name in names)
         return LocatorError(
             f"Layer {layer} (`{self.block_names[layer]}`) of {type(self.model).__name__} {why}: "
-            f"{listed}. Choose another layer; a method with `projections`, such as UltraEdit or "
-            f"MEND, which takes one by its name, `projections=[{names[0]!r}]`; or one that edits "
+            f"{listed}. Choose another layer; a method with `modules`, such as UltraEdit or "
+            f"MEND, which takes one by its name, `modules=[{names[0]!r}]`; or one that edits "
             "none, such as LoRA."
         )
 

@@ -104,21 +104,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 424,
             "laurel_rank": 4,
-            "num_kv_shared_layers": 0,
+            "num_kv_shared_layers": 2,
             "altup_num_inputs": 2,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
     "gemma4": (
         "Gemma4TextConfig",
         {
             **_HEADS,
+            "num_hidden_layers": 4,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 424,
             "global_head_dim": 8,
-            "num_kv_shared_layers": 0,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
     "gpt2": ("GPT2Config", _GPT),
@@ -390,7 +391,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
         config = cls(**sizes)
     else:
         config = cls(**sizes, **tokens)
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and not parts:
         config.decoder_start_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

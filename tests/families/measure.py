@@ -57,7 +57,7 @@ def naive_log_probs(model: Any, prompt: Sequence[int], target: Sequence[int]) ->
     """Log-probabilities of an answer's tokens by one unpadded pass without a cache."""
     device = next(model.parameters()).device
     if model.config.is_encoder_decoder:
-        begin = model.config.decoder_start_token_id
+        begin = _begin(model)
         ids = torch.tensor([[begin, *target[:-1]]], device=device)
         row = torch.tensor([list(prompt)], device=device)
         logits = model(input_ids=row, decoder_input_ids=ids, use_cache=False).logits[0]
@@ -68,11 +68,16 @@ def naive_log_probs(model: Any, prompt: Sequence[int], target: Sequence[int]) ->
     return [float(logp[i, token]) for i, token in enumerate(target)]
 
 
+def _begin(model: Any) -> int:
+    begin = getattr(model.config, "decoder_start_token_id", None)
+    return int(model.config.bos_token_id if begin is None else begin)
+
+
 def _naive_text(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     written: list[int] = []
     for _ in range(count):
         if model.config.is_encoder_decoder:
-            begin = model.config.decoder_start_token_id
+            begin = _begin(model)
             more = {"decoder_input_ids": torch.tensor([[begin, *written]])}
             logits = model(input_ids=torch.tensor([list(prompt)]), use_cache=False, **more).logits
         else:
