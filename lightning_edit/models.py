@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.plain_model import check_writes, encoder_alone
 from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -57,6 +59,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a language model, decoder-only or encoder-decoder by its configuration, in eval mode.
 
+    Of a model that sees, too, such as Llava or Qwen2-VL, all is loaded; edits are made in its
+    language model.
+
     Only safetensors are read and no code of the model's repository is run. A folder that
     `lightning-edit apply` has written for an edit of a memory gives the model with its memory, and
     so does one that ``save_pretrained`` of a model with a memory has written.
@@ -68,7 +73,8 @@ def load_model(
         cache_dir: Where a model converted from GGUF is kept; see ``resolve_model``.
 
     Raises:
-        ModelError: If the model is not found, is no language model or lacks weights.
+        ModelError: If the model is not found, is no language model, an encoder alone, or lacks
+            weights.
         ArtifactError: If the memory in the folder is damaged, or belongs to other weights.
 
     Examples:
@@ -88,11 +94,7 @@ def load_model(
     where: dict[str, str | bool | None] = {"revision": revision, "trust_remote_code": False}
     with _explained(model, "model"), _quiet(name):
         config = transformers.AutoConfig.from_pretrained(name, **where)
-        auto = (
-            transformers.AutoModelForSeq2SeqLM
-            if config.is_encoder_decoder
-            else transformers.AutoModelForCausalLM
-        )
+        auto = _auto_of(config)
         loaded, report = auto.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
         )
@@ -102,6 +104,7 @@ def load_model(
             f"`{model}` lacks {len(missing)} weights of {type(loaded).__name__}, the first of them "
             f"`{missing[0]}`; they would be random. Give a complete language model."
         )
+    check_writes(loaded)
     if model == DEFAULT_MODEL:
         # The name by which it is loaded again, not a folder of this machine.
         loaded.name_or_path = loaded.config.name_or_path = model
@@ -111,6 +114,26 @@ def load_model(
     ):
         _recall(loaded, name, revision)
     return loaded.eval()
+
+
+def _auto_of(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
+    """What loads the language models of a configuration.
+
+    Raises:
+        ModelError: If they are encoders alone.
+    """
+    import transformers
+
+    kind = type(config)
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    if kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText  # a language model that sees, too
+    if kind in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        raise encoder_alone(transformers.MODEL_FOR_MASKED_LM_MAPPING[kind].__name__)
+    return transformers.AutoModelForCausalLM  # which tells what it knows
 
 
 def _recall(model: PreTrainedModel, name: str, revision: str | None) -> None:

@@ -3,7 +3,8 @@
 """Where to edit: transformer blocks and their projections, found in the module tree.
 
 Nothing here knows a model by name. A model is read as what it is built of: a list of alike blocks,
-in each block an attention and a multilayer perceptron (MLP), in these the linear maps.
+in each block an attention and a multilayer perceptron (MLP), in these the linear maps. Where a
+block holds more than these, the model is run to see which of its maps does what.
 """
 
 # Shapes: O outputs of a linear map, I its inputs.
@@ -11,7 +12,7 @@ in each block an attention and a multilayer perceptron (MLP), in these the linea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, cast, get_args
 
@@ -19,13 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.errors import LocatorError
+from lightning_edit.core.linear_maps import (
+    ATTENTION,
+    holder,
+    in_attention,
+    is_linear,
+    linears,
+    sizes,
+)
+from lightning_edit.core.probe import Inner, probed
 
 __all__ = ["Locator", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
 
 ModuleKind = Literal["mlp_out", "mlp_in", "attention_out", "attention_in"]
 StackKind = Literal["decoder", "encoder"]
 
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EMBEDDING = re.compile(r"emb", re.IGNORECASE)
 
 
@@ -225,7 +234,7 @@ class ModelTree:
         name = max(
             candidates,
             key=lambda name: (
-                any(_ATTENTION.search(n) for n, _ in stacks[name].named_modules()),
+                any(ATTENTION.search(n) for n, _ in stacks[name].named_modules()),
                 _shared_prefix(name, embeddings_name),
                 len(stacks[name]),
             ),
@@ -276,7 +285,7 @@ class ModelTree:
         """
         layer = self.index(layer)
         self._refuse_experts(layer)
-        return self._last(layer, in_attention=False)
+        return self._last(layer, of_attention=False)
 
     def mlp_in(self, layer: int) -> list[WeightSite]:
         """The MLP's projections that read the hidden state; two where it is gated."""
@@ -295,7 +304,7 @@ class ModelTree:
         Raises:
             LocatorError: If the block has no attention.
         """
-        return self._last(self.index(layer), in_attention=True)
+        return self._last(self.index(layer), of_attention=True)
 
     def attention_in(self, layer: int) -> list[WeightSite]:
         """The projections of self-attention that read the hidden state, fused or not."""
@@ -305,40 +314,107 @@ class ModelTree:
         """The self-attention module."""
         return self._container(self.attention_out(layer))
 
-    def _last(self, layer: int, *, in_attention: bool) -> WeightSite:
-        block = self.blocks[layer]
-        found = [
-            name
-            for name, linear in _linears(block)
-            if _in_attention(block, name) == in_attention and _sizes(linear)[0] == self.hidden_size
+    def maps_named(self, layer: int, name: str) -> list[WeightSite]:
+        """Linear maps of a block with a name, or a path that ends with it, whatever they do."""
+        found = (n for n, _ in linears(self.blocks[self.index(layer)]))
+        return [
+            self._site(self.index(layer), n)
+            for n in found
+            if f".{n.removesuffix('.base_layer')}".endswith(f".{name}")
         ]
+
+    def _last(self, layer: int, *, of_attention: bool) -> WeightSite:
+        block = self.blocks[layer]
+        found = [name for name in self._writers(block) if in_attention(block, name) == of_attention]
+        if of_attention:
+            found = self._of_self_attention(layer, found)
+        elif found and self._is_mixed():
+            found = self._position_wise(layer, found)
         if not found:
-            what = "attention" if in_attention else "MLP"
+            what = "attention" if of_attention else "MLP"
             children = ", ".join(f"`{n}` ({type(m).__name__})" for n, m in block.named_children())
             raise LocatorError(
                 f"Layer {layer} (`{self.block_names[layer]}`) of {type(self.model).__name__} has "
                 f"no {what} with a linear projection to the hidden size {self.hidden_size}; it "
                 f"consists of {children}. Choose another layer or module."
             )
-        if in_attention:
-            # Self-attention comes first; a decoder's cross-attention has a module of its own.
-            found = [name for name in found if _holder(name) == _holder(found[0])]
         return self._site(layer, found[-1])
+
+    def _writers(self, block: nn.Module) -> list[str]:
+        """Linear maps of a block to the hidden size, by name."""
+        return [n for n, one in linears(block) if sizes(one)[0] == self.hidden_size]
+
+    def _is_mixed(self) -> bool:
+        """Whether blocks hold more than attention and one thing beside it, or not all the same."""
+        kinds: set[type[nn.Module]] = set()
+        for i, block in enumerate(self.blocks):
+            if self._experts(i):
+                continue
+            names = [n for n in self._writers(block) if not in_attention(block, n)]
+            holders = {holder(name) for name in names}
+            if len(holders) > 1:
+                return True
+            kinds |= {type(block.get_submodule(name)) for name in holders if name}
+        return len(kinds) > 1
+
+    def _position_wise(self, layer: int, names: list[str]) -> list[str]:
+        """The one of a block's maps whose input is a curved function of the hidden state alone."""
+        seen = self._probed(layer, names)
+        found = [n for n, one in seen.items() if one is not None and one.is_of_mlp]
+        if not found:
+            raise self._unclear(
+                layer, names, "has no MLP: what it holds looks at more than one hidden state"
+            )
+        if len(found) > 1:
+            raise self._unclear(layer, found, f"has {len(found)} MLPs")
+        return found
+
+    def _of_self_attention(self, layer: int, names: list[str]) -> list[str]:
+        """The maps of self-attention, which comes before a decoder's cross-attention, in order."""
+        if not names:
+            return names
+        block = self.blocks[layer]
+        root = _attention_root(block, names[0])
+        own = [n for n, _ in linears(block) if holder(n) == holder(names[0])]
+        within = [n for n in names if _attention_root(block, n) == root]
+        alike = [n for n in names if holder(n) == holder(names[0])]
+        if within == alike and own[-1] == alike[-1]:
+            return alike
+        seen = self._probed(layer, within)
+        order = {n: one.order for n, one in seen.items() if one is not None and not one.is_of_mlp}
+        return sorted(order, key=order.__getitem__)
+
+    def _probed(self, layer: int, names: list[str]) -> dict[str, Inner | None]:
+        maps = [self.blocks[layer].get_submodule(name) for name in names]
+        try:
+            seen = probed(self.model, self.blocks, self.hidden_size, maps)
+        except RuntimeError as reason:
+            why = f"cannot be run to see which of its maps does what ({reason})"
+            raise self._unclear(layer, names, why) from reason
+        return dict(zip(names, seen, strict=True))
+
+    def _unclear(self, layer: int, names: list[str], why: str) -> LocatorError:
+        listed = ", ".join(f"`{name}`" for name in names)
+        return LocatorError(
+            f"Layer {layer} (`{self.block_names[layer]}`) of {type(self.model).__name__} {why}: "
+            f"{listed}. Choose another layer; a method with `modules`, such as UltraEdit or "
+            f"MEND, which takes one by its name, `modules=[{names[0]!r}]`; or one that edits "
+            "none, such as LoRA."
+        )
 
     def _readers(self, out: WeightSite) -> list[WeightSite]:
         block = self.blocks[out.layer]
         own = out.module_name.removeprefix(f"{self.block_names[out.layer]}.")
-        return [
-            self._site(out.layer, name)
-            for name, linear in _linears(block)
-            if name != own
-            and _holder(name) == _holder(own)
-            and _sizes(linear)[1] == self.hidden_size
-        ]
+        names = [n for n, one in linears(block) if n != own and sizes(one)[1] == self.hidden_size]
+        found = [name for name in names if holder(name) == holder(own)]
+        if not found and in_attention(block, own):
+            root = _attention_root(block, own)
+            found = [name for name in names if _attention_root(block, name) == root]
+        return [self._site(out.layer, name) for name in found]
 
     def _container(self, out: WeightSite) -> nn.Module:
-        holder = _holder(out.module_name)
-        name = out.module_name if holder == self.block_names[out.layer] else holder
+        parent = holder(out.module_name)
+        name = out.module_name if parent == self.block_names[out.layer] else parent
         return self.model.get_submodule(name)
 
     def _site(self, layer: int, name: str) -> WeightSite:
@@ -350,7 +426,7 @@ class ModelTree:
                 f"`{module_name}.weight` is {weight.dtype} of shape {list(weight.shape)}: the "
                 "model is quantized. Load it unquantized, in float32 or bfloat16."
             )
-        out_features, in_features = _sizes(linear)
+        out_features, in_features = sizes(linear)
         return WeightSite(
             name=f"{module_name}.weight",
             module_name=module_name,
@@ -361,23 +437,35 @@ class ModelTree:
         )
 
     def _refuse_experts(self, layer: int) -> None:
+        experts = self._experts(layer)
+        if not experts:
+            return
+        plain = [i for i in range(len(self.blocks)) if not self._experts(i)]
+        advice = f"a layer with a plain MLP ({', '.join(map(str, plain))}), or " if plain else ""
+        raise LocatorError(
+            f"The MLP of layer {layer} is a mixture of experts: {experts}. One matrix cannot be "
+            f"named for all of them. Choose {advice}a method that needs none, such as LoRA, or "
+            "GRACE with `module='attention_out'`."
+        )
+
+    def _experts(self, layer: int) -> str:
+        """The experts of a block in words; empty where it has none."""
         block = self.blocks[layer]
-        what = ""
         for name, parameter in block.named_parameters():
             owner = name.rpartition(".")[0]
             is_kernel = isinstance(block.get_submodule(owner), nn.Conv1d)
-            if parameter.ndim == 3 and not is_kernel and not _in_attention(block, owner):
-                what = f"`{self.block_names[layer]}.{name}` of shape {list(parameter.shape)}"
+            # Of each expert a matrix from or to the hidden state.
+            is_stack = parameter.ndim == 3 and min(parameter.shape) > 1
+            is_stack &= self.hidden_size in parameter.shape[1:]
+            if is_stack and not is_kernel and not in_attention(block, owner):
+                return f"`{self.block_names[layer]}.{name}` of shape {list(parameter.shape)}"
         for name, module in block.named_modules():
-            if isinstance(module, nn.ModuleList) and not _in_attention(block, name):
-                kinds = [type(m) for m in module if any(True for _ in _linears(m))]
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not in_attention(block, name):
+                parts = module.values() if isinstance(module, nn.ModuleDict) else module
+                kinds = [type(m) for m in parts if any(True for _ in linears(m))]
                 if len(kinds) > 1 and len(set(kinds)) == 1:
-                    what = f"{len(kinds)} modules in `{self.block_names[layer]}.{name}`"
-        if what:
-            raise LocatorError(
-                f"The MLP of layer {layer} is a mixture of experts: {what}. One matrix cannot be "
-                "named for all of them. Choose a layer with a plain MLP, or `attention_out`."
-            )
+                    return f"{len(kinds)} modules in `{self.block_names[layer]}.{name}`"
+        return ""
 
 
 def _gathered(weight: Tensor) -> Tensor:
@@ -385,54 +473,11 @@ def _gathered(weight: Tensor) -> Tensor:
     return weight if gather is None else cast(Tensor, gather())
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """An nn.Linear, or transformers' Conv1D, a linear map stored as [I, O]."""
-    if isinstance(module, nn.Linear):
-        return True
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and isinstance(getattr(module, "nf", None), int)
-    )
-
-
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    """(O, I) of a linear module."""
-    if isinstance(linear, nn.Linear):
-        return linear.out_features, linear.in_features
-    weight = cast(Tensor, linear.weight)
-    return int(weight.shape[1]), int(weight.shape[0])
-
-
-def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Linear maps by name, in order; of an adapter's wrapper only the wrapped layer."""
-    if _is_linear(module):
-        yield prefix, module
-        return
-    base = getattr(module, "base_layer", None)
-    children = (
-        [("base_layer", base)] if isinstance(base, nn.Module) else list(module.named_children())
-    )
-    for name, child in children:
-        yield from _linears(child, f"{prefix}.{name}" if prefix else name)
-
-
-def _holder(name: str) -> str:
-    """Name of the module that holds a linear map, an adapter's wrapper left aside."""
-    return name.removesuffix(".base_layer").rpartition(".")[0]
-
-
-def _in_attention(block: nn.Module, name: str) -> bool:
-    """Whether a module of the block lies in an attention, by the names on its path."""
-    module = block
-    for part in name.split("."):
-        if not part:
-            return False
-        module = module.get_submodule(part)
-        if _ATTENTION.search(part) or _ATTENTION.search(type(module).__name__):
-            return True
-    return False
+def _attention_root(block: nn.Module, name: str) -> str:
+    """Name of the outermost module on a path that is an attention by its name."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((path for path in paths if in_attention(block, path)), "")
 
 
 def _stacks(model: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
@@ -443,7 +488,7 @@ def _stacks(model: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
         if (
             isinstance(child, nn.ModuleList)
             and len(child)
-            and all(not _is_linear(m) and any(True for _ in _linears(m)) for m in child)
+            and all(not is_linear(m) and any(True for _ in linears(m)) for m in child)
         ):
             found[path] = child
         else:
@@ -474,7 +519,7 @@ def _hidden_size(block: nn.Module) -> int | None:
     norms = [
         (name.count("."), size)
         for name, module in block.named_modules()
-        if (size := _norm_size(module)) is not None and not _in_attention(block, _holder(name))
+        if (size := _norm_size(module)) is not None and not in_attention(block, holder(name))
     ]
     return min(norms, key=lambda item: item[0])[1] if norms else None
 

@@ -16,11 +16,19 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError, RequestError
+from lightning_edit.core.probe import is_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_ids", "check_tokens", "check_weight", "check_weights"]
+__all__ = [
+    "check_ids",
+    "check_tokens",
+    "check_weight",
+    "check_weights",
+    "check_writes",
+    "encoder_alone",
+]
 
 # Packages whose tensors and modules hold quantized weights.
 _QUANTIZERS = (
@@ -98,19 +106,49 @@ def check_weight(path: str, weight: Tensor, model: str = "The model") -> None:
         raise _offloaded(model, path)
 
 
+def check_writes(model: nn.Module) -> None:
+    """Checks that a model writes from left to right.
+
+    Args:
+        model: A language model.
+
+    Raises:
+        ModelError: If it is an encoder alone, whose every position sees what follows.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or is_causal(model):
+        return
+    raise encoder_alone(type(model).__name__)
+
+
+def encoder_alone(name: str) -> ModelError:
+    """What is said of a model that does not write.
+
+    Args:
+        name: Its class.
+    """
+    return ModelError(
+        f"{name} is an encoder alone: what it makes of a position depends on what follows it, so "
+        "that it neither writes nor answers, which is what edits are made and measured by. Give a "
+        "decoder, such as GPT-2, Llama or Qwen, or an encoder with a decoder, such as T5."
+    )
+
+
 def check_tokens(model: PreTrainedModel, tokens: PromptTokenizer) -> None:
-    """Checks that a model knows the tokens that rows are filled and ended with.
+    """Checks that a model writes, and knows the tokens that rows are filled and ended with.
 
     Args:
         model: A language model.
         tokens: Its tokenizer.
 
     Raises:
-        ModelError: If one of them is beyond the model's embedding, or that is not in memory.
+        ModelError: If it is an encoder alone, or one of the tokens is beyond its embedding, or that
+            is not in memory.
     """
     for path, parameter in islice(model.named_parameters(), 1):  # which tells where rows go
         if parameter.is_meta:
             raise _offloaded(type(model).__name__, path)
+    check_writes(model)
     rows = _embedding_rows(model)
     for what, token in (("pad", tokens.pad_id), ("eos", tokens.eos_id)):
         if rows and token is not None and token >= rows:

@@ -58,7 +58,8 @@ def named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
         tree: The model.
         layer: Index of the block; negative ones count from the end.
         word: ``mlp_in``, ``mlp_out``, ``attention_in``, ``attention_out``, or a projection's own
-            name, such as ``up_proj``.
+            name, such as ``up_proj``, with the names of modules around it where that is needed:
+            ``mamba.out_proj``.
 
     Raises:
         LocatorError: If the layer does not exist or has no such projection.
@@ -71,14 +72,25 @@ def named_sites(tree: ModelTree, layer: int, word: str) -> list[WeightSite]:
     if word in get_args(ModuleKind):
         found = getattr(tree, word)(layer)
         return [found] if isinstance(found, WeightSite) else list(found)
-    known: list[WeightSite] = []
+    names: dict[str, WeightSite] = {}
     for kind in get_args(ModuleKind):
-        one = getattr(tree, kind)(layer)
-        known += [one] if isinstance(one, WeightSite) else one
-    names = {site.module_name.rpartition(".")[2]: site for site in known}
-    if word not in names:
+        try:
+            one = getattr(tree, kind)(layer)
+        except LocatorError:  # such as a block without attention
+            continue
+        for site in [one] if isinstance(one, WeightSite) else one:
+            names[site.module_name.rpartition(".")[2]] = site
+    if word in names:
+        return [names[word]]
+    found = tree.maps_named(layer, word)
+    if len(found) != 1:
+        several = ", ".join(site.module_name for site in found)
         raise LocatorError(
-            f"`modules` names {word!r}, which layer {layer} of {type(tree.model).__name__} does "
-            f"not have. Choose from {', '.join((*get_args(ModuleKind), *names))}."
+            f"`modules` names {word!r}, which layer {layer} of {type(tree.model).__name__} "
+            + (
+                f"has several times: {several}. Name modules around it, too."
+                if found
+                else f"does not have. Choose from {', '.join((*get_args(ModuleKind), *names))}."
+            )
         )
-    return [names[word]]
+    return found

@@ -8,7 +8,7 @@ import json
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
@@ -69,6 +69,10 @@ class Routes(Protocol):
 
     def keep(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache what was decided for its rows, [B]."""
+        ...
+
+    def asked_at(self, positions: Tensor) -> AbstractContextManager[None]:
+        """Has rows asked at other positions than their last inside a ``with`` block."""
         ...
 
 
@@ -182,6 +186,14 @@ class EditMemory(nn.Module, ABC):
         """Gives a cache that was filled by hand what was decided for its rows, [B]."""
         if self.router is not None:
             self.router.keep(cache, route)
+
+    def asked_at(self, positions: Tensor) -> AbstractContextManager[None]:
+        """Context manager: rows hold prompts and answers in one, and are asked inside of them.
+
+        Args:
+            positions: Column of the last token of each prompt, [B].
+        """
+        return nullcontext() if self.router is None else self.router.asked_at(positions)
 
     # -- entries -----------------------------------------------------------------------------
 

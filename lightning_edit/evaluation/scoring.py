@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_edit.core.batch import IGNORE_INDEX, PromptTokenizer, pad_rows
+from lightning_edit.core.batch import PromptTokenizer, pad_rows
 from lightning_edit.core.plain_model import check_ids, check_tokens
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.passes.borrowing import borrowed
-from lightning_edit.passes.decoding import GREEDY, end_ids, write
+from lightning_edit.passes.caches import keeps_keys_and_values, takes
+from lightning_edit.passes.decoding import GREEDY, begin_id, end_ids, write
 from lightning_edit.passes.prefixes import SharedPrefix, shared_prefixes
 
 if TYPE_CHECKING:
@@ -138,6 +139,9 @@ def _all_decoder_logits(
     model: PreTrainedModel, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Logits of the places of each row's answer, [K, V], also where prompts begin alike."""
+    if not keeps_keys_and_values(model):
+        yield from _whole_logits(model, tokens, rows, max_tokens)
+        return
     prefixes = _prefixes(model, tokens, [prompt for prompt, _ in rows])
     parts: dict[_Ids, list[_Row]] = {}
     for row in rows:
@@ -154,6 +158,8 @@ def _prefixes(
     memory = EditMemory.find(model)
     # A memory that looks at whole prompts has to see them whole.
     if tokens.is_encoder_decoder or (memory is not None and memory.is_hooked):
+        return {}
+    if not keeps_keys_and_values(model):
         return {}
     groups = shared_prefixes(prompts)
     return {prompt: prefix for prefix, group in groups.items() for prompt in group}
@@ -187,6 +193,32 @@ def _logits_after(
         for row, logits_KV in zip(batch, logits_BKV, strict=True):
             at = len(row[0]) - length - 1 - skipped
             yield row, logits_KV[at : at + len(row[1]) + 1]
+
+
+def _whole_logits(
+    model: PreTrainedModel, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
+) -> Iterator[tuple[_Row, Tensor]]:
+    """Logits of the places of each row's answer, [K, V], of a model that cannot go on from a part.
+
+    Padding stands behind, where nothing that is read can see it.
+    """
+    memory = EditMemory.find(model)
+    lengths = {row: len(row[0]) + len(row[1]) for row in rows}
+    for batch in _batches(lengths, max_tokens, ENOUGH_TOKENS):
+        ids, mask = pad_rows([[*prompt, *forced] for prompt, forced in batch], tokens.pad_id)
+        ends = [len(prompt) - 1 for prompt, _ in batch]
+        asked_at = torch.tensor(ends, device=model.device)
+        keep = {"logits_to_keep": ids.shape[1] - min(ends)} if _keeps_logits(model) else {}
+        with nullcontext() if memory is None else memory.asked_at(asked_at):
+            logits_BKV = model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                use_cache=False,
+                **keep,
+            ).logits
+        skipped = ids.shape[1] - logits_BKV.shape[1]
+        for row, end, logits_KV in zip(batch, ends, logits_BKV, strict=True):
+            yield row, logits_KV[end - skipped : end - skipped + len(row[1]) + 1]
 
 
 def _decoder_logits(
@@ -308,14 +340,16 @@ def _encoder_decoder_logits(
     model: PreTrainedModel, tokens: PromptTokenizer, rows: Sequence[_Row], max_tokens: int
 ) -> Iterator[tuple[_Row, Tensor]]:
     """Logits of the places of each row's answer, [K, V]: one more than it has forced tokens."""
-    device = next(model.parameters()).device
+    device, begin = next(model.parameters()).device, begin_id(model)
     lengths = {row: len(row[0]) + len(row[1]) for row in rows}
     for batch in _batches(lengths, max_tokens, ENOUGH_TOKENS):
         ids, mask = pad_rows([prompt for prompt, _ in batch], tokens.pad_id)
-        # A label for each forced token and one more; the decoder's inputs are made from them.
-        labels, _ = pad_rows([[*forced, tokens.pad_id] for _, forced in batch], IGNORE_INDEX)
+        read, _ = pad_rows([[begin, *forced] for _, forced in batch], tokens.pad_id)
         logits_BKV = model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            decoder_input_ids=read.to(device),
+            use_cache=False,
         ).logits
         for row, logits_KV in zip(batch, logits_BKV, strict=True):
             yield row, logits_KV[: len(row[1]) + 1]
@@ -338,7 +372,7 @@ def _batches(lengths: Mapping[_T, int], max_tokens: int, enough: int) -> Iterato
 
 
 def _keeps_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return takes(model, "logits_to_keep")
 
 
 def prompt_ids(
@@ -403,8 +437,7 @@ def continuations(
         texts: dict[tuple[str, int], Continuation] = {}
         for beginning, items in parts.items():
             prefix = SharedPrefix(model, beginning) if beginning else None
-            for start in range(0, len(items), max_rows):
-                chunk = items[start : start + max_rows]
+            for chunk in _chunks(model, items, lambda item: len(ids[item[0]]), max_rows):
                 written = _generate(
                     model,
                     tokens,
@@ -415,6 +448,18 @@ def continuations(
                 )
                 texts.update(zip(chunk, written, strict=True))
     return [texts[item] for item in asked]
+
+
+def _chunks(
+    model: PreTrainedModel, items: Sequence[_T], length: Callable[[_T], int], max_rows: int
+) -> Iterator[Sequence[_T]]:
+    """Prompts to continue at once; of one length where the model may not see past padding."""
+    groups: dict[int, list[_T]] = {}
+    for item in items:
+        groups.setdefault(0 if keeps_keys_and_values(model) else length(item), []).append(item)
+    for group in groups.values():
+        for start in range(0, len(group), max_rows):
+            yield group[start : start + max_rows]
 
 
 def _generate(
@@ -453,16 +498,21 @@ def _generate(
                     lengths[b] = count
             return torch.tensor(done, device=input_ids.device)
 
-    settings = {**GREEDY, "max_new_tokens": max_new_tokens}
-    output = write(
-        model,
-        tokens,
-        ids.to(device),
-        mask.to(device),
-        settings,
-        stop=[NaturalStop()],
-        cache=cache,
-    )
+    memory = EditMemory.find(model)
+    # Without a cache each token is read with the whole row, in which the prompt ends where it did.
+    is_whole = not (tokens.is_encoder_decoder or takes(model, "cache"))
+    ends = torch.full((len(prompts),), begin - 1, device=device)
+    settings = {**GREEDY, "max_new_tokens": max_new_tokens, "use_cache": not is_whole}
+    with memory.asked_at(ends) if memory is not None and is_whole else nullcontext():
+        output = write(
+            model,
+            tokens,
+            ids.to(device),
+            mask.to(device),
+            settings,
+            stop=[NaturalStop()],
+            cache=cache,
+        )
     written: list[Continuation] = []
     for b, row in enumerate(output[:, begin:].tolist()):
         own = row[: lengths[b]]  # behind a stop there is only padding

@@ -27,6 +27,7 @@ from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import Arguments, entering_states
 from lightning_edit.passes.blocks import explained
 from lightning_edit.passes.borrowing import borrowed
+from lightning_edit.passes.decoding import decoder_inputs
 from lightning_edit.passes.hooks import hooked
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class ActivationPaths:
                 cache = EncoderDecoderCache(cache, DynamicCache())
                 # The last label is read by nobody.
                 labels = torch.tensor([[*answer, 0]], device=device)
-                ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
+                ids = decoder_inputs(model, labels)
                 first = 0
             else:
                 ids = torch.cat([ids, ids.new_tensor([list(answer)])], 1)

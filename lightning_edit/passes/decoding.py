@@ -10,14 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria
 
-__all__ = ["GREEDY", "end_ids", "sampling", "write", "written_by"]
+__all__ = [
+    "GREEDY",
+    "begin_id",
+    "decoder_inputs",
+    "end_ids",
+    "sampling",
+    "write",
+    "written_by",
+]
 
 #: The likeliest token each time.
 GREEDY: Mapping[str, object] = {"do_sample": False, "num_beams": 1}
@@ -55,6 +65,40 @@ def end_ids(model: PreTrainedModel, tokens: PromptTokenizer) -> list[int]:
     return list(dict.fromkeys([*own, *(token for token in named if token in special)]))
 
 
+def begin_id(model: PreTrainedModel) -> int:
+    """The token that a decoder with an encoder before it begins with.
+
+    Raises:
+        ModelError: If the model's configuration names none.
+    """
+    sources = (model.config, getattr(model, "generation_config", None))
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for source in sources:
+            token = getattr(source, name, None)
+            if token is not None:
+                return int(token)
+    raise ModelError(
+        f"The configuration of {type(model).__name__} does not say which token its decoder begins "
+        "with. Set `model.config.decoder_start_token_id`, such as to the code of the language that "
+        "it is to write."
+    )
+
+
+def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """What a decoder reads while it predicts some labels: its first token, and those before.
+
+    Args:
+        model: A Hugging Face encoder-decoder model.
+        labels: Tokens, and −100 for those that are not predicted, [B, T].
+
+    Returns:
+        Token ids, [B, T].
+    """
+    begun = torch.full_like(labels[:, :1], begin_id(model))
+    padding = getattr(model.config, "pad_token_id", None) or 0
+    return torch.cat([begun, labels[:, :-1].masked_fill(labels[:, :-1] < 0, padding)], 1)
+
+
 def written_by(
     model: PreTrainedModel, tokens: PromptTokenizer, settings: Mapping[str, object]
 ) -> GenerationConfig:
@@ -67,12 +111,7 @@ def written_by(
     """
     from transformers import GenerationConfig
 
-    begin = None
-    if tokens.is_encoder_decoder:
-        sources = (model.config, model.generation_config)
-        names = ("decoder_start_token_id", "bos_token_id")
-        found = [getattr(source, name, None) for name in names for source in sources]
-        begin = next((token for token in found if token is not None), None)
+    begin = begin_id(model) if tokens.is_encoder_decoder else None
     return GenerationConfig(
         **settings,
         pad_token_id=tokens.pad_id,

@@ -19,11 +19,12 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
+from lightning_edit.passes.whole_rows import WholeKeys, runs_in_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["KeyPass", "KeyPasses"]
+__all__ = ["KeyPass", "KeyPasses", "key_pass_of"]
 
 MAX_ROWS = 512  # rows whose keys are taken at once
 
@@ -130,6 +131,16 @@ class KeyPass:
         return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
 
 
+def key_pass_of(tree: ModelTree, layer: int) -> type[KeyPass] | type[WholeKeys]:
+    """How keys are taken from a model: block by block, or of whole rows where it has to be.
+
+    Args:
+        tree: A decoder-only model.
+        layer: A layer that is edited.
+    """
+    return KeyPass if runs_in_parts(tree, layer) else WholeKeys
+
+
 @dataclass
 class KeyPasses:
     """Rows of requests in templates, few enough at a time for their attention to fit in memory.
@@ -139,7 +150,7 @@ class KeyPasses:
         templates: Rows of each request.
     """
 
-    parts: list[KeyPass]
+    parts: list[KeyPass] | list[WholeKeys]
     templates: int
 
     @classmethod
@@ -162,8 +173,9 @@ class KeyPasses:
         """
         flat = [row for request in rows for row in request]
         starts = range(0, len(flat), MAX_ROWS)
+        take = key_pass_of(tree, layers[-1])
         parts = [
-            KeyPass.capture(tree, layers, flat[start : start + MAX_ROWS], pad_id, place)
+            take.capture(tree, layers, flat[start : start + MAX_ROWS], pad_id, place)
             for start in starts
         ]
         return cls(parts, len(rows[0]))

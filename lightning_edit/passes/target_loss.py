@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
-from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.passes.decoding import decoder_inputs
 from lightning_edit.passes.hooks import hooked
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def target_nll(tree: ModelTree, batch: EditBatch, objective: Objective = "target
         NLL in nats, [N] float32.
 
     Raises:
-        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+        ModelError: If it is not known what an encoder-decoder model's decoder begins with.
 
     Examples:
         >>> from lightning_edit.core.batch import PromptTokenizer
@@ -80,7 +80,7 @@ def target_logits(
         Logits, [N, V] float32, and the targets, [N] int64.
 
     Raises:
-        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+        ModelError: If it is not known what an encoder-decoder model's decoder begins with.
     """
     rows, columns = torch.nonzero(batch.labels != IGNORE_INDEX, as_tuple=True)
     where = target_places(tree, batch)
@@ -136,7 +136,7 @@ def place_logits(tree: ModelTree, batch: EditBatch, where: tuple[Tensor, Tensor]
         Logits, [N, V] float32.
 
     Raises:
-        ModelError: If an encoder-decoder model cannot make decoder inputs from labels.
+        ModelError: If it is not known what an encoder-decoder model's decoder begins with.
     """
     # A part of a batch may be padded too far, and what no place can see need not be read.
     width = int(batch.attention_mask.sum(1).max())
@@ -144,14 +144,8 @@ def place_logits(tree: ModelTree, batch: EditBatch, where: tuple[Tensor, Tensor]
     model: PreTrainedModel = tree.model
     inputs: dict[str, Tensor] = {}
     if tree.is_encoder_decoder:
-        make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if make is None:
-            raise ModelError(
-                f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, by which "
-                "a decoder's inputs are made. Choose T5, BART or another model that has it."
-            )
         longest = int(torch.nonzero(batch.labels != IGNORE_INDEX)[:, 1].max()) + 1
-        inputs = {"decoder_input_ids": make(labels=batch.labels[:, :longest])}
+        inputs = {"decoder_input_ids": decoder_inputs(model, batch.labels[:, :longest])}
     else:
         width = min(width, last)
     with _only_at(tree.lm_head, *where):

@@ -150,6 +150,6 @@ def test_a_model_that_hands_on_something_else_is_refused() -> None:
 
 def test_a_model_that_cannot_be_run_so_is_told() -> None:
     model: Any = build("t5")
-    model.prepare_decoder_input_ids_from_labels = None
+    model.get_encoder = None
     with pytest.raises(ModelError, match=r"T5ForConditionalGeneration cannot be run .*TypeError"):
         ActivationPaths.capture(ModelTree.of(model), PROMPT)

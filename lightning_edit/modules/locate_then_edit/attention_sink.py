@@ -13,7 +13,7 @@ import torch
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
-from lightning_edit.passes.key_pass import KeyPass
+from lightning_edit.passes.key_pass import key_pass_of
 
 __all__ = ["sink_reasons"]
 
@@ -50,7 +50,8 @@ def sink_reasons(
         if last > 0:
             continue
         row = [*prompt, *tokens.target(request.prompt, request.target_new)]
-        states = KeyPass.capture(tree, [layer], [row], tokens.pad_id).state[0]
+        states = key_pass_of(tree, layer).capture(tree, [layer], [row], tokens.pad_id).state
+        states = states.reshape(-1, *states.shape[-2:])[0]  # of several streams the first
         norms = torch.linalg.vector_norm(states.float(), dim=-1)
         ratio = float(norms[0] / norms[1:].median())
         if ratio > SINK_RATIO:

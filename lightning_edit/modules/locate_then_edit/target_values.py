@@ -24,7 +24,8 @@ from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.passes.borrowing import borrowed
-from lightning_edit.passes.tail import Place, Tail
+from lightning_edit.passes.tail import Place
+from lightning_edit.passes.whole_rows import captured
 
 __all__ = ["TargetValueSettings", "TargetValues", "optimize_target_values"]
 
@@ -261,10 +262,10 @@ def _optimize(
     dtype: torch.dtype | None,
 ) -> TargetValues:
     rows = _make_rows(tokens, requests, templates, settings.kl_prompt)
-    tail = Tail.capture(tree, layer, rows.ids, rows.splits, tokens.pad_id, settings.place)
+    tail = captured(tree, layer, rows.ids, rows.splits, tokens.pad_id, settings.place)
     if dtype is not None:
         tail = tail.lower(dtype)
-    device = tail.state.device
+    device = tail.keys.device
     count, width = len(requests), len(templates)
 
     def index(values: Sequence[int]) -> Tensor:

@@ -1,0 +1,49 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""What a model hands on from position to position, and whether rows can go on from a part of it."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+__all__ = ["keeps_keys_and_values", "takes"]
+
+_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def keeps_keys_and_values(model: nn.Module) -> bool:
+    """Whether all that a model hands on is keys and values, a pair for each position it has read.
+
+    Those can be cut, joined and padded. The state of linear attention, of a state space or of a
+    convolution cannot: then whole rows are read again, which is said once.
+
+    Args:
+        model: A Hugging Face language model; of one whose class or configuration does not say, yes.
+    """
+    from transformers import DynamicCache, PreTrainedConfig
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return True
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    if takes(model, "cache") and kinds <= set(plain):
+        return True
+    if model not in _TOLD:
+        _TOLD.add(model)
+        rank_zero_info(
+            f"{type(model).__name__} hands on more than keys and values from position to position: "
+            "whole rows are run where others go on from a cache. That is slower, and gives the "
+            "same figures."
+        )
+    return False
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's ``forward`` names an argument."""
+    return name in inspect.signature(model.forward).parameters
