@@ -118,6 +118,7 @@ class TPatcher(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.09785"
+    edits_shards: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -100,6 +100,7 @@ class WISE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14768"
+    edits_shards: ClassVar[bool] = True
 
     def __init__(
         self,

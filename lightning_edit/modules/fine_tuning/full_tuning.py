@@ -43,6 +43,7 @@ class FullTuning(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.08011"
+    edits_shards: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -90,6 +90,7 @@ class GRACE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2211.11031"
+    edits_shards: ClassVar[bool] = True
 
     def __init__(
         self,
