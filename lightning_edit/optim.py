@@ -124,6 +124,11 @@ class EditOptimizer(Optimizer, Generic[E]):
         return {name: quick_hash(self.model.get_parameter(name)) for name in self.originals}
 
     @property
+    def marks(self) -> Mapping[str, tuple[object, ...]]:
+        """Fingerprints of the weights, or of this process's parts, as the last step left them."""
+        return self._marks
+
+    @property
     def nothing(self) -> E:
         """A sum of no edits, which a step may write without changing anything."""
         return self._nothing + self._nothing

@@ -110,8 +110,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     unused_arguments: ClassVar[Mapping[str, str]] = {}
     #: Whether requests must name their subjects.
     needs_subject: bool = False
-    #: Whether the method works on weights that FSDP2 divides among processes.
-    edits_shards: ClassVar[bool] = False
+    #: Ways of dividing weights among processes that the method works with: ``FSDP2``, ``TP``.
+    edits_shards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import sharing
-from lightning_edit.modules.sharded import counts
+from lightning_edit.modules.sharded import check_alike, counts, together
 from lightning_edit.optim import E, EditOptimizer
 
 if TYPE_CHECKING:
@@ -192,11 +192,13 @@ class CommitEdits(Fitting[E]):
         if not batch:
             return
         self._has_committed = True
-        edit = edit_or_go_on(editor, batch, sharing(editor.model))
-        optimizer = cast(LightningOptimizer, editor.optimizers())
-        # The wrapper would keep the attribute to itself.
-        cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
-        optimizer.step()
+        with together(editor):
+            edit = edit_or_go_on(editor, batch, sharing(editor.model))
+            optimizer = cast(LightningOptimizer, editor.optimizers())
+            # The wrapper would keep the attribute to itself.
+            cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
+            optimizer.step()
+            check_alike(editor)
         ids, seconds = [request.id for request in batch], time.perf_counter() - began
         editor.session.described(edit, batch, is_written=True)
         rows = request_rows(edit, ids, seconds)

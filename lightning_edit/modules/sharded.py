@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,17 +21,59 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_edit.checkpoints import load_plainly
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import EditError, ModelError
+from lightning_edit.core.hashing import quick_hash
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.core.processes import Processes
+from lightning_edit.core.processes import Processes, tells_of_loss
 from lightning_edit.core.request import EditRequest
-from lightning_edit.core.sharding import is_sharded, shard_
+from lightning_edit.core.sharding import (
+    divide_like,
+    is_sharded,
+    lies_in_parts,
+    local_shard,
+    reshard,
+    shard_,
+    shard_like,
+    split_,
+    whole_tensor,
+)
+from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.passes.borrowing import borrowed
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from lightning_edit.modules.base import EditModule
 
-__all__ = ["asked_of_all", "counts", "prepare_strategy", "restore_edits", "shard_model"]
+__all__ = [
+    "asked_of_all",
+    "check_alike",
+    "counts",
+    "prepare_strategy",
+    "restore_edits",
+    "shard_model",
+    "together",
+]
+
+
+def _whole(value: object) -> object:
+    return whole_tensor(value).cpu() if isinstance(value, Tensor) else value
+
+
+def _divided(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with what belongs to a divided parameter divided like it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def divided(number: int, value: object) -> object:
+        if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+            return divide_like(parameters[number], value)
+        return value
+
+    moments = {
+        number: {name: divided(number, value) for name, value in found.items()}
+        for number, found in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def prepare_strategy(trainer: Trainer, editor: EditModule[Any]) -> None:
@@ -59,18 +102,27 @@ def _check_strategy(trainer: Trainer, editor: EditModule[Any]) -> None:
         )
     if not isinstance(strategy, ModelParallelStrategy):
         return
+    sizes = [strategy.device_mesh[f"{kind}_parallel"].size() for kind in ("data", "tensor")]
+    ways = _ways(strategy.device_mesh)
     if not editor.edits_shards:
         raise EditError(
             f"{name} does not work on weights that are divided among processes. Set "
             "`trainer.strategy` to `ddp`, by which each process has all of them, or choose an "
             "editor that does: ROME, MEMIT, FineTune or GRACE, for example."
         )
-    if strategy.device_mesh["tensor_parallel"].size() > 1:
+    if len(ways) > 1 or not set(ways) <= set(editor.edits_shards):
         raise EditError(
-            f"`tensor_parallel_size` is {strategy.device_mesh['tensor_parallel'].size()}, but "
-            f"{name} works on whole projections, which each process has in turn. Set "
-            f"`data_parallel_size={trainer.world_size}` and `tensor_parallel_size=1`."
+            f"`data_parallel_size` is {sizes[0]} and `tensor_parallel_size` {sizes[1]}, but {name} "
+            f"works with one of them above 1: {' or '.join(editor.edits_shards)}. Set "
+            f"`data_parallel_size={trainer.world_size}` and `tensor_parallel_size=1`, which is "
+            "FSDP2."
         )
+
+
+def _ways(mesh: DeviceMesh) -> list[str]:
+    """How a mesh divides weights; by FSDP2 where it has one process."""
+    ways = {"data_parallel": "FSDP2", "tensor_parallel": "TP"}
+    return [way for kind, way in ways.items() if mesh[kind].size() > 1] or ["FSDP2"]
 
 
 def shard_model(editor: EditModule[Any]) -> None:
@@ -78,6 +130,7 @@ def shard_model(editor: EditModule[Any]) -> None:
 
     Raises:
         EditError: If edits are committed already, which whole weights were kept of.
+        ModelError: If the model has an encoder, or no plan by which it can be divided.
     """
     mesh = editor.device_mesh
     if mesh is None or is_sharded(editor.model):
@@ -89,12 +142,16 @@ def shard_model(editor: EditModule[Any]) -> None:
             "on from a checkpoint (`ckpt_path`)."
         )
     tree = ModelTree.of(editor.model)
-    blocks = [*tree.blocks]
     if tree.is_encoder_decoder:
-        encoder = ModelTree.of(editor.model, "encoder")
-        blocks += [] if encoder.block_names == tree.block_names else encoder.blocks
+        raise ModelError(
+            f"{type(editor.model).__name__} has an encoder; `ModelParallelStrategy` works with "
+            "decoder-only models. Set `trainer.strategy` to `ddp`, or choose another model."
+        )
     with borrowed(editor.model):
-        shard_(editor.model, blocks, mesh["data_parallel"])
+        if _ways(mesh) == ["TP"]:
+            split_(editor.model, tree.block_names, mesh["tensor_parallel"])
+        else:
+            shard_(editor.model, tree.blocks, mesh["data_parallel"])
     editor.adopt(editor.model, editor.tokens.tokenizer)  # what is kept of it is divided, too
 
 
@@ -107,12 +164,63 @@ def asked_of_all(editor: EditModule[Any], batch: list[EditRequest]) -> list[Edit
     """
     if not is_sharded(editor.model):
         return batch
-    return [request for part in Processes.running().objects(batch) for request in part]
+    parts = Processes.running().objects(batch)
+    # Under tensor parallelism all have the same ones.
+    return list({request.id: request for part in parts for request in part}.values())
 
 
 def counts(editor: EditModule[Any]) -> bool:
     """Whether what this process has measured is counted: by one process, where all measure it."""
     return not is_sharded(editor.model) or Processes.running().rank == 0
+
+
+def check_alike(editor: EditModule[Any]) -> None:
+    """Checks that all processes have committed the same, by a checksum.
+
+    Compared are the edits, what they carry, what a memory holds and, where each process has them
+    whole, the edited weights.
+
+    Raises:
+        EditError: If they have not.
+    """
+    one = Processes.running()
+    if one.count == 1:
+        return
+    memory, delta = EditMemory.find(editor.model), editor.delta
+    state = {**delta.state_dict(), **delta.carried, **(memory.state_dict() if memory else {})}
+    found = {name: quick_hash(tensor) for name, tensor in state.items()}
+    weights = editor.target.parameters
+    marks = editor.edit_optimizer.marks.items()
+    found |= {name: mark for name, mark in marks if not lies_in_parts(weights[name])}
+    parts = one.objects(found)
+    for name in dict.fromkeys(name for part in parts for name in part):
+        if any(part.get(name) != parts[0].get(name) for part in parts):
+            raise EditError(
+                f"The processes have committed different edits: `{name}` is not the same on all "
+                "of them, so that the run stops here. Go on from the last checkpoint "
+                "(`ckpt_path='last'`) with `trainer.deterministic=True`, or on one device."
+            )
+
+
+@contextmanager
+def together(editor: EditModule[Any]) -> Iterator[None]:
+    """Context manager: a process that others no longer answer says so.
+
+    Raises:
+        EditError: In place of what the process group says.
+    """
+    one = Processes.running()
+    try:
+        yield
+    except RuntimeError as reason:
+        if one.count == 1 or not tells_of_loss(reason):
+            raise
+        raise EditError(
+            f"Process {one.rank} of {one.count} was left alone in an edit of "
+            f"{type(editor).__name__}: another one has ended, or did not answer in time "
+            f"({' '.join(str(reason).split())[:120]}). Look at what that one said, and go on from "
+            "the last checkpoint (`ckpt_path='last'`)."
+        ) from reason
 
 
 class _OneFile:
@@ -128,14 +236,26 @@ class _OneFile:
         self.editor = editor
 
     def module_state(self) -> dict[str, Tensor]:
-        """The editor's state without weights that the edits tell."""
-        state: Mapping[str, Tensor] = self.editor.state_dict()
-        return {n: t for n, t in state.items() if not hasattr(t, "full_tensor")}
+        """The editor's state: of divided weights those that were trained, gathered one by one."""
+        reshard(self.editor)
+        state = self.editor.state_dict()
+        parts = [name for name, tensor in state.items() if lies_in_parts(tensor)]
+        trained = self.editor.target.kept(state) if self.editor.automatic_optimization else {}
+        for name in parts:
+            tensor = state.pop(name)
+            if name in trained:  # others follow from the edits
+                state[name] = whole_tensor(tensor).cpu()
+        return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of the optimizer itself."""
+        """The state of the optimizer itself, gathered."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return cast(Optimizer, inner).state_dict()
+        state = cast(Optimizer, inner).state_dict()
+        moments = {
+            number: {name: _whole(value) for name, value in found.items()}
+            for number, found in state["state"].items()
+        }
+        return {**state, "state": moments}
 
     def save(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
@@ -144,14 +264,25 @@ class _OneFile:
         Strategy.save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
 
     def load_model(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads what the file holds of the editor but weights, which the edits have written."""
-        own = self.module_state()
-        state = {n: t for n, t in checkpoint["state_dict"].items() if n in own}
+        """Loads what the file holds of the editor, and of its optimizer, each process its part."""
+        reshard(self.editor)
+        named = dict(self.editor.named_parameters())
+        parts = {name: p for name, p in named.items() if lies_in_parts(p)}
+        state = dict(checkpoint["state_dict"])
+        for name in parts.keys() & state.keys():
+            whole = state.pop(name)
+            if self.editor.automatic_optimization:  # else the edits have written it
+                local_shard(parts[name]).copy_(shard_like(parts[name], whole))
         Strategy.load_model_state_dict(self.strategy, {"state_dict": state}, strict)
+        if self.editor.automatic_optimization:
+            for optimizer, saved in zip(
+                self.strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False
+            ):
+                optimizer.load_state_dict(_divided(saved, optimizer))
 
 
 def restore_edits(editor: EditModule[Any], checkpoint: Mapping[str, Any]) -> None:
-    """Takes over the edits in a checkpoint, and writes them where it lacks the edited weights.
+    """Takes over the edits in a checkpoint, and writes them where nobody loads edited weights.
 
     Args:
         editor: The editor.
@@ -163,7 +294,7 @@ def restore_edits(editor: EditModule[Any], checkpoint: Mapping[str, Any]) -> Non
         if "delta" in state:
             editor.edit_optimizer.load_state_dict(state)
             weights = {f"model.{name}" for name in editor.target.originals}
-            if not weights <= checkpoint["state_dict"].keys():
+            if is_sharded(editor.model) or not weights <= checkpoint["state_dict"].keys():
                 editor.edit_optimizer.rewind(editor.delta)
 
 

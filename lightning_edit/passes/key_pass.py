@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.core.sharding import ends_whole
+from lightning_edit.core.sharding import ends_whole, plain
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
@@ -111,7 +111,7 @@ class KeyPass:
             return rows[:, -1].float().clone()
 
         def take_key(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            seen["key"] = at_end(args[0])
+            seen["key"] = at_end(plain(args[0]))
 
         def take_output(_: nn.Module, __: object, output: Tensor) -> None:
             seen["output"] = at_end(output)

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.core.sharding import is_sharded
+from lightning_edit.core.sharding import is_sharded, plain
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import (
     BlockOutput,
@@ -379,7 +379,7 @@ def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterat
         def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.values[place] = column_0(output)
             if not place:
-                seen.key = column_0(args[0])
+                seen.key = column_0(plain(args[0]))
 
         return record
 

@@ -89,10 +89,10 @@ class InnerLoop:
         parameters = list(self.parameters.values())
         gradients: Sequence[Tensor | None]
         if self._is_sharded:  # gradients come with the parts, and not otherwise
-            loss.backward()
-            gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
+            loss.backward()
+            gradients = [parameter.grad for parameter in parameters]
         else:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if all(gradient is None for gradient in gradients):

@@ -24,7 +24,7 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
-from lightning_edit.core.sharding import ends_whole
+from lightning_edit.core.sharding import ends_whole, plain
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
 from lightning_edit.passes.borrowing import borrowed
@@ -226,7 +226,8 @@ def _accumulate(
 
     def adder(layer: int) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            second_moment_update(totals[layer], args[0].reshape(-1, args[0].shape[-1]))
+            keys = plain(args[0])
+            second_moment_update(totals[layer], keys.reshape(-1, keys.shape[-1]))
             if layer == layers[-1]:
                 raise StopPass
 
