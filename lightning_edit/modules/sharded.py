@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -38,6 +38,7 @@ from lightning_edit.core.sharding import (
     whole_tensor,
 )
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
 
 if TYPE_CHECKING:
@@ -56,27 +57,7 @@ __all__ = [
 ]
 
 
-def _whole(value: object) -> object:
-    return whole_tensor(value).cpu() if isinstance(value, Tensor) else value
-
-
-def _divided(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state with what belongs to a divided parameter divided like it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def divided(number: int, value: object) -> object:
-        if isinstance(value, Tensor) and value.shape == parameters[number].shape:
-            return divide_like(parameters[number], value)
-        return value
-
-    moments = {
-        number: {name: divided(number, value) for name, value in found.items()}
-        for number, found in state["state"].items()
-    }
-    return {**state, "state": moments}
-
-
-def prepare_strategy(trainer: Trainer, editor: EditModule[Any]) -> None:
+def prepare_strategy(trainer: Trainer, editor: EditModule[E]) -> None:
     """Has the strategy of a Trainer read and write checkpoints as editors do.
 
     Args:
@@ -92,7 +73,7 @@ def prepare_strategy(trainer: Trainer, editor: EditModule[Any]) -> None:
         _save_in_one_file(trainer.strategy, editor)
 
 
-def _check_strategy(trainer: Trainer, editor: EditModule[Any]) -> None:
+def _check_strategy(trainer: Trainer, editor: EditModule[E]) -> None:
     name, strategy = type(editor).__name__, trainer.strategy
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise EditError(
@@ -125,7 +106,7 @@ def _ways(mesh: DeviceMesh) -> list[str]:
     return [way for kind, way in ways.items() if mesh[kind].size() > 1] or ["FSDP2"]
 
 
-def shard_model(editor: EditModule[Any]) -> None:
+def shard_model(editor: EditModule[E]) -> None:
     """Has each process keep its part of an editor's model, if the Trainer's strategy divides it.
 
     Raises:
@@ -155,7 +136,7 @@ def shard_model(editor: EditModule[Any]) -> None:
     editor.adopt(editor.model, editor.tokens.tokenizer)  # what is kept of it is divided, too
 
 
-def asked_of_all(editor: EditModule[Any], batch: list[EditRequest]) -> list[EditRequest]:
+def asked_of_all(editor: EditModule[E], batch: list[EditRequest]) -> list[EditRequest]:
     """The requests that every process has to run: those of all, where a pass takes all processes.
 
     Args:
@@ -169,12 +150,12 @@ def asked_of_all(editor: EditModule[Any], batch: list[EditRequest]) -> list[Edit
     return list({request.id: request for part in parts for request in part}.values())
 
 
-def counts(editor: EditModule[Any]) -> bool:
+def counts(editor: EditModule[E]) -> bool:
     """Whether what this process has measured is counted: by one process, where all measure it."""
     return not is_sharded(editor.model) or Processes.running().rank == 0
 
 
-def check_alike(editor: EditModule[Any]) -> None:
+def check_alike(editor: EditModule[E]) -> None:
     """Checks that all processes have committed the same, by a checksum.
 
     Compared are the edits, what they carry, what a memory holds and, where each process has them
@@ -203,7 +184,7 @@ def check_alike(editor: EditModule[Any]) -> None:
 
 
 @contextmanager
-def together(editor: EditModule[Any]) -> Iterator[None]:
+def together(editor: EditModule[E]) -> Iterator[None]:
     """Context manager: a process that others no longer answer says so.
 
     Raises:
@@ -223,7 +204,7 @@ def together(editor: EditModule[Any]) -> Iterator[None]:
         ) from reason
 
 
-class _OneFile:
+class _OneFile(Generic[E]):
     """In the place of a sharded strategy's own ways: one file, of any number of processes.
 
     Args:
@@ -231,7 +212,7 @@ class _OneFile:
         editor: The editor that it runs.
     """
 
-    def __init__(self, strategy: ModelParallelStrategy, editor: EditModule[Any]) -> None:
+    def __init__(self, strategy: ModelParallelStrategy, editor: EditModule[E]) -> None:
         self.strategy = strategy
         self.editor = editor
 
@@ -281,7 +262,7 @@ class _OneFile:
                 optimizer.load_state_dict(_divided(saved, optimizer))
 
 
-def restore_edits(editor: EditModule[Any], checkpoint: Mapping[str, Any]) -> None:
+def restore_edits(editor: EditModule[E], checkpoint: Mapping[str, Any]) -> None:
     """Takes over the edits in a checkpoint, and writes them where nobody loads edited weights.
 
     Args:
@@ -298,7 +279,7 @@ def restore_edits(editor: EditModule[Any], checkpoint: Mapping[str, Any]) -> Non
                 editor.edit_optimizer.rewind(editor.delta)
 
 
-def _save_in_one_file(strategy: ModelParallelStrategy, editor: EditModule[Any]) -> None:
+def _save_in_one_file(strategy: ModelParallelStrategy, editor: EditModule[E]) -> None:
     """Has checkpoints of a sharded editor be those of one process.
 
     They hold edits, what is carried from one to the next and what a memory remembers, which are
@@ -309,3 +290,23 @@ def _save_in_one_file(strategy: ModelParallelStrategy, editor: EditModule[Any]) 
     patched.optimizer_state = own.optimizer_state
     patched.save_checkpoint = own.save
     patched.load_model_state_dict = own.load_model
+
+
+def _whole(value: object) -> object:
+    return whole_tensor(value).cpu() if isinstance(value, Tensor) else value
+
+
+def _divided(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with what belongs to a divided parameter divided like it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def divided(number: int, value: object) -> object:
+        if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+            return divide_like(parameters[number], value)
+        return value
+
+    moments = {
+        number: {name: divided(number, value) for name, value in found.items()}
+        for number, found in state["state"].items()
+    }
+    return {**state, "state": moments}
