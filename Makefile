@@ -15,7 +15,7 @@ MODEL_TESTS := lightning_edit tests/artifacts tests/benchmark tests/callbacks te
 	tests/evaluation tests/functional tests/memories tests/metrics tests/modules tests/passes \
 	tests/tracing tests/test_demos.py tests/test_examples.py tests/test_models.py tests/test_optim.py
 
-.PHONY: demo test test-processors test-slow lint docs clean
+.PHONY: demo test test-distributed test-processors test-slow lint docs clean
 
 $(VENV)/.base: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ test: $(VENV)/.dev
 # Examples, and all that loads or trains a model, on the other instruction sets that this CPU has.
 test-processors: $(VENV)/.dev
 	$(BIN)/python -m tests.processors $(WORKERS) -m 'not slow' $(MODEL_TESTS)
+
+# Every editor on two processes, with whole and with divided weights, the slow ones, too.
+test-distributed: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest tests/distributed
 
 test-slow: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m slow

@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar, Self, cast
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from lightning_edit.core.errors import ArtifactError
 
@@ -101,10 +101,11 @@ class _PlainLoading:
                 "pickle. Give the file of a run on one device or under DDP."
             )
         with read_plainly(where):
-            # By the class, since the instance has this very object in the method's place.
-            return type(self.strategy).load_checkpoint(
-                self.strategy, checkpoint_path, weights_only=True
-            )
+            # By the class, since the instance has this very object in the method's place. A sharded
+            # strategy would have every tensor of the model in the file.
+            is_sharded = isinstance(self.strategy, ModelParallelStrategy)
+            kind = Strategy if is_sharded else type(self.strategy)
+            return kind.load_checkpoint(self.strategy, checkpoint_path, weights_only=True)
 
 
 def load_plainly(strategy: Strategy) -> None:

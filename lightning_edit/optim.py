@@ -19,6 +19,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import quick_hash
+from lightning_edit.core.sharding import everywhere, reshard
 
 __all__ = ["E", "EditOptimizer"]
 
@@ -104,7 +105,11 @@ class EditOptimizer(Optimizer, Generic[E]):
     def _foreign(self) -> list[str]:
         """Names of the parameters that are not original + all edits so far."""
         found = self._quick_hashes()
-        changed = [name for name, mark in found.items() if mark != self._marks.get(name)]
+        changed = [
+            name
+            for name, mark in found.items()
+            if not everywhere(self.model.get_parameter(name), mark == self._marks.get(name))
+        ]
         # A new or resumed run knows no fingerprints yet.
         foreign = [
             name
@@ -115,7 +120,13 @@ class EditOptimizer(Optimizer, Generic[E]):
         return foreign
 
     def _quick_hashes(self) -> dict[str, tuple[object, ...]]:
+        reshard(self.model)
         return {name: quick_hash(self.model.get_parameter(name)) for name in self.originals}
+
+    @property
+    def marks(self) -> Mapping[str, tuple[object, ...]]:
+        """Fingerprints of the weights, or of this process's parts, as the last step left them."""
+        return self._marks
 
     @property
     def nothing(self) -> E:

@@ -15,9 +15,10 @@ from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import find_requests, model_and_tokens
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
-from lightning_edit.core.errors import MissingDependencyError
+from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.sharding import is_sharded
 from lightning_edit.tracing.causal_tracing import (
     POSITIONS,
     FactTrace,
@@ -111,6 +112,12 @@ class CausalTracing(Callback):
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "CausalTracing")
+        if is_sharded(model):
+            raise EditError(
+                "CausalTracing runs a model's blocks by themselves, each process for facts of its "
+                "own, which weights that are divided among processes do not allow. Trace in a run "
+                "on one device or under `ddp`."
+            )
         requests = find_requests(trainer, self.given, "CausalTracing")[: self.limit]
         folder = run_folder(trainer, self.dirpath)
         subjects = [request.subject for request in requests]

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -19,9 +18,11 @@ from lightning_edit.callbacks.model_access import (
     model_and_tokens,
     unedited,
 )
+from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.sharding import sharing
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator, ScoredProbe
-from lightning_edit.evaluation.measured import gathered, metric_values
+from lightning_edit.evaluation.measured import metric_values
 from lightning_edit.functional.intervals import wilson_interval
 from lightning_edit.metrics.reading import Reading
 from lightning_edit.modules.base import EditModule
@@ -87,6 +88,7 @@ class EditEvaluator(Callback):
         self._values_before: dict[str, tuple[float, int]] = {}
         self._restored: Mapping[str, Any] | None = None
         self._seen_step = 0
+        self._processes = Processes()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,10 +130,7 @@ class EditEvaluator(Callback):
         if isinstance(pl_module, EditModule) and not pl_module.automatic_optimization:
             done = len(pl_module.history)  # failed ones included
             point, requests = {"edits": float(done)}, requests[:done]
-        evaluator = Evaluator(
-            *model_and_tokens(pl_module, self.model_attribute, "EditEvaluator"),
-            readings=["teacher_forced"],
-        )
+        evaluator = self._evaluator(pl_module, ["teacher_forced"])
         share = self._share(requests)
         mine = evaluator.evaluate(share, self._baseline)
         values = metric_values(self._gather(mine), ["teacher_forced"])
@@ -178,17 +177,23 @@ class EditEvaluator(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _evaluator(self, pl_module: LightningModule) -> Evaluator:
+    def _evaluator(
+        self, pl_module: LightningModule, readings: Sequence[Reading] | None = None
+    ) -> Evaluator:
         model, tokens = model_and_tokens(pl_module, self.model_attribute, "EditEvaluator")
-        return Evaluator(model, tokens, readings=self.readings, max_new_tokens=self.max_new_tokens)
+        self._processes = sharing(model)
+        return Evaluator(
+            model, tokens, readings=readings or self.readings, max_new_tokens=self.max_new_tokens
+        )
 
     def _share(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
-        return list(requests[_rank() :: _world_size()])
+        return [requests[i] for i in self._processes.share(len(requests))]
 
     def _gather(self, mine: Evaluation) -> Evaluation:
         """The probes of all processes, in the order of the requests."""
         order = {request.id: i for i, request in enumerate(self.requests)}
-        return Evaluation(sorted(gathered(mine.probes), key=lambda p: order[p.request_id]))
+        probes = [probe for part in self._processes.objects(mine.probes) for probe in part]
+        return Evaluation(sorted(probes, key=lambda p: order[p.request_id]))
 
 
 def metric_rows(
@@ -214,11 +219,3 @@ def _log(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
     for logger in trainer.loggers:
         logger.log_metrics(named, step=trainer.global_step)
     return named
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

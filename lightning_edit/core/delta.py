@@ -23,7 +23,13 @@ from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
 from lightning_edit.core.plain_model import check_weight
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.sharding import (
+    everywhere,
+    local_change,
+    local_shard,
+    shard_like,
+    whole_tensor,
+)
 from lightning_edit.core.storage import (
     CONFIG,
     TENSORS,
@@ -241,12 +247,12 @@ class WeightDelta(Edit):
         parameters = self._parameters(model)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                change = self.dense(name).to(parameter.device)
-                original = _full(originals[name]).to(parameter.device)
+                change = local_change(parameter, self.changes[name])
+                original = shard_like(parameter, originals[name])
                 rounded = (original.float() + change).to(parameter.dtype)
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     _warn_of_rounding(name, original, rounded, change)
-                _copy_(parameter, rounded)
+                local_shard(parameter).copy_(rounded)
 
     def check_targets(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Checks that the edit changes only parameters whose originals are kept.
@@ -338,7 +344,7 @@ class WeightDelta(Edit):
 
         Args:
             name: Name of a parameter.
-            tensor: The parameter's values; each process looks at its own part.
+            tensor: The parameter's values; where it is sharded, every process must call this.
             original: What stood there before.
         """
         if tensor.dtype != original.dtype:
@@ -346,16 +352,16 @@ class WeightDelta(Edit):
         found = local_shard(tensor)
         before = shard_like(tensor, original)
         if name not in self.changes:
-            return torch.equal(found, before)
+            return everywhere(tensor, torch.equal(found, before))
         change = self.changes[name]
-        wanted = before.float() + shard_like(tensor, self.dense(name))
+        wanted = before.float() + local_change(tensor, change)
         slack = torch.zeros((), device=found.device)
         if isinstance(change, LowRank):
-            slack = shard_like(tensor, change.u.abs() @ change.v.abs().T)
+            slack = local_change(tensor, LowRank(change.u.abs(), change.v.abs()))
             slack = slack * 2 * change.rank * torch.finfo(torch.float32).eps
         # Rounding keeps order.
         least, most = (wanted - slack).to(found.dtype), (wanted + slack).to(found.dtype)
-        return bool(((least <= found) & (found <= most)).all())
+        return everywhere(tensor, bool(((least <= found) & (found <= most)).all()))
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
         """Records the originals and the hashes of an edit that stands in the model.
@@ -365,7 +371,7 @@ class WeightDelta(Edit):
             originals: Parameter name to the tensor that stood there before.
         """
         parameters = self._parameters(model)
-        kept = {name: _full(originals[name]).detach().cpu().clone() for name in self.changes}
+        kept = {n: whole_tensor(originals[n]).detach().cpu().clone() for n in self.changes}
         hashes = {n: (tensor_hash(kept[n]), tensor_hash(p)) for n, p in parameters.items()}
         return type(self)(self.changes, self.provenance, kept, hashes)
 
@@ -499,25 +505,10 @@ def _place(tensor: Tensor) -> _Place:
     return tensor.data_ptr() or id(tensor), tensor.shape, tensor.dtype
 
 
-def _full(tensor: Tensor) -> Tensor:
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return full_tensor() if full_tensor else tensor
-
-
-def _copy_(parameter: Tensor, value: Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-        # Takes its own shard of the whole.
-        value = value.to(parameter.device)
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
-
-
 def _restore(parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            _copy_(parameter, originals[name])
+            local_shard(parameter).copy_(shard_like(parameter, originals[name]))
 
 
 def _warn_of_rounding(name: str, original: Tensor, rounded: Tensor, change: Tensor) -> None:

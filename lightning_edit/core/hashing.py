@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.core.sharding import local_shard
+from lightning_edit.core.processes import Processes
+from lightning_edit.core.sharding import local_shard, whole_tensor
 from lightning_edit.core.wrappers import plain_parameters
 
 __all__ = ["WeightHashes", "quick_hash", "tensor_hash", "weight_hash"]
@@ -117,7 +118,8 @@ class WeightHashes:
         """The model's ``weight_hash``, with ``originals`` in the place of its own parameters."""
         instead = originals or {}
         named = {n: p for n, p in plain_parameters(self._model).items() if n not in instead}
-        states = {name: (local_shard(p).data_ptr(), p._version) for name, p in named.items()}
+        parts = {name: local_shard(p) for name, p in named.items()}
+        states = {name: (part.data_ptr(), part._version) for name, part in parts.items()}
         known = {name: state for name, (state, _) in self._known.items()}
         changed = {name: p for name, p in named.items() if known.get(name) != states[name]}
         self._known |= {name: (states[name], found) for name, found in _hashes(changed).items()}
@@ -127,7 +129,12 @@ class WeightHashes:
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
         # Gathering is collective: every rank must do it in the same order, so not in threads.
-        return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+        one, own = Processes.running(), dict[str, str]()
+        for i, (name, tensor) in enumerate(tensors.items()):
+            whole = whole_tensor(tensor)
+            if i % one.count == one.rank:
+                own[name] = tensor_hash(whole)
+        return {name: found for part in one.objects(own) for name, found in part.items()}
     # hashlib releases the interpreter lock on large inputs, so threads help.
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(tensors, pool.map(tensor_hash, tensors.values()), strict=True))

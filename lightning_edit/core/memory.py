@@ -18,7 +18,7 @@ from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.sharding import everywhere, local_shard, shard_like
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.core.storage import (
     EditAbout,
@@ -283,7 +283,8 @@ class MemoryWrite(Edit):
 
     def made(self, name: str, tensor: Tensor, original: Tensor) -> bool:
         """Whether a parameter is its original: a memory changes none."""
-        return torch.equal(local_shard(tensor), shard_like(tensor, original))
+        same = torch.equal(local_shard(tensor), shard_like(tensor, original))
+        return everywhere(tensor, same)
 
     def seal(self, model: nn.Module, originals: Mapping[str, Tensor]) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -12,9 +13,22 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "tells_of_loss"]
 
 T = TypeVar("T")
+
+# What process groups say of a process that is gone: gloo, and NCCL.
+_LOST = re.compile(r"closed by peer|reset by peer|timed? ?out|broken pipe|aborted", re.IGNORECASE)
+
+
+def tells_of_loss(error: BaseException) -> bool:
+    """Whether an error is that of a process group, one of whose processes is gone or hangs.
+
+    Examples:
+        >>> tells_of_loss(RuntimeError("Connection closed by peer [127.0.0.1]:1"))
+        True
+    """
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,186 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that lie in parts on several processes: the own part, and the whole."""
+"""Parameters that lie in parts on several processes: the own part, and the whole.
+
+All that is known of ``DTensor`` and FSDP2 is here.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["local_shard", "reshard", "shard_like", "whole_tensor"]
+from lightning_edit.core.change import Change, LowRank
+from lightning_edit.core.errors import ModelError
+from lightning_edit.core.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "divide_like",
+    "ends_whole",
+    "everywhere",
+    "frobenius_norm",
+    "is_sharded",
+    "lies_in_parts",
+    "local_change",
+    "local_shard",
+    "plain",
+    "reshard",
+    "shard_",
+    "shard_like",
+    "sharing",
+    "split_",
+    "splits_outputs",
+    "whole_tensor",
+]
+
+# Models whose outermost parameters are whole for now.
+_WHOLE: WeakSet[nn.Module] = WeakSet()
+
+
+def lies_in_parts(tensor: Tensor) -> bool:
+    """Whether this is a process's part of a tensor, with what it knows of the whole.
+
+    Examples:
+        >>> lies_in_parts(torch.zeros(2))
+        False
+    """
+    return hasattr(tensor, "full_tensor")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of a model lie in parts on several processes.
+
+    Examples:
+        >>> is_sharded(nn.Linear(2, 2))
+        False
+    """
+    return any(map(lies_in_parts, model.parameters()))
+
+
+def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Has each process keep its part of every parameter, by FSDP2; every process must call.
+
+    A block is whole on a process only while it runs.
+
+    Args:
+        model: A decoder-only model, all of it on each process; its parameters are replaced.
+        blocks: Its blocks.
+        mesh: The processes that share it, one-dimensional.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    # Also after a pass, since what is written into the parts is not in copies of the whole.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    # What FSDP2 takes for the outermost module is the first that runs, which no block may be.
+    row = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(input_ids=row)
+
+
+def split_(model: nn.Module, block_names: Sequence[str], mesh: DeviceMesh) -> None:
+    """Has each process keep a part of each projection, by the model's own plan.
+
+    That is tensor parallelism; every process must call. What is outside of the blocks stays whole.
+
+    Args:
+        model: A decoder-only model, all of it on each process; its parameters are replaced.
+        block_names: Names of its blocks.
+        mesh: The processes that share each projection, one-dimensional.
+
+    Raises:
+        ModelError: If the model has no plan that only divides projections by columns and rows, or
+            its attention heads cannot be shared out evenly.
+    """
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        ParallelStyle,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    name = type(model).__name__
+    config, count = getattr(model, "config", None), mesh.size()
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None) or count
+        if heads % count:
+            raise ModelError(
+                f"{name} has {heads} `{field}`, which {count} processes cannot share evenly. Set a "
+                "`tensor_parallel_size` that divides them, or divide it by FSDP2: "
+                "`tensor_parallel_size=1`."
+            )
+    known = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    given: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+    stack = block_names[0].rpartition(".")[0]
+    inside = {path: style for path, style in given.items() if path.startswith(f"{stack}.*.")}
+    plan: dict[str, ParallelStyle] = {p: known[s]() for p, s in inside.items() if s in known}
+    strange = [s for s in inside.values() if s not in known and not s.startswith("replicated")]
+    if strange or not plan:
+        what = f"divides some by {strange[0]!r}" if strange else "does not say how to divide them"
+        raise ModelError(
+            f"The plan of tensor parallelism of {name} {what}; projections that are divided by "
+            "columns and rows are expected. Divide the model by FSDP2: `tensor_parallel_size=1`."
+        )
+    parallelize_module(model, mesh, plan)
+
+
+def splits_outputs(parameter: Tensor) -> bool:
+    """Whether each process has other outputs of a projection, as tensor parallelism may have it.
+
+    Args:
+        parameter: The projection's matrix, [O, I].
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return any(
+        name == "tensor_parallel" and isinstance(placement, Shard) and placement.dim == 0
+        for name, placement in zip(names, parameter.placements, strict=False)
+    )
+
+
+def plain(activation: Tensor) -> Tensor:
+    """What goes through a module, gathered where tensor parallelism has it in parts.
+
+    Args:
+        activation: Every process must call this where it is.
+
+    Examples:
+        >>> plain(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    gather: Callable[[], Tensor] | None = getattr(activation, "full_tensor", None)
+    return activation if gather is None else gather()
+
+
+def sharing(model: nn.Module) -> Processes:
+    """The processes that hold a whole model each, and so may each run passes of their own.
+
+    Where weights are sharded, a pass takes all processes, so that all do the same.
+    """
+    return Processes() if is_sharded(model) else Processes.running()
+
+
+def everywhere(parameter: Tensor, answer: bool) -> bool:
+    """Whether all processes say yes, each of its part of a parameter.
+
+    Args:
+        parameter: Every process must call this where it is sharded.
+        answer: What this process says.
+    """
+    return Processes.running().agree(answer) if lies_in_parts(parameter) else answer
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -35,22 +208,129 @@ def reshard(module: nn.Module) -> None:
             divide()
 
 
-def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """This process's part of a whole tensor, divided as a parameter is.
+@contextmanager
+def ends_whole(model: nn.Module) -> Iterator[None]:
+    """Context manager: what is outside of a sharded model's blocks can be run by itself.
+
+    These are the embedding, the last norm and the projection to the vocabulary, which are gathered
+    with the outermost module. A block is gathered as often as it is run. Nothing may be written to
+    the outer parameters meanwhile. Does nothing to a model that is not sharded.
 
     Args:
-        parameter: Says how; every process must call this where it is sharded.
-        tensor: Of the parameter's shape, on any device.
+        model: Every process must enter this where it is sharded.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule) or model in _WHOLE:
+        yield
+        return
+    _WHOLE.add(model)
+    model.unshard()
+    model.set_reshard_after_forward(False, recurse=False)
+    model.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        _WHOLE.discard(model)
+        model.set_reshard_after_forward(True, recurse=False)
+        model.set_reshard_after_backward(True, recurse=False)
+        reshard(model)  # also a block at which a pass was ended
+
+
+def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, divided as a parameter is. Nothing is sent.
+
+    Args:
+        parameter: Says how.
+        tensor: Of the parameter's shape, the same on every process or divided like it already, on
+            any device.
 
     Returns:
         The part, on the parameter's device.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    if lies_in_parts(tensor):
+        return local_shard(tensor).to(parameter.device)
+    for dimension in range(tensor.ndim):
+        tensor = _own(parameter, tensor, dimension)
+    return tensor.to(parameter.device)
 
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return local_shard(distribute_tensor(tensor, parameter.device_mesh, parameter.placements))
+
+def divide_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, divided as a parameter is. Nothing is sent.
+
+    Args:
+        parameter: Says how; where it is not sharded, the tensor stays as it is.
+        tensor: Of the parameter's shape.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return DTensor.from_local(
+        shard_like(parameter, tensor).contiguous(),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def local_change(parameter: Tensor, change: Change) -> Tensor:
+    """This process's part of a change of a parameter, of factors without making the whole.
+
+    Args:
+        parameter: Says how it is divided.
+        change: The same on every process.
+
+    Returns:
+        The part as float32, on the parameter's device.
+
+    Examples:
+        >>> change = LowRank(torch.ones(2, 1), torch.ones(3, 1))
+        >>> local_change(torch.zeros(2, 3), change).tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    if not isinstance(change, LowRank):
+        return shard_like(parameter, change)
+    u, v = change.u.to(parameter.device), change.v.to(parameter.device)
+    # Rows of the factors are rows and columns of the parameter.
+    own_v = _own(parameter, v.T, 1).T
+    return LowRank(_own(parameter, u, 0), own_v).dense()
+
+
+def _own(parameter: Tensor, tensor: Tensor, dimension: int) -> Tensor:
+    """What this process has of a tensor along a dimension of a parameter."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard) and placement.dim == dimension:
+            parts = torch.chunk(tensor, mesh.size(axis), dimension)
+            rank = mesh.get_local_rank(axis)
+            empty = tensor.narrow(dimension, 0, 0)
+            tensor = parts[rank] if rank < len(parts) else empty
     return tensor
+
+
+def frobenius_norm(tensors: Mapping[str, Tensor]) -> float:
+    """Frobenius norm over several tensors, in float64.
+
+    Args:
+        tensors: Every process must call this where one of them is sharded.
+
+    Examples:
+        >>> frobenius_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        5.0
+    """
+    norms: dict[bool, list[float]] = {True: [], False: []}
+    for tensor in tensors.values():
+        norm = torch.linalg.vector_norm(local_shard(tensor), dtype=torch.float64)
+        norms[lies_in_parts(tensor)].append(float(norm))
+    own = math.hypot(*norms[True])
+    parts = Processes.running().objects(own) if norms[True] else []
+    return math.hypot(*norms[False], *parts)
 
 
 def whole_tensor(parameter: Tensor, shard: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.sharding import reshard
 
 __all__ = ["check_not_compiled", "is_compiled", "plain_names", "plain_parameters", "unwrapped"]
 
@@ -99,9 +100,11 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model, or of the one that it wraps, by their names in the plain model.
 
     Args:
-        model: A model, or what wraps one. An adapter's own parameters are left out.
+        model: A model, or what wraps one. An adapter's own parameters are left out. What a pass
+            has left whole of a sharded model lies in its parts again.
     """
     model = unwrapped(model)
+    reshard(model)
     named = dict(model.named_parameters())
     return {name: named[actual] for name, actual in plain_names(model).items()}
 

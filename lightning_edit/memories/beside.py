@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.sharding import plain
 
 __all__ = ["beside_mlp"]
 
@@ -29,7 +30,7 @@ def beside_mlp(
     inputs: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = [args[0]]
+        inputs[:] = [plain(args[0])]
 
     def give(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
         more = add(inputs.pop()) if inputs else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.locator import StackKind
+from lightning_edit.core.sharding import plain
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.codebook import Replacement, nearest_keys, replace_outputs
 from lightning_edit.memories.routed import LayerMemory
@@ -77,7 +78,8 @@ class Codebook(LayerMemory):
         asked = router.positions
         if asked is not None:
             # Some models flatten rows and positions before the MLP.
-            inputs = args[0].reshape(len(asked), -1, args[0].shape[-1])
+            inputs = plain(args[0])
+            inputs = inputs.reshape(len(asked), -1, inputs.shape[-1])
             router.decide(self.lookup(inputs[torch.arange(len(asked)), asked]))
         elif self.replacement != "all":
             return None  # the prompt's keys and values are in the cache, with what was replaced

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.sharding import ends_whole
 from lightning_edit.memories.text_encoder import (
     TextEncoder,
     check_pooling,
@@ -58,7 +59,7 @@ def encode_by_model(
     def run(chosen: Sequence[str]) -> Tensor:
         rows = [tokens.tokenizer(text)["input_ids"] for text in chosen]
         ids, mask = (tensor.to(device) for tensor in pad_rows(rows, tokens.pad_id))
-        with recorded_blocks(blocks, layer, layer, stops=True) as seen:
+        with recorded_blocks(blocks, layer, layer, stops=True) as seen, ends_whole(model):
             part(input_ids=ids, attention_mask=mask, **given)
         return mean_states(seen.states[layer], mask)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.locator import StackKind
+from lightning_edit.core.sharding import plain
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, ties
 from lightning_edit.memories.routed import LayerMemory
@@ -178,7 +179,8 @@ class SideMatrices(LayerMemory):
         if self.is_off or (router.positions is None and router.route is None):
             return None
         rows = len(cast(Tensor, router.route if router.positions is None else router.positions))
-        inputs = args[0].reshape(rows, -1, args[0].shape[-1])
+        inputs = plain(args[0])
+        inputs = inputs.reshape(rows, -1, inputs.shape[-1])
         outputs = output.reshape(rows, -1, output.shape[-1])
         if router.positions is not None:
             router.decide(self._route(inputs, outputs, cast(Tensor, router.prompt)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_edit.checkpoints import PlainCheckpoints, load_plainly, record_in
+from lightning_edit.checkpoints import PlainCheckpoints, record_in
 from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.figures import RequestFigures
@@ -30,6 +30,7 @@ from lightning_edit.core.wrappers import unwrapped
 from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.evaluation.measured import Measured
 from lightning_edit.metrics import edit_metrics
+from lightning_edit.modules import sharded
 from lightning_edit.modules.arguments import check_arguments
 from lightning_edit.modules.fitting import (
     CommitEdits,
@@ -109,6 +110,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     unused_arguments: ClassVar[Mapping[str, str]] = {}
     #: Whether requests must name their subjects.
     needs_subject: bool = False
+    #: Ways of dividing weights among processes that the method works with: ``FSDP2``, ``TP``.
+    edits_shards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -277,7 +280,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def setup(self, stage: str) -> None:
-        load_plainly(self.trainer.strategy)
+        sharded.prepare_strategy(self.trainer, self)
         check_trainer(self.trainer, stage)
         self.fitting.check_repeats(self)
         if self.needs_subject and stage != "validate":
@@ -300,6 +303,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                     cache_dir=self.cache_dir,
                 )
                 self.adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
+        sharded.shard_model(self)
         if self._trainer is not None and self.trainer.state.fn is not None:
             self._lending.begin(self.trainer, self.target)
         is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -534,7 +538,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        if batch:  # else a process whose share ran out
+        if batch := sharded.asked_of_all(self, batch):  # else a process whose share ran out
             self.fitting.validation_step(self, batch)
 
     @override
@@ -549,7 +553,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        cast(EditProtocol[E], self._protocol).measure(self, batch)
+        cast(EditProtocol[E], self._protocol).measure(self, sharded.asked_of_all(self, batch))
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -558,7 +562,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def predict_step(self, batch: list[EditRequest], batch_idx: int) -> list[dict[str, str]]:
-        return texts_before_and_after(self, batch)
+        texts = texts_before_and_after(self, sharded.asked_of_all(self, batch))
+        return [row for row in texts if row["id"] in {request.id for request in batch}]
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -592,7 +597,4 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.target.load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
         self.fitting.on_load_checkpoint(cast(Trainer, self._trainer), self, checkpoint)
-        # The other verbs, for which Lightning restores no optimizer, have to know the edits, too.
-        for state in (*checkpoint.get("optimizer_states", ()), saved.get("edits", {})):
-            if "delta" in state:
-                self.edit_optimizer.load_state_dict(state)
+        sharded.restore_edits(self, checkpoint)

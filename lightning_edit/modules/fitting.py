@@ -27,6 +27,8 @@ from lightning_edit.core.errors import EditError, FailedRequestsError
 from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import sharing
+from lightning_edit.modules.sharded import check_alike, counts, together
 from lightning_edit.optim import E, EditOptimizer
 
 if TYPE_CHECKING:
@@ -190,11 +192,13 @@ class CommitEdits(Fitting[E]):
         if not batch:
             return
         self._has_committed = True
-        edit = edit_or_go_on(editor, batch, Processes.running())
-        optimizer = cast(LightningOptimizer, editor.optimizers())
-        # The wrapper would keep the attribute to itself.
-        cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
-        optimizer.step()
+        with together(editor):
+            edit = edit_or_go_on(editor, batch, sharing(editor.model))
+            optimizer = cast(LightningOptimizer, editor.optimizers())
+            # The wrapper would keep the attribute to itself.
+            cast(EditOptimizer[E], optimizer.optimizer).stage(edit)
+            optimizer.step()
+            check_alike(editor)
         ids, seconds = [request.id for request in batch], time.perf_counter() - began
         editor.session.described(edit, batch, is_written=True)
         rows = request_rows(edit, ids, seconds)
@@ -279,7 +283,7 @@ def edit_again(editor: EditModule[E], batch: RequestBatch, rows: list[RequestFig
     began, rounded = time.perf_counter(), bool(batch.pass_dtype)
     dtype: torch.dtype = getattr(torch, batch.pass_dtype or "bfloat16")
     with torch.autocast(editor.session.device.type, dtype, enabled=rounded):
-        edit = edit_or_go_on(editor, batch.requests, Processes.running())
+        edit = edit_or_go_on(editor, batch.requests, sharing(editor.model))
     ids, seconds = [request.id for request in batch.requests], time.perf_counter() - began
     editor.session.described(edit, batch.requests, is_written=False)
     rows += request_rows(edit, ids, seconds)
@@ -324,8 +328,9 @@ def measure(editor: EditModule[E], batch: list[EditRequest]) -> None:
     with editor.unedited.evaluator(editor) as evaluator:
         before = evaluator.evaluate(batch)
     after = editor.evaluator.evaluate(batch, before.baseline)
-    after.update(editor.val_metrics)
-    editor.measured.add(batch, before, after)
+    if counts(editor):
+        after.update(editor.val_metrics)
+        editor.measured.add(batch, before, after)
 
 
 def log_metrics(editor: EditModule[E], metrics: MetricCollection) -> None:

@@ -17,6 +17,7 @@ from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.evaluator import Evaluation
 from lightning_edit.modules.fitting import edit_or_go_on, request_rows
+from lightning_edit.modules.sharded import counts
 from lightning_edit.optim import E
 
 if TYPE_CHECKING:
@@ -157,8 +158,9 @@ def _measure_groups(editor: EditModule[E], groups: Iterable[Sequence[EditRequest
         edit, figures = _made(editor, group)
         with editor.session.written(edit):
             after = editor.evaluator.evaluate(group, before.baseline)
-        after.update(editor.test_metrics)
-        editor.measured.add(group, before, after, figures)
+        if counts(editor):
+            after.update(editor.test_metrics)
+            editor.measured.add(group, before, after, figures)
 
 
 def _made(editor: EditModule[E], group: Sequence[EditRequest]) -> tuple[E, list[RequestFigures]]:

@@ -24,7 +24,7 @@ from lightning_edit.core.plain_model import check_ids
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_requests, check_subjects
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.sharding import local_change, local_shard
 from lightning_edit.evaluation.scoring import prompt_ids, score_targets
 from lightning_edit.modules.targets import Target, kept_weights
 from lightning_edit.optim import E
@@ -294,7 +294,7 @@ def write_for_now(model: nn.Module, edit: WeightDelta) -> None:
         model: The model.
         edit: What to add, in float32, rounded once to the weights' dtype.
     """
-    for name in edit.changes:
+    for name, change in edit.changes.items():
         parameter = model.get_parameter(name)
         weight = local_shard(parameter)
-        weight.copy_(weight.float() + shard_like(parameter, edit.dense(name)))
+        weight.copy_(weight.float() + local_change(parameter, change))

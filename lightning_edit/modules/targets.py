@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +20,7 @@ from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.sharding import frobenius_norm, local_shard, reshard, shard_like
 from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory, MemoryEntry
 from lightning_edit.core.wrappers import check_not_compiled, plain_names
 from lightning_edit.optim import E, EditOptimizer
@@ -50,7 +49,8 @@ class Target(ABC, Generic[E]):
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that edits may change, by name."""
+        """The parameters that edits may change, by name; of a sharded model, in their parts."""
+        reshard(self.model)
         return {name: self.model.get_parameter(name) for name in self.originals}
 
     @property
@@ -382,8 +382,7 @@ def restore(parameters: Mapping[str, nn.Parameter], originals: Mapping[str, Tens
 
 def relative_norm(delta: Edit, originals: Mapping[str, Tensor]) -> float:
     """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in originals.values()]
-    size = math.hypot(*(float(norm) for norm in norms))
+    size = frobenius_norm(originals)
     return delta.norm() / size if size else 0.0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.processes import tells_of_loss
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -74,7 +75,7 @@ def explained(problem: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:
-        if isinstance(reason, torch.OutOfMemoryError):
+        if isinstance(reason, torch.OutOfMemoryError) or tells_of_loss(reason):
             raise
         raise ModelError(f"{problem} ({type(reason).__name__}: {reason}). {advice}") from reason
 

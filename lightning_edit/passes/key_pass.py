@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.sharding import ends_whole, plain
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
@@ -76,7 +77,8 @@ class KeyPass:
         device = next(tree.blocks[0].parameters()).device
         ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
         first, last = layers[0], layers[-1]
-        with recorded_blocks(tree.blocks, first, last, keep=[first], stops=True) as seen:
+        recorded = recorded_blocks(tree.blocks, first, last, keep=[first], stops=True)
+        with ends_whole(model), recorded as seen:
             model.base_model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -110,7 +112,7 @@ class KeyPass:
             return rows[:, -1].float().clone()
 
         def take_key(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            seen["key"] = at_end(args[0])
+            seen["key"] = at_end(plain(args[0]))
 
         def take_output(_: nn.Module, __: object, output: Tensor) -> None:
             seen["output"] = at_end(output)

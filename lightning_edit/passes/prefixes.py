@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_edit.core.sharding import ends_whole
+
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
@@ -73,7 +75,8 @@ class SharedPrefix:
         device = next(model.parameters()).device
         cache = DynamicCache()
         row = torch.tensor([list(ids)], device=device)
-        model.base_model(input_ids=row, cache=cache, use_cache=True)
+        with ends_whole(model):
+            model.base_model(input_ids=row, cache=cache, use_cache=True)
         self.length = len(ids)
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
 

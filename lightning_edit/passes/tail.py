@@ -25,6 +25,7 @@ from torch.func import functional_call
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.sharding import is_sharded, plain
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import (
     BlockOutput,
@@ -224,9 +225,12 @@ class Tail:
     def lower(self, dtype: torch.dtype) -> Tail:
         """The tail with matrix products in a lower precision, as autocast would have them.
 
-        Matrices are converted here, once, where autocast would do it in every pass. The residual
-        stream, norms and all sums of ``logits`` stay as they are.
+        Matrices are converted here, once, where autocast would do it in every pass, as it does with
+        those of a sharded model. The residual stream, norms and all sums of ``logits`` stay as they
+        are.
         """
+        if is_sharded(self.tree.model):
+            return replace(self, dtype=dtype)
         modules = [block for block, _, _ in self.calls]
         if self.tree.lm_head is not None:
             modules.append(self.tree.lm_head)
@@ -375,7 +379,7 @@ def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterat
         def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.values[place] = column_0(output)
             if not place:
-                seen.key = column_0(args[0])
+                seen.key = column_0(plain(args[0]))
 
         return record
 

@@ -23,6 +23,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.sharding import plain
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.label_smoothing import smoothed_nll
 from lightning_edit.functional.patches import activation_loss, margin_losses
@@ -118,6 +119,7 @@ class TPatcher(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.09785"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP")
 
     def __init__(
         self,
@@ -364,7 +366,7 @@ class TPatcher(MemoryModule):
         layer = self.tree.mlp_in(self._layer)[0].module(self.model)
 
         def record(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            seen.append(args[0].float())
+            seen.append(plain(args[0]).float())
 
         with hooked(before={layer: record}):
             yield seen

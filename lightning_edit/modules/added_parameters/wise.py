@@ -21,6 +21,7 @@ from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree, StackKind, WeightSite
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.sharding import plain
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, routing_loss
 from lightning_edit.memories.side_matrix import RoutesBy, SideMatrices
@@ -100,6 +101,7 @@ class WISE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14768"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP")
 
     def __init__(
         self,
@@ -317,7 +319,7 @@ class WISE(MemoryModule):
         distances: list[Tensor] = []
 
         def change(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            changed = output.float() + args[0].float() @ matrix.T
+            changed = output.float() + plain(args[0]).float() @ matrix.T
             own, other = (t.reshape(len(mask), -1, t.shape[-1]) for t in (output, changed))
             kept = mask[:, : own.shape[1]]  # a pass leaves out the last target token
             distances.append(activation_distance(own, other, kept, self.side.activation))
@@ -338,7 +340,7 @@ class WISE(MemoryModule):
             found: list[Tensor] = []
 
             def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                parts = (args[0], output)
+                parts = (plain(args[0]), output)
                 found.extend(p.reshape(len(rows), -1, p.shape[-1]).float() for p in parts)
 
             with torch.no_grad(), hooked({self._site(tree).module(self.model): record}):

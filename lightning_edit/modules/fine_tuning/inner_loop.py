@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.sharding import is_sharded, local_shard, reshard, whole_tensor
 
 __all__ = ["InnerLoop", "parameter_names"]
 
@@ -62,6 +64,8 @@ class InnerLoop:
         radius: float | None = None,
     ) -> None:
         self.radius = radius
+        reshard(model)
+        self._is_sharded = is_sharded(model)
         self.parameters = {name: model.get_parameter(name) for name in names}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -77,26 +81,44 @@ class InnerLoop:
         self.optimizer = optimizer(self.masters.values())
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of the loss, which is zero where a parameter had no part."""
+        """One step down the gradient of the loss, which is zero where a parameter had no part.
+
+        Raises:
+            EditError: If no parameter had a part.
+        """
         parameters = list(self.parameters.values())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None]
+        if self._is_sharded:  # gradients come with the parts, and not otherwise
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward()
+            gradients = [parameter.grad for parameter in parameters]
+        else:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise EditError(
+                f"The loss has no gradient at {', '.join(list(self.parameters)[:3])}, so that "
+                "nothing can be learned there. Tune parameters that the model's answer depends on."
+            )
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             master.grad = None if gradient is None else gradient.float()
         self.optimizer.step()
         with torch.no_grad():
             for name, master in self.masters.items():
                 if self.radius is not None:
-                    start = self.starts[name]
-                    master.clamp_(start - self.radius, start + self.radius)
+                    start = local_shard(self.starts[name])
+                    local_shard(master).clamp_(start - self.radius, start + self.radius)
                 if master is not self.parameters[name]:
                     self.parameters[name].copy_(master)
 
     def delta(self) -> WeightDelta:
         """How far the parameters are from where they started."""
+        ends = {name: whole_tensor(master.detach()) for name, master in self.masters.items()}
+        starts = {name: whole_tensor(start) for name, start in self.starts.items()}
         return WeightDelta(
             {
-                name: master.detach() - self.starts[name]
-                for name, master in self.masters.items()
-                if not torch.equal(master, self.starts[name])
+                name: end - starts[name]
+                for name, end in ends.items()
+                if not torch.equal(end, starts[name])
             }
         )

@@ -48,6 +48,7 @@ class LocFT(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.22072"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP")
     per_sequence: ClassVar[bool] = True
 
     def __init__(

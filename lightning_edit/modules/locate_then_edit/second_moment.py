@@ -24,6 +24,7 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import ends_whole, plain
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
 from lightning_edit.passes.borrowing import borrowed
@@ -225,7 +226,8 @@ def _accumulate(
 
     def adder(layer: int) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            second_moment_update(totals[layer], args[0].reshape(-1, args[0].shape[-1]))
+            keys = plain(args[0])
+            second_moment_update(totals[layer], keys.reshape(-1, keys.shape[-1]))
             if layer == layers[-1]:
                 raise StopPass
 
@@ -233,7 +235,7 @@ def _accumulate(
 
     model: PreTrainedModel = tree.model
     before = {site.module(tree.model): adder(layer) for layer, site in sites.items()}
-    with torch.no_grad(), borrowed(tree.model), hooked(before=before):
+    with torch.no_grad(), borrowed(model), ends_whole(model), hooked(before=before):
         for batch in batches:
             with suppress(StopPass):
                 model.base_model(input_ids=batch.to(device), use_cache=False)

@@ -23,6 +23,7 @@ from torch.nn.functional import log_softmax
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import ends_whole
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.tail import Place
 from lightning_edit.passes.whole_rows import captured
@@ -175,12 +176,12 @@ def optimize_target_values(
         equation 4.
     """
     turns = _turns(tokens, requests, settings.max_rows // (len(templates) + 1))
-    found = [
-        _optimize(
-            tree, tokens, layer, [requests[e] for e in turn], templates, settings, on_step, dtype
-        )
-        for turn in turns
-    ]
+    with ends_whole(tree.model):
+        found = []
+        for turn in turns:
+            part = [requests[e] for e in turn]
+            args = (tree, tokens, layer, part, templates, settings, on_step, dtype)
+            found.append(_optimize(*args))
     order = [e for turn in turns for e in turn]
     return TargetValues.joined(found).select(sorted(range(len(order)), key=order.__getitem__))
 

@@ -21,6 +21,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.sharding import plain, splits_outputs
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.codebook import (
     Replacement,
@@ -90,6 +91,7 @@ class GRACE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2211.11031"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP")
 
     def __init__(
         self,
@@ -189,6 +191,12 @@ class GRACE(MemoryModule):
                 f"name {len(sites)}: {', '.join(site.module_name for site in sites)}. Name one "
                 "layer, and `mlp_out` where the MLP is gated."
             )
+        if splits_outputs(sites[0].parameter(tree.model)):
+            raise EditError(
+                f"`module` is {self.module!r}, of whose outputs each process has a part of its own "
+                "under tensor parallelism. Set it to `mlp_out` or `attention_out`, or divide the "
+                "model by FSDP2 (`tensor_parallel_size=1`)."
+            )
         return sites[0]
 
     def _positions(self, tree: ModelTree, batch: EditBatch) -> Tensor:
@@ -205,7 +213,7 @@ class GRACE(MemoryModule):
         at = torch.arange(len(batch), device=positions.device)
 
         def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            for states in (args[0], output):
+            for states in (plain(args[0]), output):
                 rows = states.reshape(len(batch), -1, states.shape[-1])
                 found.append(rows[at, positions].float())
 

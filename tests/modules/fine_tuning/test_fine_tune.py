@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.optim import Adam
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
 
 from lightning_edit import EditBatch, EditRequest, FineTune, PromptTokenizer
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
+from lightning_edit.modules.fine_tuning.inner_loop import InnerLoop
 from lightning_edit.passes.target_loss import row_means, target_nll
 from tests.modules.helpers import autoregressive, bare_trainer, plain_nll, same, snapshot
 from tests.zoo import DECODERS, ENCODER_DECODERS, build
@@ -232,3 +234,10 @@ def test_goldens(case: str, goldens: Path, default_model: tuple[Any, Any]) -> No
         if bound is not None:
             share = float((change.abs() >= 0.999 * bound).float().mean())
             assert share == pytest.approx(wanted["dW_frac_at_bound"], abs=1e-3)
+
+
+def test_a_loss_that_no_tuned_parameter_has_a_part_in_is_an_error() -> None:
+    layers = nn.ModuleDict({"read": nn.Linear(2, 1), "other": nn.Linear(2, 1)})
+    inner = InnerLoop(layers, ["other.weight"], lambda p: SGD(p, lr=1.0))
+    with pytest.raises(EditError, match=r"no gradient at other\.weight"):
+        inner.step(layers["read"](torch.ones(1, 2)).sum())
