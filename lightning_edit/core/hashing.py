@@ -140,11 +140,9 @@ def _parts(value: object) -> Iterator[str | Tensor]:
 
 
 def _key(name: object) -> str:
-    return (
-        f"text {str.__str__(name)!r}"
-        if isinstance(name, str)
-        else f"{type(name).__name__} {name!r}"
-    )
+    if isinstance(name, str):
+        return f"text {str.__str__(name)!r}"
+    return f"{type(name).__name__} {name!r}"
 
 
 class WeightHashes:
