@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
+from lightning_edit.core.documents import check_text
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.spacing import is_inside_word, word_starts
 
@@ -81,12 +82,14 @@ class Probe:
                     f"`{name}` of a probe is expected to be text, but got {value!r}. "
                     "Write it in quotes."
                 )
+            _check_whole(f"`{name}` of a probe", value)
         aliases = _texts(self.aliases)
         if aliases is None:
             raise RequestError(
                 f"`aliases` is expected to be a list of texts, not {self.aliases!r}."
             )
         object.__setattr__(self, "aliases", aliases)
+        _check_whole("`aliases` of a probe", *aliases)
         _check_glued(self.glued, "a probe")
 
     @property
@@ -167,14 +170,23 @@ class EditRequest:
                     "Write it in quotes, or leave it out."
                 )
         object.__setattr__(self, "target_old", self.target_old or None)
+        for name in ("prompt", "subject", "target_new", "target_old"):
+            _check_whole(f"{self._name()}: `{name}`", getattr(self, name) or "")
         _check_glued(self.glued, self._name())
         self._place_subject()
         rephrases = _texts(self.rephrases)
         if rephrases is None or not all(text.strip() for text in rephrases):
             raise RequestError(f"{self._name()}: `rephrases` is expected to be a list of texts.")
+        _check_whole(f"{self._name()}: `rephrases`", *rephrases)
         object.__setattr__(self, "rephrases", rephrases)
         for name, kinds in (("locality", LOCALITY_KINDS), ("portability", PORTABILITY_KINDS)):
-            probes = tuple(getattr(self, name))
+            given = getattr(self, name)
+            if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+                raise RequestError(
+                    f"{self._name()}: `{name}` is expected to be a list of probes, but got "
+                    f"{given!r:.80}."
+                )
+            probes = tuple(given)
             for probe in probes:
                 if not isinstance(probe, Probe):
                     raise RequestError(
@@ -203,7 +215,7 @@ class EditRequest:
             if not isinstance(self.metadata, Mapping):
                 raise TypeError("it is no mapping")
             plain = json.loads(json.dumps(dict(self.metadata), allow_nan=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(
                 f"{self._name()}: `metadata` is expected to be a mapping of names to JSON types, "
                 f"but got {self.metadata!r:.80} ({error}). Write texts, numbers and lists of them."
@@ -408,6 +420,16 @@ def _check_glued(value: object, owner: str) -> None:
         raise RequestError(
             f"`glued` of {owner} is expected to be true, false or null, but got {value!r}."
         )
+
+
+def _check_whole(what: str, *texts: str) -> None:
+    for text in texts:
+        try:
+            check_text(text)
+        except ValueError as error:
+            raise RequestError(
+                f"{what} cannot be read by a tokenizer: {error}. Write the whole character."
+            ) from None
 
 
 def _filled(record: Mapping[str, object]) -> dict[str, object]:

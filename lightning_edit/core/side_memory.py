@@ -271,10 +271,24 @@ class EditMemory(nn.Module, ABC):
             else torch.zeros(0, device=self._device())
             for name in self.fields
         }
+        records = {name: replace(entry, tensors={}) for name, entry in entries.items()}
+        before = {name: self.get_buffer(name) for name in self.fields}, self._records
+        try:
+            self._set(rows, records)
+        except BaseException:  # an interruption, too, leaves what it held
+            self._set(*before)
+            raise
+
+    def _set(self, rows: Mapping[str, Tensor], records: dict[str, MemoryEntry]) -> None:
         for name, tensor in rows.items():
             setattr(self, name, tensor)
-        self._records = {name: replace(entry, tensors={}) for name, entry in entries.items()}
+        self._records = records
         self._settle()
+
+    def holds(self, entries: Mapping[str, MemoryEntry]) -> bool:
+        """Whether the memory holds these entries, bit for bit and in this order, and no others."""
+        now = self.entries
+        return list(now) == list(entries) and all(e.equals(now[n]) for n, e in entries.items())
 
     def _device(self) -> torch.device:
         model = self._model() if self._model is not None else None

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
@@ -150,7 +150,7 @@ class IKE(MemoryModule):
         else:
             where = f"`corpus={self.corpus!r}`"
             try:
-                text = Path(self.corpus).read_text(encoding="utf-8")
+                text = read_text(Path(self.corpus))
             except (OSError, UnicodeDecodeError) as error:
                 raise RequestError(
                     f"{where} cannot be read ({error}). Give a file of edit requests."
@@ -160,7 +160,7 @@ class IKE(MemoryModule):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise RequestError(f"{where}, line {number} is no JSON ({error}).") from None
             facts.append(EditRequest.from_dict(record, f"{where}, line {number}"))
