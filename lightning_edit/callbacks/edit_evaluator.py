@@ -44,13 +44,16 @@ class EditEvaluator(Callback):
 
     Args:
         requests: What to measure by; the requests of the Trainer's datamodule when None.
-        readings: Readings to take.
+        readings: Readings to take; when None, ``teacher_forced`` and ``autoregressive``, and in a
+            chat template ``stated``, too.
         max_new_tokens: Longest continuation that is read, in tokens.
         every_n_steps: Also measure under teacher forcing after every so many optimizer steps: the
             requests so far, as a curve over the number of edits; all requests, over the number
             of steps, in a training. Never when None.
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
+        chat_template: Ask in the chat template (True) or bare (False), whatever the module does in
+            training; when None, as an editor measures, or as the module's tokens are.
 
     Examples:
         >>> EditEvaluator(readings=["teacher_forced"]).rows
@@ -60,15 +63,17 @@ class EditEvaluator(Callback):
     def __init__(
         self,
         requests: list[EditRequest] | None = None,
-        readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
+        readings: Sequence[Reading] | None = None,
         max_new_tokens: int = 24,
         every_n_steps: int | None = None,
         model_attribute: str | None = None,
+        chat_template: bool | None = None,
     ) -> None:
         if requests is not None:
             check_requests(requests)
         self.given = requests
-        self.readings: tuple[Reading, ...] = tuple(readings)
+        self.readings = None if readings is None else tuple(readings)
+        self.chat_template = chat_template
         self.max_new_tokens = max_new_tokens
         self.every_n_steps = every_n_steps
         self.model_attribute = model_attribute
@@ -110,7 +115,7 @@ class EditEvaluator(Callback):
             mine = evaluator.evaluate(share)
         self._baseline = mine.baseline
         self.before = self._gather(mine)
-        self._values_before = metric_values(self.before, self.readings)
+        self._values_before = metric_values(self.before, evaluator.readings)
         self.seconds += time.perf_counter() - began
 
     @override
@@ -128,10 +133,7 @@ class EditEvaluator(Callback):
         if isinstance(pl_module, EditModule) and not pl_module.automatic_optimization:
             done = len(pl_module.history)  # failed ones included
             point, requests = {"edits": float(done)}, requests[:done]
-        evaluator = Evaluator(
-            *model_and_tokens(pl_module, self.model_attribute, "EditEvaluator"),
-            readings=["teacher_forced"],
-        )
+        evaluator = self._evaluator(pl_module, ["teacher_forced"])
         share = self._share(requests)
         mine = evaluator.evaluate(share, self._baseline)
         values = metric_values(self._gather(mine), ["teacher_forced"])
@@ -155,7 +157,7 @@ class EditEvaluator(Callback):
         evaluator = self._evaluator(pl_module)
         mine = evaluator.evaluate(self._share(self.requests), self._baseline)
         self.after = self._gather(mine)
-        after = metric_values(self.after, self.readings)
+        after = metric_values(self.after, evaluator.readings)
         self.rows = metric_rows(self._values_before, after)
         trainer = pl_module.trainer
         final = _log(trainer, {key: value for key, (value, _) in after.items()})
@@ -178,9 +180,15 @@ class EditEvaluator(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _evaluator(self, pl_module: LightningModule) -> Evaluator:
-        model, tokens = model_and_tokens(pl_module, self.model_attribute, "EditEvaluator")
-        return Evaluator(model, tokens, readings=self.readings, max_new_tokens=self.max_new_tokens)
+    def _evaluator(
+        self, pl_module: LightningModule, readings: Sequence[Reading] | None = None
+    ) -> Evaluator:
+        return Evaluator(
+            *model_and_tokens(pl_module, self.model_attribute, "EditEvaluator", measures=True),
+            readings=self.readings if readings is None else readings,
+            max_new_tokens=self.max_new_tokens,
+            chat_template=self.chat_template,
+        )
 
     def _share(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         return list(requests[_rank() :: _world_size()])

@@ -17,6 +17,7 @@ from lightning_edit.functional.matching import (
     completion_matches,
     contains_answer,
     normalize_answer,
+    states_answer,
     token_f1,
 )
 from lightning_edit.functional.metrics import (
@@ -55,6 +56,7 @@ __all__ = [
     "normalize_answer",
     "retention_area",
     "retention_by_age",
+    "states_answer",
     "token_accuracy",
     "token_f1",
     "wilson_interval",

@@ -49,7 +49,7 @@ def sink_reasons(
         prompt, last = tokens.subject_of(request)
         if last > 0:
             continue
-        row = [*prompt, *tokens.target(request.prompt, request.target_new)]
+        row = [*prompt, *tokens.target(request.prompt, request.target_new, request.glued)]
         states = KeyPass.capture(tree, [layer], [row], tokens.pad_id).state[0]
         norms = torch.linalg.vector_norm(states.float(), dim=-1)
         ratio = float(norms[0] / norms[1:].median())
