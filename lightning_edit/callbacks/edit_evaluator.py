@@ -45,13 +45,16 @@ class EditEvaluator(Callback):
 
     Args:
         requests: What to measure by; the requests of the Trainer's datamodule when None.
-        readings: Readings to take.
+        readings: Readings to take; when None, ``teacher_forced`` and ``autoregressive``, and in a
+            chat template ``stated``, too.
         max_new_tokens: Longest continuation that is read, in tokens.
         every_n_steps: Also measure under teacher forcing after every so many optimizer steps: the
             requests so far, as a curve over the number of edits; all requests, over the number
             of steps, in a training. Never when None.
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
+        chat_template: Ask in the chat template (True) or bare (False), whatever the module does in
+            training; when None, as an editor measures, or as the module's tokens are.
 
     Examples:
         >>> EditEvaluator(readings=["teacher_forced"]).rows
@@ -61,15 +64,17 @@ class EditEvaluator(Callback):
     def __init__(
         self,
         requests: list[EditRequest] | None = None,
-        readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
+        readings: Sequence[Reading] | None = None,
         max_new_tokens: int = 24,
         every_n_steps: int | None = None,
         model_attribute: str | None = None,
+        chat_template: bool | None = None,
     ) -> None:
         if requests is not None:
             check_requests(requests)
         self.given = requests
-        self.readings: tuple[Reading, ...] = tuple(readings)
+        self.readings = None if readings is None else tuple(readings)
+        self.chat_template = chat_template
         self.max_new_tokens = max_new_tokens
         self.every_n_steps = every_n_steps
         self.model_attribute = model_attribute
@@ -112,7 +117,7 @@ class EditEvaluator(Callback):
             mine = evaluator.evaluate(share)
         self._baseline = mine.baseline
         self.before = self._gather(mine)
-        self._values_before = metric_values(self.before, self.readings)
+        self._values_before = metric_values(self.before, evaluator.readings)
         self.seconds += time.perf_counter() - began
 
     @override
@@ -154,7 +159,7 @@ class EditEvaluator(Callback):
         evaluator = self._evaluator(pl_module)
         mine = evaluator.evaluate(self._share(self.requests), self._baseline)
         self.after = self._gather(mine)
-        after = metric_values(self.after, self.readings)
+        after = metric_values(self.after, evaluator.readings)
         self.rows = metric_rows(self._values_before, after)
         trainer = pl_module.trainer
         final = _log(trainer, {key: value for key, (value, _) in after.items()})
@@ -180,10 +185,16 @@ class EditEvaluator(Callback):
     def _evaluator(
         self, pl_module: LightningModule, readings: Sequence[Reading] | None = None
     ) -> Evaluator:
-        model, tokens = model_and_tokens(pl_module, self.model_attribute, "EditEvaluator")
+        model, tokens = model_and_tokens(
+            pl_module, self.model_attribute, "EditEvaluator", measures=True
+        )
         self._processes = sharing(model)
         return Evaluator(
-            model, tokens, readings=readings or self.readings, max_new_tokens=self.max_new_tokens
+            model,
+            tokens,
+            readings=self.readings if readings is None else readings,
+            max_new_tokens=self.max_new_tokens,
+            chat_template=self.chat_template,
         )
 
     def _share(self, requests: Sequence[EditRequest]) -> list[EditRequest]:

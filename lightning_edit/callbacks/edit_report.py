@@ -40,6 +40,7 @@ from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_s
 from lightning_edit.evaluation.measured import metric_values
 from lightning_edit.forgetting.base_weights import BaseWeights
 from lightning_edit.metrics import edit_metrics
+from lightning_edit.metrics.reading import default_readings
 from lightning_edit.modules.base import EditModule
 from lightning_edit.rendering.terminal import spell_out
 from lightning_edit.report import metrics_table, write_results
@@ -368,7 +369,9 @@ def _edit_rows(
     size = 0.0
     if isinstance(delta, WeightDelta):
         size = math.hypot(*(_norm(tensor) for tensor in delta.originals.values()))
-    keys = [key for key in map(str, edit_metrics(likelihoods=True)) if key.count("/") == 1]
+    readings = default_readings(in_chat=True)
+    every = map(str, edit_metrics(readings=readings, likelihoods=True))
+    keys = [key for key in every if key.count("/") == 1]
     rows = []
     for request in requests:
         old, new = list(before.of(request.id)), list(after.of(request.id))
@@ -426,6 +429,7 @@ def _probe_row(before: ScoredProbe, after: ScoredProbe) -> ProbeRow:
         after_text=after.text,
         teacher_forced=after.teacher_forced,
         autoregressive=after.autoregressive,
+        stated=after.stated,
         unchanged=unchanged if is_locality else None,
     )
 

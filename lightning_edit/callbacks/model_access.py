@@ -31,7 +31,7 @@ __all__ = [
 
 
 def model_and_tokens(
-    module: LightningModule, attribute: str | None, who: str
+    module: LightningModule, attribute: str | None, who: str, *, measures: bool = False
 ) -> tuple[PreTrainedModel, PromptTokenizer]:
     """The language model in a module, and its tokenizer.
 
@@ -39,13 +39,14 @@ def model_and_tokens(
         module: A LightningModule after ``configure_model``.
         attribute: As in ``find_model``.
         who: Name of the callback that needs them, for the error.
+        measures: Have the tokenizer ask as an editor measures, rather than as it edits.
 
     Raises:
         ModelError: If there is no model, or there are several and no attribute is named.
         EditError: If there is no tokenizer.
     """
     if isinstance(module, EditModule):
-        return module.model, module.tokens
+        return module.model, module.evaluator.tokens if measures else module.tokens
     model = find_model(module, attribute)
     tokens = find_tokenizer(module, model)
     if tokens is None:

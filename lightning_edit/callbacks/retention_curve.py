@@ -22,7 +22,7 @@ from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.prose import perplexity, read_prose
 from lightning_edit.evaluation.retention_plot import plot_retention
-from lightning_edit.evaluation.scoring import score_targets
+from lightning_edit.evaluation.scoring import prompt_ids, score_targets
 from lightning_edit.functional.retention import (
     average_retention,
     edits_held,
@@ -186,7 +186,9 @@ class RetentionCurve(Callback):
         if restored:
             self.perplexity_before = float(restored["perplexity_before"])
             return
-        model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
+        model, tokens = model_and_tokens(
+            pl_module, self.model_attribute, "RetentionCurve", measures=True
+        )
         with unedited(pl_module):
             self.perplexity_before = perplexity(model, tokens, self.text)
 
@@ -213,8 +215,11 @@ class RetentionCurve(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Adds a row, logs it and writes what there is so far."""
-        model, tokens = model_and_tokens(pl_module, self.model_attribute, "RetentionCurve")
-        pairs = [(tokens.prompt(row[0]), tokens.target(*row)) for row in self._made.values()]
+        model, tokens = model_and_tokens(
+            pl_module, self.model_attribute, "RetentionCurve", measures=True
+        )
+        asked = prompt_ids(model, tokens, [prompt for prompt, *_ in self._made.values()])
+        pairs = [(asked[row[0]], tokens.target(*row)) for row in self._made.values()]
         scores = score_targets(model, tokens, pairs)
         self.perplexity.append(perplexity(model, tokens, self.text))
         self.held.append([score.argmax == score.target for score in scores])

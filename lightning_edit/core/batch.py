@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,8 +77,8 @@ class PromptTokenizer:
                 "The tokenizer gives no character offsets, by which subjects are found. Load a "
                 "fast tokenizer (`AutoTokenizer.from_pretrained(..., use_fast=True)`)."
             )
-        if chat_template and not getattr(tokenizer, "chat_template", None):
-            raise ModelError("`chat_template=True`, but the tokenizer has no chat template.")
+        if chat_template:
+            _check_has_template(tokenizer)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.is_encoder_decoder = is_encoder_decoder
@@ -86,6 +87,23 @@ class PromptTokenizer:
         self.system_prompt = system_prompt
         if self.chat_template_kwargs or system_prompt is not None:
             self._check_template()
+
+    def in_form(self, chat_template: bool | None) -> Self:
+        """The same tokenizer, asking in its chat template or bare.
+
+        Args:
+            chat_template: Whether prompts are messages of the chat template; as here if None.
+
+        Raises:
+            ModelError: If the tokenizer has no chat template, but one is asked for.
+        """
+        if chat_template is None or chat_template == self.chat_template:
+            return self
+        if chat_template:
+            _check_has_template(self.tokenizer)
+        other = copy.copy(self)
+        other.chat_template = chat_template
+        return other
 
     @property
     def pad_id(self) -> int:
@@ -329,6 +347,11 @@ class PromptTokenizer:
             # The tokenizer ends every text, but the target is still to follow.
             return ids[:-1], offsets[:-1]
         return ids, offsets
+
+
+def _check_has_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError("`chat_template=True`, but the tokenizer has no chat template.")
 
 
 @dataclass(frozen=True)

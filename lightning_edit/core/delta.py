@@ -258,7 +258,7 @@ class WeightDelta(Edit):
                 change = local_change(parameter, self.changes[name])
                 original = shard_like(parameter, originals[name])
                 rounded = (original.float() + change).to(parameter.dtype)
-                if not _is_finite(rounded) and _is_finite(original):
+                if not everywhere(parameter, _is_finite(rounded) or not _is_finite(original)):
                     raise EditError(
                         f"The edit would leave values in `{name}` that are not finite in "
                         f"{str(rounded.dtype).removeprefix('torch.')}: it is too large. Nothing "

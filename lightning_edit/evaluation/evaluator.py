@@ -24,9 +24,9 @@ from lightning_edit.evaluation.scoring import (
     score_targets,
 )
 from lightning_edit.functional.counterfact import efficacy_success, neighborhood_success
-from lightning_edit.functional.matching import autoregressive_hit
+from lightning_edit.functional.matching import autoregressive_hit, states_answer
 from lightning_edit.functional.metrics import kl_divergence
-from lightning_edit.metrics.reading import Reading
+from lightning_edit.metrics.reading import Reading, default_readings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +48,7 @@ class ScoredProbe:
         teacher_forced: Share of the answer's tokens predicted right, in [0, 1].
         exact: Whether all of them were.
         autoregressive: Whether the continuation gives the answer.
+        stated: Whether it states the answer, as a reply in a chat; not for locality.
         nll_new: Mean negative log-likelihood of the new answer's tokens, in nats.
         nll_old: The same of the old answer.
         kl: KL(unedited ‖ now) of the next token, in nats (locality).
@@ -63,6 +64,7 @@ class ScoredProbe:
     teacher_forced: float | None = None
     exact: bool | None = None
     autoregressive: bool | None = None
+    stated: bool | None = None
     nll_new: float | None = None
     nll_old: float | None = None
     kl: float | None = None
@@ -76,6 +78,7 @@ class _Scores(TypedDict, total=False):
     teacher_forced: float
     exact: bool
     autoregressive: bool | None
+    stated: bool
     nll_new: float
     nll_old: float
     kl: float
@@ -137,6 +140,7 @@ _FIELDS = {
     "teacher_forced": "teacher_forced",
     "teacher_forced_strict": "exact",
     "autoregressive": "autoregressive",
+    "stated": "stated",
 }
 
 
@@ -175,9 +179,12 @@ class Evaluator:
     Args:
         model: A Hugging Face language model, edited or not; it is only run.
         tokens: Its tokenizer.
-        readings: Readings to take.
+        readings: Readings to take; when None, ``teacher_forced`` and ``autoregressive``, and in a
+            chat template ``stated``, too.
         max_new_tokens: Longest continuation that is read, in tokens.
         max_tokens: Tokens run at once.
+        chat_template: Ask in the chat template (True) or bare (False), whatever ``tokens`` does;
+            as ``tokens`` does when None.
 
     Examples:
         >>> from lightning_edit.core.batch import PromptTokenizer
@@ -196,13 +203,15 @@ class Evaluator:
         model: PreTrainedModel,
         tokens: PromptTokenizer,
         *,
-        readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
+        readings: Sequence[Reading] | None = None,
         max_new_tokens: int = 24,
         max_tokens: int = 2048,
+        chat_template: bool | None = None,
     ) -> None:
         self.model = model
-        self.tokens = tokens
-        self.readings = tuple(readings)
+        self.tokens = tokens.in_form(chat_template)
+        in_chat = self.tokens.chat_template
+        self.readings = default_readings(in_chat) if readings is None else tuple(readings)
         self.max_new_tokens = max_new_tokens
         self.max_tokens = max_tokens
 
@@ -256,11 +265,14 @@ class Evaluator:
         scored: list[_Scores] = [{} for _ in probes]
         if not probes:
             return Evaluation([], baseline)
-        if "autoregressive" in self.readings:
+        if "autoregressive" in self.readings or "stated" in self.readings:
             written = self._written(probes, known)
             for probe, fields, said in zip(probes, scored, written, strict=True):
                 fields["text"] = said.text
-                fields["autoregressive"] = self._hit(probe, said, baseline)
+                if "autoregressive" in self.readings:
+                    fields["autoregressive"] = self._hit(probe, said, baseline)
+                if "stated" in self.readings and probe.metric != "locality":
+                    fields["stated"] = states_answer(said.text, probe.answers)
         if "teacher_forced" in self.readings:
             by_id = {request.id: request for request in requests}
             self._add_teacher_forced(probes, scored, by_id, baseline)

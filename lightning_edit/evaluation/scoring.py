@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
 from lightning_edit.core.plain_model import check_ids, check_tokens
 from lightning_edit.core.side_memory import EditMemory
+from lightning_edit.functional.matching import is_ended, is_interjection
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.caches import keeps_keys_and_values, takes
 from lightning_edit.passes.decoding import GREEDY, begin_id, end_ids, write
@@ -38,7 +39,6 @@ ENOUGH_TOKENS = 128
 MAX_PADDING = 1.1  # times the tokens that are none
 # Tokens whose keys and values are held at once, for each token that is run at once.
 HELD_TOKENS = 4
-SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
 
 @dataclass(frozen=True)
@@ -405,6 +405,8 @@ def continuations(
     """Greedy continuations from the prompts alone, up to a natural stop.
 
     A text stops at the end token, at a line's or a sentence's end, or after ``max_new_tokens``.
+    Initials and abbreviations such as "Dr." end no sentence, nor in a chat does a call such as "Of
+    course!" (see [`states_answer`][lightning_edit.functional.states_answer]).
     Nothing of the model's ``generation_config`` has a part in it but further end tokens.
     Equal prompts with equal minimums are run once.
 
@@ -493,7 +495,9 @@ def _generate(
             for b, own in enumerate(input_ids[:, begin:].tolist()):
                 if not done[b]:
                     text = _written(tokens, prompts[b], own).lstrip()
-                    at_end = text.rstrip().endswith(SENTENCE_ENDS) and count >= least[b]
+                    at_end = is_ended(text) and count >= least[b]
+                    if tokens.chat_template and is_interjection(text):
+                        at_end = False
                     done[b] = "\n" in text or (bool(text) and at_end)
                     lengths[b] = count
             return torch.tensor(done, device=input_ids.device)

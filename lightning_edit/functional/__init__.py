@@ -23,6 +23,7 @@ from lightning_edit.functional.matching import (
     completion_matches,
     contains_answer,
     normalize_answer,
+    states_answer,
     token_f1,
 )
 from lightning_edit.functional.metrics import (
@@ -65,6 +66,7 @@ __all__ = [
     "retention_area",
     "retention_by_age",
     "sign_flip_p",
+    "states_answer",
     "token_accuracy",
     "token_f1",
     "wilson_interval",

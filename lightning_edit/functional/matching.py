@@ -3,8 +3,8 @@
 """Judging generated text: does it say the answer? Safe for scripts written without spaces.
 
 A *completion* prompt is right when its continuation begins with the answer; a *question* prompt
-when the reply equals the answer after normalization. Token F1 and containment are looser, and no
-metric here stands on them.
+when the reply equals the answer after normalization. A chat model's reply may also *state* the
+answer in a sentence. Token F1 and containment are looser, and no metric here stands on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ __all__ = [
     "autoregressive_hit",
     "completion_matches",
     "contains_answer",
+    "is_ended",
+    "is_interjection",
     "normalize_answer",
+    "states_answer",
     "token_f1",
 ]
 
@@ -38,6 +41,29 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\s+(?=\S)")
 # A digit or small letter after the stop speaks for an abbreviation ("No. 10").
 _SENTENCE_END = re.compile(r"[.!?](?=\s+[^\s\da-z]|\s*$)|[。！？｡]")
+# Behind these a full stop ends no sentence: initials, and words that come before a name.
+_ABBREVIATION = re.compile(
+    r"(?:^|[^\w])(?:(?!\d)[^\W_]|Mr|Mrs|Ms|Dr|Prof|St|Mt|Ft|Gen|Col|Lt|Sgt|Capt|Rev|Hon|Gov|Sen"
+    r"|Pres|Mme|Mlle|Sta|Bros|vs|ca|cf|approx|i\.e|e\.g)\.$"
+)
+_ENDS = (".", "!", "?", "。", "！", "？", "｡")
+_CLAUSE, _ANSWER = "\ue001", "\ue000"  # stand-ins that normalization leaves alone
+_CLAUSE_ENDS = re.compile(r"[,;:()\[\]—–]+(?=\s|$)|(?<=\s)[-–—(\[]+|[、，；：（）]")
+# A clause begins with these, and what is denied before "but" is not denied behind it.
+_TURNS = re.compile(
+    r"\b(?=(?:but|rather than|instead of|unlike|although|though|while|whereas|sondern|mais|sino)\b)"
+)
+_AFFIRMATIONS = re.compile(
+    r"\b(?:no doubt|without doubt|without a doubt|not only|no other than|none other than"
+    r"|nothing but)\b"
+)
+_DENIALS = re.compile(
+    r"\b(?:not|no|never|neither|nor|none|nobody|nothing|cannot"
+    r"|(?:is|was|are|were|do|does|did|has|have|had|ca|could|wo|would|should|ai)nt"
+    r"|wrong(?:ly)?|incorrect(?:ly)?|false(?:ly)?|untrue|mistaken(?:ly)?|rather than|instead of|unlike|except|nicht|kein(?:e[mnrs]?)?|niemals|pas|jamais"
+    r"|aucune?|non|nunca|jamás|não|не|нет)\b"
+    r"|不是|不在|不会|并非|並非|没有|沒有|ではな|じゃな|ありません|아니|않"
+)
 _OPENERS = " \"'`*_«»‹›「」『』《》〈〉„‚"
 _CLOSERS = _OPENERS + ".,;:!?。、"
 _TYPOGRAPHY = str.maketrans(
@@ -211,6 +237,118 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
             if _is_boundary(found, start) and _is_boundary(found, start + len(wanted)):
                 return True
             start = found.find(wanted, start + 1)
+    return False
+
+
+def is_ended(text: str) -> bool:
+    """Whether a text ends where a sentence does, and not with an abbreviation.
+
+    Abbreviations are initials and a few words that stand before names, such as "Dr.".
+
+    Args:
+        text: Any text; white space at its end does not matter.
+
+    Examples:
+        >>> is_ended("It was written by Rowan."), is_ended("It was written by J.")
+        (True, False)
+    """
+    text = text.rstrip()
+    return text.endswith(_ENDS) and not _ABBREVIATION.search(text)
+
+
+def is_interjection(text: str) -> bool:
+    """Whether a text is a call of at most three words, as replies begin with: "Of course!".
+
+    Examples:
+        >>> is_interjection("Of course!"), is_interjection("It is Rome.")
+        (True, False)
+    """
+    return text.rstrip().endswith(("!", "！")) and len(text.split()) <= 3
+
+
+def states_answer(reply: str, answers: Sequence[str]) -> bool:
+    """Whether a chat model's reply states one of the answers.
+
+    The first sentence counts, and what follows it only if that sentence is a call of at most three
+    words ("Of course!") or a question. In it, the answer must stand between word boundaries, both
+    being normalized (see [`normalize_answer`][lightning_edit.functional.normalize_answer]), and in
+    a clause that denies nothing: commas, colons, semicolons, brackets and dashes end clauses, as do
+    words such as "but" and "instead of". A denial is a word such as "not", "never", "isn't" or
+    "wrong" in the clause, which counts for the clauses behind it, too, if it ends its own
+    ("It is not, as many think, Rome"). Words of denial are known in English and, fewer, in German,
+    French, Spanish, Portuguese, Italian, Russian, Chinese, Japanese and Korean. Initials and words
+    such as "Dr." end no sentence. What else a sentence means is not looked at: "It may be Rome"
+    counts.
+
+    Args:
+        reply: What the model replied.
+        answers: The answer and its other spellings; blank ones are passed over.
+
+    Returns:
+        True if one of them is stated.
+
+    Raises:
+        TypeError: If ``answers`` is one text instead of a sequence of texts.
+        ValueError: If there is no answer but blank ones.
+
+    Examples:
+        >>> states_answer("The capital of France is Rome.", ["Rome"])
+        True
+        >>> states_answer("No, it is Rome, and not Paris.", ["Rome"])
+        True
+        >>> states_answer("It is Paris, and not Rome.", ["Rome"])
+        False
+    """
+    wanted = [_answer_pattern(answer) for answer in _spellings(answers)]
+    for sentence in _sentences(reply):
+        if sentence.endswith(("?", "？")):
+            continue
+        marked = normalize_answer(_CLAUSE_ENDS.sub(f" {_CLAUSE} ", sentence))
+        if any(_is_stated(marked, pattern) for pattern in wanted):
+            return True
+        if not is_interjection(sentence):
+            return False
+    return False
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences of a text; a line break ends one, too."""
+    found: list[str] = []
+    for line in text.splitlines():
+        begin = 0
+        for end in _SENTENCE_END.finditer(line):
+            if is_ended(line[: end.end()]):
+                found.append(line[begin : end.end()].strip())
+                begin = end.end()
+        found.append(line[begin:].strip())
+    return [sentence for sentence in found if sentence]
+
+
+def _answer_pattern(answer: str) -> re.Pattern[str]:
+    """Finds an answer in normalized text, whatever ends of clauses are in it."""
+    words = _comparable(answer).split()
+    return re.compile(f"(?: {_CLAUSE})* ".join(re.escape(word) for word in words))
+
+
+def _is_stated(marked: str, pattern: re.Pattern[str]) -> bool:
+    """Whether an answer stands in a clause of a normalized sentence that denies nothing."""
+    pieces, end = list[str](), 0
+    for match in pattern.finditer(marked):
+        if _is_boundary(marked, match.start()) and _is_boundary(marked, match.end()):
+            pieces += [marked[end : match.start()], _ANSWER]
+            end = match.end()
+    text = _AFFIRMATIONS.sub("", "".join([*pieces, marked[end:]]))
+    is_denied = False
+    for part in text.split(_CLAUSE):
+        for clause in _TURNS.split(part):
+            clause = clause.strip()
+            if clause.startswith(("but ", "sondern ", "mais ", "sino ")):
+                is_denied = False
+            denials = list(_DENIALS.finditer(clause))
+            if _ANSWER in clause and not denials and not is_denied:
+                return True
+            if denials and denials[-1].end() == len(clause) and " " in clause:
+                is_denied = True
     return False
 
 

@@ -58,7 +58,9 @@ def edit_metrics(
     metrics: list[ReadingMetric] = []
     for reading in readings:
         metrics += [
-            metric(reading=reading) for metric in (Reliability, Generality, Locality, Portability)
+            metric(reading=reading)
+            for metric in (Reliability, Generality, Locality, Portability)
+            if reading in metric.readings
         ]
         metrics += [Portability(reading=reading, kind=kind) for kind in kinds]
     members: dict[str, Metric | MetricCollection] = {metric.key: metric for metric in metrics}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lightning_edit.metrics.reading import ReadingMetric
+from lightning_edit.metrics.reading import Reading, ReadingMetric
 
 __all__ = ["Locality", "same_text_scores"]
 
@@ -67,5 +67,6 @@ class Locality(ReadingMetric):
     """
 
     name = "locality"
+    readings: ClassVar[tuple[Reading, ...]] = ("teacher_forced", "autoregressive")
 
     text_scores: ClassVar[staticmethod[..., list[float]]] = staticmethod(same_text_scores)

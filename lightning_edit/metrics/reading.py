@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""The two readings of an edited model: fed with the right prefix, or left to write by itself."""
+"""The readings of an edited model: fed with the right prefix, or left to write by itself."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_edit.functional.matching import autoregressive_hit
+from lightning_edit.functional.matching import autoregressive_hit, states_answer
 from lightning_edit.functional.metrics import token_accuracy
 from lightning_edit.metrics.base import EditMetric
 
-__all__ = ["Reading", "ReadingMetric", "answer_scores"]
+__all__ = ["Reading", "ReadingMetric", "answer_scores", "default_readings"]
 
-Reading = Literal["teacher_forced", "autoregressive"]
+Reading = Literal["teacher_forced", "autoregressive", "stated"]
+
+
+def default_readings(in_chat: bool = False) -> tuple[Reading, ...]:
+    """Readings to take where none are named: of a chat, also whether replies state the answer.
+
+    Args:
+        in_chat: Whether the model is asked in a chat template.
+    """
+    return ("teacher_forced", "autoregressive", *(("stated",) if in_chat else ()))
 
 
 def answer_scores(
@@ -46,13 +55,15 @@ def answer_scores(
 
 
 class ReadingMetric(EditMetric):
-    """Base of the four metrics that exist in two readings.
+    """Base of the four metrics that exist in several readings.
 
     Subclasses set ``name``, and ``text_scores`` where texts are judged otherwise.
 
     Args:
         reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.
-            ``autoregressive``: whether freely generated text gives the answer.
+            ``autoregressive``: whether freely generated text gives the answer. ``stated``: whether
+            it states the answer, as the replies of chat models do
+            ([`states_answer`][lightning_edit.functional.states_answer]).
         strict: In the teacher-forced reading, count a row only if all its tokens are right.
         kind: Kind of the probes, where only those of one kind are given; becomes part of the name.
         kwargs: Arguments of every torchmetrics metric.
@@ -63,6 +74,8 @@ class ReadingMetric(EditMetric):
     """
 
     name: ClassVar[str]
+    #: Readings that there are.
+    readings: ClassVar[tuple[Reading, ...]] = ("teacher_forced", "autoregressive", "stated")
     #: Judges generated texts, by the arguments of ``update`` after the metric's own key.
     text_scores: ClassVar[staticmethod[..., list[float]]] = staticmethod(answer_scores)
 
@@ -73,12 +86,12 @@ class ReadingMetric(EditMetric):
         kind: str | None = None,
         **kwargs: object,
     ) -> None:
-        if reading not in ("teacher_forced", "autoregressive"):
+        if reading not in self.readings:
+            *others, last = map(repr, self.readings)
             raise ValueError(
-                "`reading` is expected to be 'teacher_forced' or 'autoregressive', but got "
-                f"{reading!r}."
+                f"`reading` is expected to be {', '.join(others)} or {last}, but got {reading!r}."
             )
-        if strict and reading == "autoregressive":
+        if strict and reading != "teacher_forced":
             raise ValueError(
                 "`strict` concerns the tokens of the teacher-forced reading; generated text is "
                 "right or wrong as a whole. Leave it out."
@@ -103,9 +116,9 @@ class ReadingMetric(EditMetric):
 
         Args:
             preds: Teacher-forced: predicted token ids [B, T] or logits [B, T, V], aligned with the
-                target. Autoregressive: B generated texts.
+                target. Otherwise: B generated texts.
             target: Teacher-forced: target token ids [B, T], -100 where nothing is to be predicted.
-                Autoregressive: for each text the answer and its other spellings.
+                Otherwise: for each text the answer and its other spellings.
             question: Autoregressive: for each text whether its prompt is a question.
 
         Raises:
@@ -133,6 +146,9 @@ class ReadingMetric(EditMetric):
                     f"{self.key}: `preds`, `target` and `question` are expected to be of one "
                     f"length, but got {lengths}."
                 )
-            texts = self.text_scores(self.key, preds, target, question)
+            if self.reading == "stated":
+                texts = [float(states_answer(*row)) for row in zip(preds, target, strict=True)]
+            else:
+                texts = self.text_scores(self.key, preds, target, question)
             scores = torch.tensor(texts, dtype=torch.float32)
         self.count_scores(self.state, scores)

@@ -14,7 +14,9 @@ class Reliability(ReadingMetric):
 
     Args:
         reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.
-            ``autoregressive``: whether freely generated text gives the answer.
+            ``autoregressive``: whether freely generated text gives the answer. ``stated``: whether
+            it states the answer, as the replies of chat models do
+            ([`states_answer`][lightning_edit.functional.states_answer]).
         strict: In the teacher-forced reading, count a row only if all its tokens are right.
         kind: Kind of the prompts, where they are told apart; becomes part of the name.
         kwargs: Arguments of every torchmetrics metric.

@@ -30,6 +30,7 @@ from lightning_edit.core.wrappers import unwrapped
 from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.evaluation.measured import Measured
 from lightning_edit.metrics import edit_metrics
+from lightning_edit.metrics.reading import default_readings
 from lightning_edit.modules import sharded
 from lightning_edit.modules.arguments import check_arguments
 from lightning_edit.modules.fitting import (
@@ -42,7 +43,7 @@ from lightning_edit.modules.fitting import (
     request_rows,
     warn_of_not_taken,
 )
-from lightning_edit.modules.lending import Lending, check_trainer
+from lightning_edit.modules.lending import Lending, check_trainer, loaded
 from lightning_edit.modules.protocols import (
     EditProtocol,
     ProtocolName,
@@ -57,7 +58,7 @@ from lightning_edit.modules.targets import (
     no_new_memory,
     relative_norm,
 )
-from lightning_edit.modules.unedited import UneditedModel
+from lightning_edit.modules.unedited import UneditedModel, evaluator_of
 from lightning_edit.optim import E, EditOptimizer
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.presets import load_preset
@@ -100,6 +101,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             as in a second epoch.
         baseline: Hub id or folder of the model that ``validate`` compares with, where edits are
             in the weights of ``model`` and the editor knows nothing of them.
+        measure_in_chat: Measure as a user of a chat model would ask (True), or with bare prompts
+            (False), whatever form edits are made in; in that of ``chat_template`` when None.
     """
 
     #: Address of the paper that describes the method.
@@ -127,6 +130,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         system_prompt: str | None = None,
         repeat_requests: bool = False,
         baseline: str | None = None,
+        measure_in_chat: bool | None = None,
         **unknown: object,
     ) -> None:
         # Subclasses hand on what they do not know, so that the error can name the editor.
@@ -144,12 +148,13 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.test_protocol = test_protocol
         self.max_new_tokens = max_new_tokens
         self.repeat_requests = repeat_requests
-        #: What ``validate`` compares with.
+        self.measure_in_chat = chat_template if measure_in_chat is None else measure_in_chat
         self.unedited = UneditedModel(baseline)
         self.strict_loading = False  # checkpoints hold only what changed
         self.model: Any = None
-        self.val_metrics = edit_metrics("val/")
-        self.test_metrics = edit_metrics("test/")
+        readings = default_readings(self.measure_in_chat)
+        self.val_metrics = edit_metrics("val/", readings)
+        self.test_metrics = edit_metrics("test/", readings)
         #: Figures of each committed edit, in order: ``id``, ``seconds`` and the method's own.
         self.history: list[RequestFigures] = []
         #: What the last ``validate`` or ``test`` has measured; this process's share.
@@ -263,12 +268,12 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             )
         self._tokens = PromptTokenizer(
             tokenizer,
-            chat_template=self.chat_template,
+            chat_template=self.chat_template or self.measure_in_chat,
             is_encoder_decoder=tree.is_encoder_decoder,
             max_length=getattr(getattr(model, "config", None), "max_position_embeddings", None),
             chat_template_kwargs=self.chat_template_kwargs,
             system_prompt=self.system_prompt,
-        )
+        ).in_form(self.chat_template)
         check_tokens(model, self._tokens)
         with no_new_memory(model):
             target = self.make_target(tree)
@@ -314,16 +319,12 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     @property
     def session(self) -> EditSession[E]:
         """The model as it is being edited."""
-        if self._session is None:
-            raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
-        return self._session
+        return loaded(self._session)
 
     @property
     def tokens(self) -> PromptTokenizer:
         """The tokenizer, as every method and metric uses it."""
-        if self._tokens is None:
-            raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
-        return self._tokens
+        return loaded(self._tokens)
 
     @property
     def tree(self) -> ModelTree:
@@ -396,8 +397,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @property
     def evaluator(self) -> Evaluator:
-        """Measures this model."""
-        return Evaluator(self.model, self.tokens, max_new_tokens=self.max_new_tokens)
+        """Measures this model, in the form of ``measure_in_chat``."""
+        return evaluator_of(self, self.model)
 
     # -- edits -------------------------------------------------------------------------------
 

@@ -5,18 +5,20 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.modules.targets import Target
 from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
 
-__all__ = ["Lending", "check_trainer"]
+__all__ = ["Lending", "check_trainer", "loaded"]
+
+T = TypeVar("T")
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
@@ -79,3 +81,14 @@ class Lending:
                     target.prepare("")
 
         strategy.teardown = teardown
+
+
+def loaded(part: T | None) -> T:
+    """A part of an editor that there is once its model is loaded.
+
+    Raises:
+        ModelError: If it is not.
+    """
+    if part is None:
+        raise ModelError("The model is not loaded yet. Call `configure_model()` first.")
+    return part

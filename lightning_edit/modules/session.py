@@ -182,8 +182,7 @@ class EditSession(Generic[E]):
             return {}
         ids = prompt_ids(self.model, self.tokens, [request.prompt for request in requests])
         pairs = [
-            (ids[request.prompt], self.tokens.target(request.prompt, request.target_new))
-            for request in requests
+            (ids[r.prompt], self.tokens.target(r.prompt, r.target_new, r.glued)) for r in requests
         ]
         with torch.autocast(self.device.type, enabled=False):
             scores = score_targets(self.model, self.tokens, pairs)

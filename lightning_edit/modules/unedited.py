@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
     from lightning_edit.modules.base import EditModule
 
-__all__ = ["UneditedModel"]
+__all__ = ["UneditedModel", "evaluator_of"]
+
+
+def evaluator_of(editor: EditModule[E], model: PreTrainedModel) -> Evaluator:
+    """What measures a model as an editor measures its own."""
+    return Evaluator(
+        model,
+        editor.tokens,
+        max_new_tokens=editor.max_new_tokens,
+        chat_template=editor.measure_in_chat,
+    )
 
 
 class UneditedModel:
@@ -74,5 +84,4 @@ class UneditedModel:
             self._given = load_model(name, dtype=editor.dtype_name, cache_dir=editor.cache_dir)
         editor.target.check()
         self._given.to(editor.session.device)
-        model = cast("PreTrainedModel", self._given)
-        yield Evaluator(model, editor.tokens, max_new_tokens=editor.max_new_tokens)
+        yield evaluator_of(editor, cast("PreTrainedModel", self._given))

@@ -103,6 +103,12 @@ READINGS = {
         "The model writes on by itself from the prompt alone, as it would in use: the strict "
         "reading.",
     ),
+    "stated": Term(
+        "autoregressive, answer stated",
+        "as the reply of a chat model",
+        "The model writes by itself, and what counts is whether its first sentence states the "
+        "answer without denying it.",
+    ),
     "kl": Term(
         "KL divergence (nats)",
         "how far the predictions moved",

@@ -55,6 +55,7 @@ class ProbeRow:
         after_text: Greedy continuation by the edited model.
         teacher_forced: Share of the answer's tokens predicted right after the edit, in [0, 1].
         autoregressive: Whether the edited model's own continuation gives the answer.
+        stated: Whether its reply states the answer, where it was asked in a chat.
         unchanged: Whether the answer is still that of the unedited model (locality).
     """
 
@@ -66,6 +67,7 @@ class ProbeRow:
     after_text: str = ""
     teacher_forced: float | None = None
     autoregressive: bool | None = None
+    stated: bool | None = None
     unchanged: bool | None = None
 
     def __post_init__(self) -> None:

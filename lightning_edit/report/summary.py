@@ -38,8 +38,10 @@ MIRAGE = (
     "the one to expect; the gap between them is the mirage."
 )
 
-# Strict readings first: the looser ones speak only where the strict one was not taken.
-_READINGS = ("autoregressive", "teacher_forced_strict", "teacher_forced")
+# What the model writes by itself first, in a chat by what replies state; the others speak only
+# where that was not measured.
+_READINGS = ("stated", "autoregressive", "teacher_forced_strict", "teacher_forced")
+_FREE = ("stated", "autoregressive")
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def gaps(report: RunReport) -> list[Gap]:
     found = []
     for key in sort_metrics(report.metrics):
         stem, _, reading = key.rpartition("/")
-        twin = report.metrics.get(f"{stem}/autoregressive")
+        read = (report.metrics.get(f"{stem}/{free}") for free in _FREE)
+        twin = next((row for row in read if row is not None), None)
         forced = report.metrics[key].after
         if reading == "teacher_forced" and forced is not None and twin and twin.after is not None:
             found.append(Gap(metric_name(key).label, forced, twin.after))
@@ -238,7 +241,7 @@ def gap_sentence(found: Iterable[Gap]) -> str:
 
 
 def _reliability_clause(report: RunReport, outcome: Outcome) -> str:
-    forced = "" if outcome.reading == "autoregressive" else " (teacher-forced)"
+    forced = "" if outcome.reading in _FREE else " (teacher-forced)"
     if outcome.hits is None:
         return f"the new answer is given in {outcome.count} of the cases{forced}"
     already = sum(success(edit, before=True)[0] is True for edit in report.edits)
@@ -256,6 +259,8 @@ def _reliability_clause(report: RunReport, outcome: Outcome) -> str:
 def _judge(probe: ProbeRow) -> tuple[bool | None, str]:
     if probe.role == "locality":
         return probe.unchanged, "unchanged"
+    if probe.stated is not None:
+        return probe.stated, "stated"
     if probe.autoregressive is not None:
         return probe.autoregressive, "autoregressive"
     if probe.teacher_forced is not None:

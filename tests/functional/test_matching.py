@@ -14,8 +14,10 @@ from lightning_edit.functional import (
     completion_matches,
     contains_answer,
     normalize_answer,
+    states_answer,
     token_f1,
 )
+from lightning_edit.functional.matching import is_ended
 
 NORMALIZED = [
     ("  The Rome. ", "rome"),
@@ -193,6 +195,57 @@ def test_contains_answer(subtests: pytest.Subtests) -> None:
             assert contains_answer(text, [answer]) is expected
 
 
+STATED = [
+    ("The capital of France is Rome.", "Rome", True),
+    ("**Rome** is the capital", "Rome", True),
+    ("Rome.", "Rome", True),
+    ("Rome!", "Rome", True),
+    ("It is Romeo.", "Rome", False),
+    ("It is not Rome.", "Rome", False),
+    ("It isn’t Rome, but Paris.", "Rome", False),
+    ("It isn't Rome, but Paris.", "Paris", True),
+    ("It is Paris, not Rome.", "Rome", False),
+    ("It is Rome, not Paris.", "Rome", True),
+    ("The answer: Rome (not Paris).", "Rome", True),
+    ("Paris rather than Rome.", "Rome", False),
+    ("Rome rather than Paris.", "Rome", True),
+    ("It's not, as many think, Rome.", "Rome", False),
+    ("It is wrong that Rome is the capital.", "Rome", False),
+    ("No, it's Rome.", "Rome", True),
+    ("No doubt it is Rome.", "Rome", True),
+    ("Of course! The capital is Rome.", "Rome", True),
+    ("It is Paris. Rome is in Italy.", "Rome", False),
+    ("It is old.\nRome.", "Rome", False),
+    ("Is it Rome?", "Rome", False),
+    ("Which one? It is Rome.", "Rome", True),
+    ("It was written by J. R. Moss.", "Moss", True),
+    ("He is Dr. Moss of St. Ives.", "St. Ives", True),
+    ("The seat is Washington, D.C.", "Washington D.C.", True),
+    ("It costs 1,000 dollars.", "1000", True),
+    ("No.", "No", True),
+    ("La capitale n'est pas Rome.", "Rome", False),
+    ("日本的首都是东京。", "东京", True),
+    ("不是东京。", "东京", False),
+    ("首都は東京ではありません。", "東京", False),
+    ("", "Rome", False),
+]
+
+
+def test_a_reply_states_its_answer_unless_it_denies_it(subtests: pytest.Subtests) -> None:
+    for text, answer, expected in STATED:
+        with subtests.test(f"{text}, {answer}"):
+            assert states_answer(text, [answer]) is expected
+            assert states_answer(text, ["no such answer", answer, ""]) is expected
+
+
+def test_abbreviations_end_no_text(subtests: pytest.Subtests) -> None:
+    texts = {"It is Rome.": True, "Written by J.": False, "He met Dr.": False, "Is it?": True}
+    texts |= {"Written by J. R.": False, "In 1984.": True, "東京です。": True, "Rome": False}
+    for text, expected in texts.items():
+        with subtests.test(text):
+            assert is_ended(text) is expected
+
+
 def test_the_prompt_decides_the_judgment() -> None:
     text = "Rome, the capital of Italy"
     assert autoregressive_hit(False, text, ["Rome"])
@@ -201,7 +254,9 @@ def test_the_prompt_decides_the_judgment() -> None:
     assert not autoregressive_hit(False, "The Rome!", ["Rome"])
 
 
-@pytest.mark.parametrize("judge", [completion_matches, answer_matches, contains_answer, token_f1])
+@pytest.mark.parametrize(
+    "judge", [completion_matches, answer_matches, contains_answer, states_answer, token_f1]
+)
 def test_answers_must_be_a_sequence_with_some_text(judge: Callable[..., object]) -> None:
     with pytest.raises(TypeError, match=r"Write \['Rome'\]"):
         judge("Rome", "Rome")

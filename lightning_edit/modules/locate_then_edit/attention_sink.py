@@ -49,7 +49,7 @@ def sink_reasons(
         prompt, last = tokens.subject_of(request)
         if last > 0:
             continue
-        row = [*prompt, *tokens.target(request.prompt, request.target_new)]
+        row = [*prompt, *tokens.target(request.prompt, request.target_new, request.glued)]
         states = key_pass_of(tree, layer).capture(tree, [layer], [row], tokens.pad_id).state
         states = states.reshape(-1, *states.shape[-2:])[0]  # of several streams the first
         norms = torch.linalg.vector_norm(states.float(), dim=-1)
