@@ -118,7 +118,7 @@ ROOMS = {
 PACKAGES = {
     "core": ({"torch"}, {"pydantic", "safetensors", "yaml"}),
     "functional": ({"torch"}, set()),
-    "passes": ({"torch"}, {"transformers"}),
+    "passes": ({"torch"}, {"lightning", "transformers"}),
     "memories": (
         {"torch"},
         {"safetensors", "sentence_transformers", "tokenizers", "transformers"},

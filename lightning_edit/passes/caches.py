@@ -7,7 +7,6 @@ from __future__ import annotations
 import inspect
 import weakref
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 __all__ = ["keeps_keys_and_values", "takes"]
@@ -35,6 +34,8 @@ def keeps_keys_and_values(model: nn.Module) -> bool:
     if takes(model, "cache") and kinds <= set(plain):
         return True
     if model not in _TOLD:
+        from lightning.pytorch.utilities import rank_zero_info
+
         _TOLD.add(model)
         rank_zero_info(
             f"{type(model).__name__} hands on more than keys and values from position to position: "
