@@ -12,10 +12,10 @@ value is a curved function of the hidden state there, and of nothing else.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +108,11 @@ def _probe(
     model: nn.Module, blocks: Sequence[nn.Module], hidden_size: int
 ) -> dict[nn.Module, Inner]:
     with _running(model) as (one, other, device):
-        more: dict[str, Any] = {"use_cache": False}
-
         def run(ids: list[int]) -> None:
             row = torch.tensor([ids], device=device)
             is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-            model(input_ids=row, **more, **({"decoder_input_ids": row} if is_pair else {}))
+            more = {"decoder_input_ids": row} if is_pair else {}
+            model(input_ids=row, use_cache=False, **more)
 
         maps = [one for block in blocks for _, one in linears(block)]
         outputs: list[Tensor] = []
@@ -143,8 +142,9 @@ def _probe(
 def _running(model: nn.Module) -> Iterator[tuple[list[int], list[int], torch.device]]:
     """Context manager: a model in eval mode; gives two rows of tokens and where they go."""
     modes = [(module, module.training) for module in model.modules()]
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    rows, device = int(embedding.weight.shape[0]), embedding.weight.device
+    get: Callable[[], nn.Module] = model.get_input_embeddings
+    weight = cast(Tensor, get().weight)
+    rows, device = weight.shape[0], weight.device
     start = rows // 3  # special tokens stand at the ends
     tokens = [(start + i) % rows for i in range(2 * LENGTH)]
     try:
@@ -177,7 +177,7 @@ def _recorded(
     """
     seen: dict[nn.Module, Tensor] = {}
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         rows = args[0].reshape(-1, args[0].shape[-1])
         if len(rows) != LENGTH:  # an expert gets the tokens that are sent to it
             return None

@@ -125,7 +125,7 @@ class Router:
         if (
             cache is not None
             and route is not None
-            and cache.get_seq_length()
+            and _is_begun(cache)
             and len(route) == rows
         ):
             self.route = route
@@ -159,6 +159,14 @@ def bound(
 def stack_of(tree: ModelTree) -> nn.Module:
     """The module that runs the blocks of a stack."""
     return tree.model.get_submodule(tree.block_names[0].rsplit(".", 2)[0])
+
+
+def _is_begun(cache: Cache) -> bool:
+    """Whether a cache holds something of its rows."""
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # a state space does not count positions
+        return bool(cache.has_previous_state())
 
 
 def _cache_in(values: Mapping[str, Any]) -> Cache | None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.memories.counterfactual import Counterfactual, SideAdapters, SmallModel
 from lightning_edit.memories.scope_encoder import FolderEncoder, ScopeEncoder, TokenEncoder
 from lightning_edit.memories.text_encoder import PLAIN_POOLING
+from lightning_edit.passes.caches import keeps_keys_and_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +78,12 @@ class ScopeNetworks:
             self._network = (self._build(model),)
 
     def _build(self, base: PreTrainedModel) -> ScopeNetwork:
+        if not keeps_keys_and_values(base):
+            raise ModelError(
+                f"{type(base).__name__} hands on more than keys and values from position to "
+                "position, with which those of a second model could be kept. Choose another model, "
+                "or a memory beside one layer, such as GRACE or WISE."
+            )
         own = self.settings
         generator = torch.Generator().manual_seed(own["seed"])
         encoder: ScopeEncoder = (

@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["keeps_keys_and_values", "takes"]
 
-_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_PLAIN: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def keeps_keys_and_values(model: nn.Module) -> bool:
@@ -23,26 +23,28 @@ def keeps_keys_and_values(model: nn.Module) -> bool:
     Args:
         model: A Hugging Face language model; of one whose class or configuration does not say, yes.
     """
+    if model not in _PLAIN:
+        _PLAIN[model] = _is_plain(model)
+        if not _PLAIN[model]:
+            from lightning.pytorch.utilities import rank_zero_info
+
+            rank_zero_info(
+                f"{type(model).__name__} hands on more than keys and values from position to "
+                "position: whole rows are run where others go on from a cache. That is slower, and "
+                "gives the same figures."
+            )
+    return _PLAIN[model]
+
+
+def _is_plain(model: nn.Module) -> bool:
     from transformers import DynamicCache, PreTrainedConfig
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return True
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if takes(model, "cache") and kinds <= set(plain):
-        return True
-    if model not in _TOLD:
-        from lightning.pytorch.utilities import rank_zero_info
-
-        _TOLD.add(model)
-        rank_zero_info(
-            f"{type(model).__name__} hands on more than keys and values from position to position: "
-            "whole rows are run where others go on from a cache. That is slower, and gives the "
-            "same figures."
-        )
-    return False
+    return takes(model, "cache") and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -152,7 +152,7 @@ class KeyPasses:
         templates: Rows of each request.
     """
 
-    parts: list[KeyPass] | list[WholeKeys]
+    parts: Sequence[KeyPass | WholeKeys]
     templates: int
 
     @classmethod

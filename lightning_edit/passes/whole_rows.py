@@ -345,18 +345,13 @@ class WholeKeys:
         def take_output(_: nn.Module, __: object, output: BlockOutput) -> None:
             seen["output"] = _at(hidden_states(output), end).float()
 
-        def stop(*_: object) -> None:
+        def leave(_: nn.Module, __: object, output: BlockOutput) -> None:
+            if is_block:
+                take_output(_, __, output)
             raise StopPass
 
-        after: dict[nn.Module, Callable[..., object]] = {block: stop}
-        if is_block:
-
-            def take_and_stop(_: nn.Module, __: object, output: BlockOutput) -> None:
-                take_output(_, __, output)
-                raise StopPass
-
-            after = {block: take_and_stop}
-        else:
+        after: dict[nn.Module, Callable[..., object]] = {block: leave}
+        if not is_block:
             after[last] = take_output
         self._run(after, {asked: take_key})
         return seen["key"], seen["output"]
@@ -394,7 +389,7 @@ def _adder(change: Tensor, columns: Tensor) -> Callable[..., BlockOutput]:
         whole = hidden_states(output)
         rows = _by_row(whole, len(columns))
         at = torch.arange(rows.shape[1], device=rows.device) == columns[:, None]
-        moved = rows + at[..., None] * change[:, None].to(rows.dtype)
+        moved = torch.where(at[..., None], rows + change[:, None].to(rows.dtype), rows)
         moved = moved.reshape(whole.shape)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 

@@ -303,6 +303,21 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {
+            **_LLAMA,
+            **_MLA,
+            **_ROUTED,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "index_topk": 64,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+        },
+    ),
     "olmoe": ("OlmoeConfig", {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": (
         "GraniteMoeConfig",

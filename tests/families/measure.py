@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_edit import GRACE, MEMIT, ROME, FineTune
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.demos import tiny_requests, tiny_tokenizer
 from lightning_edit.evaluation.scoring import continuations, prompt_ids, score_targets
 from lightning_edit.models import load_model
@@ -74,15 +76,18 @@ def _begin(model: Any) -> int:
 
 
 def _naive_text(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """The likeliest tokens, each by one unpadded pass without a cache."""
+    memory = EditMemory.find(model)
     written: list[int] = []
     for _ in range(count):
         if model.config.is_encoder_decoder:
-            begin = _begin(model)
-            more = {"decoder_input_ids": torch.tensor([[begin, *written]])}
-            logits = model(input_ids=torch.tensor([list(prompt)]), use_cache=False, **more).logits
+            decoded = torch.tensor([[_begin(model), *written]])
+            row, more = torch.tensor([list(prompt)]), {"decoder_input_ids": decoded}
         else:
-            row = torch.tensor([[*prompt, *written]])
-            logits = model(input_ids=row, use_cache=False).logits
+            row, more = torch.tensor([[*prompt, *written]]), {}
+        asked = torch.tensor([0 if more else len(prompt) - 1])
+        with nullcontext() if memory is None else memory.asked_at(asked):
+            logits = model(input_ids=row, use_cache=False, **more).logits
         written.append(int(logits[0, -1].argmax()))
     return written
 
@@ -155,6 +160,12 @@ def edited(model: Any, method: str, layer: int) -> str:
             for row, score in zip(edit.details["requests"], scores, strict=True):
                 if not abs(row["searched_loss"] - score.nll) < 1e-3:
                     return f"BAD measures {score.nll:.4f} for {row['searched_loss']:.4f}"
+            texts = continuations(
+                model, tokens, [r.prompt for r in requests], max_new_tokens=LONGEST
+            )
+            for r, text in zip(requests, texts, strict=True):
+                if list(text.ids) != _naive_text(model, ids[r.prompt], len(text.ids)):
+                    return "BAD text differs"
     edit.revert_(model)
     if any(not torch.equal(before[name], p) for name, p in model.named_parameters()):
         return "BAD left weights changed"

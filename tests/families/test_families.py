@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_edit import GRACE, KN, ROME, FineTune, LoRA, UltraEdit
+from lightning_edit import GRACE, KN, ROME, SERAC, EditEvaluator, FineTune, LoRA, UltraEdit
 from lightning_edit.core.errors import EditError, LocatorError, ModelError
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.probe import is_causal
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+from tests.callbacks.foreign import data_of
 from tests.families import table
 from tests.families.architectures import ARCHITECTURES, build
 from tests.families.measure import edited, evaluator, loaded, measure, places
+from tests.modules.helpers import bare_trainer, fingerprint
 
 # Of each layer the MLP's last projection, and attention's where there is one.
 PLACES: dict[str, list[tuple[str, str]]] = {
@@ -111,9 +113,7 @@ def test_a_block_of_two_mlps_is_refused_with_their_names() -> None:
     message = r"Layer 1 .* has 2 MLPs: `mlp.down_proj`, `more.down_proj`.*`modules=\['mlp.down"
     with pytest.raises(LocatorError, match=message):
         ModelTree.of(model).mlp_out(1)
-    editor = UltraEdit.from_model(
-        model, tiny_tokenizer(), layers=[1], modules=["more.down_proj"]
-    )
+    editor = UltraEdit.from_model(model, tiny_tokenizer(), layers=[1], modules=["more.down_proj"])
     assert list(editor.edit(tiny_requests(2)).changes) == ["model.layers.1.more.down_proj.weight"]
     with pytest.raises(LocatorError, match=r"has several times: .*mlp.down_proj, .*more.down_proj"):
         UltraEdit.from_model(model, tiny_tokenizer(), layers=[1], modules=["down_proj"])
@@ -145,6 +145,23 @@ def test_edits_of_what_runs_whole(subtests: pytest.Subtests) -> None:
                 assert edited(model, method, 0) == "ok"
 
 
+def test_a_run_with_the_evaluator_goes_through(subtests: pytest.Subtests) -> None:
+    for name in ("falcon_h1", "mamba", "rwkv"):
+        with subtests.test(name):
+            model = build(name)
+            before = fingerprint(model)
+            editor = FineTune.from_model(model, tiny_tokenizer(), layers=[0], steps=2)
+            bare_trainer(max_epochs=1, callbacks=[EditEvaluator()]).fit(editor, data_of())
+            assert "edit/reliability/teacher_forced" in editor.trainer.callback_metrics
+            with editor.committed().reverted(model):
+                assert fingerprint(model) == before
+
+
+def test_attention_is_adapted_where_there_is_one() -> None:
+    edit = LoRA.from_model(build("granite4"), tiny_tokenizer(), steps=1).edit(tiny_requests(1))
+    assert {name.split(".")[2] for name in edit.changes} == {"1"}
+
+
 def test_several_streams_are_refused_by_what_needs_one() -> None:
     said = ""
     try:
@@ -152,6 +169,11 @@ def test_several_streams_are_refused_by_what_needs_one() -> None:
     except EditError as error:
         said = str(error)
     assert "more than one stream of hidden states" in said
+
+
+def test_a_second_model_needs_keys_and_values_to_go_with() -> None:
+    with pytest.raises(ModelError, match=r"Lfm2ForCausalLM hands on more than .* such as GRACE"):
+        SERAC.from_model(build("lfm2"), tiny_tokenizer())
 
 
 def test_encoders_alone_are_refused_by_everything(subtests: pytest.Subtests) -> None:

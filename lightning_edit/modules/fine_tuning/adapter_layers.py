@@ -188,7 +188,7 @@ def adapter_sites(
     sites: list[WeightSite] = []
     missing = set(target_modules or ())
     for kind in kinds:
-        found = [s for stack in stacks for s in Locator(layers, kind, stack).sites(model)]
+        found = [s for stack in stacks for s in _sites(model, layers, kind, stack)]
         if target_modules is None:
             return _queries_and_values(found)
         sites += [site for site in found if _last(site) in target_modules]
@@ -199,6 +199,24 @@ def adapter_sites(
         f"`target_modules`: {type(model).__name__} has no linear map named "
         f"{', '.join(sorted(missing))} in the attention or MLP of these layers."
     )
+
+
+def _sites(
+    model: nn.Module, layers: Sequence[int] | None, kind: ModuleKind, stack: StackKind
+) -> list[WeightSite]:
+    """Maps of some layers; without layers, attention's of those that have one."""
+    if layers is not None or not kind.startswith("attention"):
+        return Locator(layers, kind, stack).sites(model)
+    found: list[WeightSite] = []
+    reasons: list[LocatorError] = []
+    for layer in range(len(ModelTree.of(model, stack).blocks)):
+        try:
+            found += Locator([layer], kind, stack).sites(model)
+        except LocatorError as reason:  # a state space in its place
+            reasons.append(reason)
+    if reasons and not found:
+        raise reasons[0]
+    return found
 
 
 def _queries_and_values(sites: Sequence[WeightSite]) -> list[WeightSite]:
