@@ -111,10 +111,9 @@ class MethodSpec:
                 f"The method {self.name!r}: `{wrong[0]}` is the same for all methods of a "
                 "comparison. Leave it out of `settings`, or give it to `compare` if that has it."
             )
-        known = presets_of(cls.__name__)
         preset = self.preset
         if preset == "auto":
-            preset = model if model in known else None
+            preset = model if model in presets_of(cls.__name__) else None
         try:
             chosen = (load_preset(cls.__name__, preset) if preset else {}) | self.settings
             editor = cls(model=model, **chosen)
