@@ -315,6 +315,16 @@ class Study:
         """Label of the method that the others are compared with."""
         return self.reference or self.methods[0].name
 
+    def check(self) -> None:
+        """Checks the settings of all methods and reads all data, before a model is loaded.
+
+        Raises:
+            EditError: If there is no such method, setting or file, or a request is invalid.
+        """
+        _ = self.resolved
+        for data in self.data:
+            _ = data.source.requests
+
     @cached_property
     def resolved(self) -> dict[str, Resolved]:
         """The methods by label, with all their settings."""
