@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -306,8 +306,7 @@ def _facts(engine: Engine, found: Sequence[CellState]) -> dict[str, str]:
             filtered = ", those that the unedited model knows" if data.known else ""
             facts[f"requests of {data.name}"] = f"{own[0].get('requests')}{filtered}"
     for state in done[:1]:
-        versions = state.cell.made_of["versions"]
-        assert isinstance(versions, dict)  # noqa: S101
+        versions = cast("Mapping[str, str]", state.cell.made_of["versions"])
         facts["versions"] = ", ".join(f"{package} {one}" for package, one in versions.items())
     return facts
 

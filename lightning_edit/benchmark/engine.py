@@ -75,8 +75,7 @@ class Engine:
     def __init__(self, study: Study, folder: ResultsFolder) -> None:
         self.study = study
         self.folder = folder
-        # What is wrong with a study is said before a model is loaded.
-        _ = study.resolved, [data.source.requests for data in study.data]
+        study.check()
         self._load()
         self.sha256 = self._hashes.combined()
         self.device = self._trainer().strategy.root_device.type

@@ -111,10 +111,9 @@ class MethodSpec:
                 f"The method {self.name!r}: `{wrong[0]}` is the same for all methods of a "
                 "comparison. Leave it out of `settings`, or give it to `compare` if that has it."
             )
-        known = presets_of(cls.__name__)
         preset = self.preset
         if preset == "auto":
-            preset = model if model in known else None
+            preset = model if model in presets_of(cls.__name__) else None
         try:
             chosen = (load_preset(cls.__name__, preset) if preset else {}) | self.settings
             editor = cls(model=model, **chosen)
@@ -315,6 +314,16 @@ class Study:
     def reference_name(self) -> str:
         """Label of the method that the others are compared with."""
         return self.reference or self.methods[0].name
+
+    def check(self) -> None:
+        """Checks the settings of all methods and reads all data, before a model is loaded.
+
+        Raises:
+            EditError: If there is no such method, setting or file, or a request is invalid.
+        """
+        _ = self.resolved
+        for data in self.data:
+            _ = data.source.requests
 
     @cached_property
     def resolved(self) -> dict[str, Resolved]:

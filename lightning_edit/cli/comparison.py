@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = ["--config", find_config(config)] if config else []
         options = made.instantiate_classes(made.parse_args([*given, *others]))
         parsed.append((Path(config).stem if config else DEFAULT_NAME, options))
-    # All are looked at before the first is run.
     studies = [(name, _study(options), options) for name, options in parsed]
     need_pandas()
+    for _, study, _ in studies:  # before hours are spent on the first
+        study.check()
     for name, study, options in studies:
         if options.list:
             engine = Engine(study, ResultsFolder(options.out))
