@@ -369,9 +369,16 @@ class EditMemory(nn.Module, ABC):
             self._unhook()
 
     def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        handles = self._handles
+        try:
+            for handle in handles:
+                handle.remove()
+            self._handles = []
+        except BaseException:  # an interruption, too, leaves none or all of them
+            for handle in handles:
+                handle.remove()
+            self._handles = []
+            raise
 
     def _move_in(self, model: nn.Module) -> None:
         """Takes the place of the memory of which it is a copy, in a copy of the model.

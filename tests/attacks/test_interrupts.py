@@ -121,7 +121,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(kind: str) -> None:
 def test_a_failed_apply_takes_its_memory_off() -> None:
     model, one = _memory(False)
 
-    def failing(_: Any) -> None:
+    def failing(*_: Any) -> None:
         raise RuntimeError("no room")
 
     one.build = lambda: type("Failing", (Biases,), {"write": failing})()  # type: ignore[method-assign]
