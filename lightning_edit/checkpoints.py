@@ -20,12 +20,14 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import is_sharded, nested_hash
 
 __all__ = [
     "FORMAT_VERSION",
     "PlainCheckpoints",
+    "check_editor",
     "check_file",
     "check_hyper_parameters",
     "check_seal",
@@ -45,7 +47,7 @@ _SECTIONS = ("class_path", "dict_kwargs", "init_args")
 _UNSAFE = re.compile(r"GLOBAL ([\w.]+)")
 
 
-class PlainCheckpoints:
+class PlainCheckpoints(CheckedArguments):
     """Base of modules and data modules whose checkpoints hold tensors and plain values alone.
 
     Lightning loads checkpoints from an address such as ``https://…`` with pickles allowed, and
@@ -138,8 +140,27 @@ class _SealedSaving:
         storage_options: object = None,
     ) -> None:
         if self.strategy.is_global_zero and "lightning_edit" in checkpoint:
+            _count_epoch(checkpoint.get("loops", {}).get("fit_loop", {}))
             seal(checkpoint)
         type(self.strategy).save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
+
+
+def _count_epoch(loop: Mapping[str, Any]) -> None:
+    """Counts the epoch that is running as begun, where Lightning left it out.
+
+    Lightning 2.6 does after a run was resumed at the end of an epoch: a checkpoint of a later epoch
+    then reads as one between two epochs, so that resuming it makes the epoch's steps once more.
+
+    Args:
+        loop: State of the fit loop, which is set right.
+    """
+    if not {"epoch_progress", "epoch_loop.batch_progress"} <= loop.keys():
+        return
+    epochs = loop["epoch_progress"]["current"]
+    batches = loop["epoch_loop.batch_progress"]["current"]
+    is_within = batches["processed"] > batches["completed"]
+    if is_within and epochs["ready"] <= epochs["processed"]:
+        epochs["ready"] = epochs["started"] = epochs["processed"] + 1
 
 
 def load_plainly(strategy: Strategy) -> None:
@@ -259,6 +280,31 @@ def record_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     found: Mapping[str, Any] = checkpoint["lightning_edit"]
     return found
+
+
+def check_editor(record: Mapping[str, Any], editor: list[str]) -> None:
+    """Checks that a run goes on with the editor that it began with.
+
+    Args:
+        record: What an editor kept in the checkpoint; in version 0.1.0 that was not in it.
+        editor: Name of the editor that goes on, and of the parameters that it edits.
+
+    Raises:
+        ArtifactError: If it is another, or edits other parameters.
+    """
+    made_by, *names = record.get("made_by", editor)
+    method, *edited = editor
+    if made_by != method:
+        raise ArtifactError(
+            f"The checkpoint is of {made_by}, not of {method}, whose edits it would be said to "
+            f"hold. Resume with {made_by}, or begin a new run in another folder."
+        )
+    if names != edited:
+        raise ArtifactError(
+            f"The checkpoint holds edits of {', '.join(names) or 'no weights'}, but here "
+            f"{', '.join(edited) or 'no weights'} are to be edited. Resume with the `layers` and "
+            "`modules` that it was made with, or begin a new run in another folder."
+        )
 
 
 def read_checkpoint(source: str | Path | IO[bytes], where: str = "") -> dict[str, Any]:

@@ -125,11 +125,11 @@ PACKAGES = {
     ),
     "metrics": ({"torch", "torchmetrics"}, {"matplotlib"}),
     "rendering": ({"markupsafe"}, {"huggingface_hub", "jinja2"}),
-    "report": (set(), {"rich"}),
+    "report": (set(), {"pydantic", "rich"}),
 }
 # Of `core`, rooms without torch take the errors alone, and what writes and reads files.
 ERRORS_ALONE = {"metrics", "report"}
-WITHOUT_TORCH = {"documents", "errors", "files"}
+WITHOUT_TORCH = {"arguments", "documents", "errors", "files"}
 
 
 def name_of(path: Path) -> str:

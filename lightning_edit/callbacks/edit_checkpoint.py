@@ -19,12 +19,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from lightning_edit.callbacks.run_folder import hold, is_dry, release
+from lightning_edit.core.arguments import CheckedArguments
+from lightning_edit.core.errors import EditError
 from lightning_edit.core.files import explained, sync, sync_folder, umask
 
 __all__ = ["EditCheckpoint"]
 
 
-class EditCheckpoint(ModelCheckpoint):
+class EditCheckpoint(CheckedArguments, ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date, so that a run goes on at the very edit it was stopped at.
 
     An editor's checkpoint holds only what the edits changed. After an interruption it says
@@ -37,6 +39,8 @@ class EditCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_edits: int = 1) -> None:
+        if every_n_edits < 1:
+            raise EditError(f"`every_n_edits` is expected to be at least 1, got {every_n_edits}.")
         super().__init__(
             dirpath=dirpath,
             save_last=True,

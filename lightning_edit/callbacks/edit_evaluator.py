@@ -18,6 +18,7 @@ from lightning_edit.callbacks.model_access import (
     model_and_tokens,
     unedited,
 )
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.core.sharding import sharing
@@ -31,7 +32,7 @@ from lightning_edit.report.results import MetricRow
 __all__ = ["EditEvaluator", "metric_rows"]
 
 
-class EditEvaluator(Callback):
+class EditEvaluator(CheckedArguments, Callback):
     """Measures reliability, generality, locality and portability before and after ``fit``.
 
     Works with an editor, whose unedited weights it knows at any time, and with any

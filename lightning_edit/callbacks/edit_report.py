@@ -27,6 +27,7 @@ from lightning_edit.callbacks.edit_evaluator import EditEvaluator, metric_rows
 from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.callbacks.run_folder import hold, is_dry, release, run_folder
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, ModelError
@@ -55,7 +56,7 @@ PACKAGES = ("lightning-edit", "torch", "lightning", "transformers", "torchmetric
 FILES = ("delta", *REPORT_FILES)
 
 
-class EditReport(Callback):
+class EditReport(CheckedArguments, Callback):
     """Writes the run folder at the end of a verb and prints the table of the metrics.
 
     The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,

@@ -36,6 +36,7 @@ from lightning_edit.core.files import replacing
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.meta_learning.training import EditorTraining
 from lightning_edit.presets import find_config
+from lightning_edit.rendering.escaping import visible
 
 __all__ = ["EditCLI", "main", "quiet_down"]
 
@@ -223,7 +224,7 @@ class EditCLI(LightningCLI):
     def after_fit(self) -> None:
         """Exits with a status that says so where fewer edits took than were asked for."""
         if self._gate is not None and self._gate.verdict:
-            sys.stderr.write(f"lightning-edit fit: {self._gate.verdict}\n")
+            sys.stderr.write(f"lightning-edit fit: {visible(self._gate.verdict)}\n")
             sys.exit(2)
 
     def before_validate(self) -> None:
@@ -236,7 +237,8 @@ class EditCLI(LightningCLI):
         for batch in self.trainer.predict_loop.predictions:
             for row in batch:
                 before, after = row["before"], row["after"]
-                sys.stdout.write(f"{row['prompt']}\n  before  {before}\n  after   {after}\n")
+                text = f"{row['prompt']}\n  before  {before}\n  after   {after}\n"
+                sys.stdout.write(visible(text))
 
 
 def main(args: ArgsType = None) -> EditCLI:
@@ -296,8 +298,24 @@ def quiet_down() -> None:
         warnings.filterwarnings("ignore", message=message)
 
     def concerns(record: logging.LogRecord) -> bool:
+        """Whether to show it; what is shown may name ids and paths that steer a terminal."""
         text = record.getMessage()
+        record.msg, record.args = visible(text), ()
         return not any(words in text for words in _CHATTER)
+
+    shown = warnings.formatwarning
+
+    def visibly(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        return shown(visible(message), category, filename, lineno, line)
+
+    if shown.__name__ != visibly.__name__:
+        warnings.formatwarning = visibly
 
     for name in (
         "lightning.pytorch",

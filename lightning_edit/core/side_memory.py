@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
@@ -325,19 +325,24 @@ class EditMemory(nn.Module, ABC):
                 "entries), and can have but one. Take it off with "
                 "`EditMemory.find(model).detach_()`, or load the model again."
             )
-        model.add_module(_ATTRIBUTE, self)
         self._model = weakref.ref(model)
-        self.to(self._device())
-        self._settle()
+        try:
+            model.add_module(_ATTRIBUTE, self)
+            self.to(self._device())
+            self._settle()
+        except BaseException:  # an interruption, too
+            if found is None:
+                self.detach_()
+            raise
         return self
 
     def detach_(self) -> None:
         """Takes the memory off its model, which is then the base again."""
         model = self._model() if self._model is not None else None
         self._unhook()
-        self._model = None
-        if model is not None and EditMemory.find(model) is self:
+        if model is not None and getattr(model, _ATTRIBUTE, None) is self:
             delattr(model, _ATTRIBUTE)
+        self._model = None
 
     @property
     def is_off(self) -> bool:
@@ -363,16 +368,29 @@ class EditMemory(nn.Module, ABC):
         self.derive()
         model = self._model() if self._model is not None else None
         if len(self) and not self._handles and model is not None:
-            # First, since it must run before the others of the model itself.
-            first = model.register_forward_pre_hook(_find_before_a_pass)
-            self._handles = [first, *self.hook(model)]
+            begun = RemovableHandle.next_id
+            try:
+                # First, since it must run before the others of the model itself.
+                first = model.register_forward_pre_hook(_find_before_a_pass)
+                self._handles = [first, *self.hook(model)]
+            except BaseException:  # an interrupt may come before a handle has been kept
+                _remove_hooks(model, lambda number: number >= begun)
+                self._handles = []
+                raise
         elif not len(self):
             self._unhook()
 
     def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        handles = self._handles
+        try:
+            for handle in handles:
+                handle.remove()
+            self._handles = []
+        except BaseException:  # an interruption, too, leaves none or all of them
+            for handle in handles:
+                handle.remove()
+            self._handles = []
+            raise
 
     def _move_in(self, model: nn.Module) -> None:
         """Takes the place of the memory of which it is a copy, in a copy of the model.
@@ -380,15 +398,8 @@ class EditMemory(nn.Module, ABC):
         Hooks are functions, which a deep copy shares with what it is a copy of: those that came
         with it look into the other memory.
         """
-        for module in model.modules():
-            for table in (
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_pre_hooks,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                for number in self._stale & table.keys():
-                    del table[number]
+        stale = self._stale
+        _remove_hooks(model, lambda number: number in stale)
         self._stale = frozenset()
         self._model = weakref.ref(model)
         self._settle()
@@ -454,6 +465,19 @@ class EditMemory(nn.Module, ABC):
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
+
+
+def _remove_hooks(model: nn.Module, is_one: Callable[[int], bool]) -> None:
+    """Takes hooks out of a model by their numbers."""
+    for module in model.modules():
+        for table in (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_pre_hooks,
+            module._forward_pre_hooks_with_kwargs,
+        ):
+            for number in [number for number in table if is_one(number)]:
+                del table[number]
 
 
 def _find_before_a_pass(model: nn.Module, _: tuple[object, ...]) -> None:
