@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(verb: str) -> int:
     from lightning_edit.core.errors import EditError
 
-    module = "console" if VERBS[verb].function else "trainer"
+    module = "console" if VERBS[verb].function or VERBS[verb].verbs else "trainer"
     try:
         importlib.import_module(f"lightning_edit.cli.{module}").main()
     except EditError as error:
@@ -78,7 +78,7 @@ def _run(verb: str) -> int:
 def _usage() -> str:
     lines: dict[bool, list[str]] = {True: [], False: []}
     for name, verb in VERBS.items():
-        lines[bool(verb.function)].append(f"  {name:<10}{verb.summary}")
+        lines[bool(verb.function or verb.verbs)].append(f"  {name:<10}{verb.summary}")
     return USAGE.format(trainer="\n".join(lines[False]), artifact="\n".join(lines[True]))
 
 

@@ -41,6 +41,8 @@ OPTIONAL = {
     "ruamel",
     "sentence_transformers",
     "shtab",
+    "sqlalchemy",
+    "cryptography",
 }
 FAMILIES = {
     "locate_then_edit",
@@ -75,12 +77,14 @@ ROOMS = {
         "passes",
         "presets",
     },
+    "ledger": {"__about__", "artifacts", "core", "evaluation", "models", "modules", "optim"},
     "callbacks": {
         "core",
         "data",
         "evaluation",
         "forgetting",
         "functional",
+        "ledger",
         "metrics",
         "modules",
         "rendering",
@@ -93,6 +97,7 @@ ROOMS = {
         "artifacts",
         "checkpoints",
         "core",
+        "ledger",
         "modules",
         "presets",
         "rendering",

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 __all__ = ["VERBS", "Verb"]
@@ -17,11 +19,13 @@ class Verb(NamedTuple):
     Args:
         summary: What it does, in a line.
         function: Name of the function in ``lightning_edit.artifacts`` that does it; none for the
-            verbs of Lightning's Trainer.
+            verbs of Lightning's Trainer, and for those that have others of their own.
+        verbs: Its own verbs, whose functions are in ``lightning_edit.ledger.verbs``.
     """
 
     summary: str
     function: str = ""
+    verbs: Mapping[str, Verb] = MappingProxyType({})
 
 
 #: All verbs by name, in the order in which the usage tells them.
@@ -37,5 +41,16 @@ VERBS: dict[str, Verb] = {
     "report": Verb("write a run's report again", "report"),
     "list": Verb(
         "what there is: methods, data sets, configurations, or the edits in a folder", "list_"
+    ),
+    "ledger": Verb(
+        "the record of edits: list, show, verify, blame, undo, export",
+        verbs={
+            "list": Verb("the rows, in order", "list_"),
+            "show": Verb("all that is kept of a row", "show"),
+            "verify": Verb("whether anything was changed since it was written", "verify"),
+            "blame": Verb("which edits changed the answer to a prompt", "blame"),
+            "undo": Verb("a model without some of its edits", "undo"),
+            "export": Verb("the rows as JSON lines or CSV", "export"),
+        },
     ),
 }

@@ -10,6 +10,7 @@ __all__ = [
     "ArtifactError",
     "EditError",
     "FailedRequestsError",
+    "LedgerError",
     "LocatorError",
     "MissingDependencyError",
     "ModelError",
@@ -47,6 +48,10 @@ class ModelError(EditError, ValueError):
 
 class ArtifactError(EditError, ValueError):
     """A saved edit or a given statistic is damaged, or belongs to another base model."""
+
+
+class LedgerError(EditError, ValueError):
+    """A ledger cannot be read or written, was tampered with, or does not know what is asked."""
 
 
 class MissingDependencyError(EditError, ImportError):

@@ -20,7 +20,7 @@ from tests.contract.enumeration import CALLBACKS, EDITORS, arguments_of
 from tests.runs import ROOT, TinyWorld, metrics_of, run_here
 
 Output = pytest.CaptureFixture[str]
-TRAINER_VERBS = [name for name, verb in VERBS.items() if not verb.function]
+TRAINER_VERBS = [name for name, verb in VERBS.items() if not (verb.function or verb.verbs)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning")
 
 
