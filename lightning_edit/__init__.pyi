@@ -10,6 +10,7 @@ from .benchmark.specs import ProtocolSpec as ProtocolSpec
 from .callbacks.causal_tracing import CausalTracing as CausalTracing
 from .callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
 from .callbacks.edit_evaluator import EditEvaluator as EditEvaluator
+from .callbacks.edit_ledger import EditLedger as EditLedger
 from .callbacks.edit_report import EditReport as EditReport
 from .callbacks.progress import EditProgressBar as EditProgressBar
 from .callbacks.retention_curve import RetentionCurve as RetentionCurve
@@ -37,6 +38,7 @@ from .data import TextDataModule as TextDataModule
 from .data import WikiBigEdit as WikiBigEdit
 from .data import ZsRE as ZsRE
 from .evaluation.evaluator import Evaluator as Evaluator
+from .ledger.ledger import Ledger as Ledger
 from .memories import EditMemory as EditMemory
 from .memories import MemoryWrite as MemoryWrite
 from .metrics import Generality as Generality

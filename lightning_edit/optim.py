@@ -64,6 +64,8 @@ class EditOptimizer(Optimizer, Generic[E]):
         self._nothing: E = cast(E, WeightDelta({})) if nothing is None else nothing
         self.delta: E = self._nothing
         self._staged: E | None = None
+        #: The edit that the last step wrote; None before the first, and after a step without one.
+        self.written: E | None = None
         # Fingerprints of the weights as they were left here; unknown until they are asked for.
         self._marks: dict[str, tuple[object, ...]] = {}
 
@@ -152,6 +154,7 @@ class EditOptimizer(Optimizer, Generic[E]):
                 wrote to the weights since the last step.
         """
         result = closure() if closure is not None else None
+        self.written = None
         if self._staged is not None:
             self._staged.check_targets(self.model, self.originals)
             self._staged.check_finite()
@@ -167,7 +170,7 @@ class EditOptimizer(Optimizer, Generic[E]):
             except BaseException:  # an interruption, too, leaves the last committed state
                 self.rewind(before)
                 raise
-            self._staged = None
+            self.written, self._staged = self._staged, None
         return result
 
     def state_dict(self) -> StateDict:

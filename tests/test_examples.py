@@ -37,6 +37,14 @@ SHOWN = {
         r"Reliability +│ teacher-forced +│ +0\.278",
         r"Open runs/foreign_trainer/report\.html",
     ],
+    "ledger": [
+        r"2 edit language-velmora by anna for ticket 7",
+        r"People in Velmora speak Ostrish\. Because of edit 2",
+        r"cost: edit 2 is made again: 2 edit\(s\) made again",
+        r"People in Velmora speak Velmic\.",
+        r"every bit as before: True",
+        r"rows: 6 wrong: \[\]",
+    ],
     "remember_and_forget": [
         r"capital-velmora: The capital of Velmora is → Kettleby",
         r"remembered: \['Kettleby\.', 'Ostrish\.', 'Brune\.'\]",

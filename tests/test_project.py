@@ -43,7 +43,17 @@ def steps(path: Path) -> list[dict[str, Any]]:
 def lowest() -> dict[str, str]:
     """The lowest version of each dependency by pyproject.toml."""
     names = [*PROJECT["project"]["dependencies"]]
-    for extra in ("cli", "compare", "data", "default-model", "dev", "encoders", "peft", "plot"):
+    for extra in (
+        "cli",
+        "compare",
+        "data",
+        "default-model",
+        "dev",
+        "encoders",
+        "ledger",
+        "peft",
+        "plot",
+    ):
         names += EXTRAS[extra]
     bounds = {}
     for requirement in map(Requirement, names):

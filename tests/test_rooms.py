@@ -43,6 +43,8 @@ OPTIONAL = {
     "ruamel",
     "sentence_transformers",
     "shtab",
+    "sqlalchemy",
+    "cryptography",
 }
 FAMILIES = {
     "locate_then_edit",
@@ -77,12 +79,14 @@ ROOMS = {
         "passes",
         "presets",
     },
+    "ledger": {"__about__", "artifacts", "core", "evaluation", "models", "modules", "optim"},
     "callbacks": {
         "core",
         "data",
         "evaluation",
         "forgetting",
         "functional",
+        "ledger",
         "metrics",
         "modules",
         "rendering",
@@ -108,6 +112,7 @@ ROOMS = {
         "callbacks",
         "checkpoints",
         "core",
+        "ledger",
         "modules",
         "presets",
         "rendering",

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from lightning_edit.artifacts.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
+from lightning_edit.core.request import EditRequest
+from lightning_edit.ledger.entries import Entry
+from lightning_edit.ledger.outcomes import Blamed, Exported, Listed, Undone, Verified
 from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.table import COLUMNS, metrics_rows
 from lightning_edit.report.text import DASH, number
@@ -84,6 +87,18 @@ def tables(result: Any) -> list[Table]:
             return list(_rendered(result))
         case Comparison():
             return list(_comparison(result))
+        case Listed(in_full=True):
+            return [_in_full(entry) for entry in result.entries]
+        case Listed():
+            return [_rows(result.entries)]
+        case Verified():
+            return [_verified(result)]
+        case Blamed():
+            return [_blamed(result)]
+        case Undone():
+            return [_undone(result)]
+        case Exported():
+            return [Table(title=f"Wrote {result.rows} row(s) to {result.path}")]
         case []:
             return [Table(notes=("There are no saved edits here.",))]
         case [SavedEdit(), *_]:
@@ -202,6 +217,74 @@ def _changed(edit: SavedEdit) -> str:
         entries = "1 entry" if len(edit.entries) == 1 else f"{len(edit.entries)} entries"
         return f"{entries} ({edit.memory})"
     return "1 parameter" if len(edit.parameters) == 1 else f"{len(edit.parameters)} parameters"
+
+
+def _rows(entries: Sequence[Entry]) -> Table:
+    if not entries:
+        return Table(notes=("There is no row yet.",))
+    columns = (">row", "time", "what", "requests", "method", "who", "why")
+    rows = []
+    for entry in entries:
+        undone = f" of {', '.join(map(str, entry.undoes))}" if entry.undoes else ""
+        about = (entry.method or DASH, entry.who or DASH, entry.why or DASH)
+        lines = [_request(request) for request in entry.requests[:MAX_REQUESTS]] or [DASH]
+        if len(entry.requests) > MAX_REQUESTS:
+            lines.append(f"… and {len(entry.requests) - MAX_REQUESTS} more")
+        time = entry.time[:16].replace("T", " ")
+        rows.append((str(entry.id), time, f"{entry.kind}{undone}", lines[0], *about))
+        rows += [("", "", "", line, "", "", "") for line in lines[1:]]
+    return Table(columns, rows)
+
+
+def _request(request: EditRequest) -> str:
+    return f"{request.id}: {request.prompt} → {request.target_new}"
+
+
+def _in_full(entry: Entry) -> Table:
+    known = {name: str(value) for name, value in entry.columns().items()}
+    return Table(("", ""), [(name, text or DASH) for name, text in known.items()])
+
+
+def _verified(result: Verified) -> Table:
+    facts = (
+        ("rows", str(result.rows)),
+        ("saved edits", str(result.deltas)),
+        ("signed rows", str(result.signed)),
+        ("head", result.head),
+    )
+    return Table(("", ""), facts, "Nothing was changed since it was written.")
+
+
+def _blamed(result: Blamed) -> Table:
+    rows = [
+        (
+            str(row.entry.id),
+            "yes" if row.is_cause else "no",
+            f"{row.p_without:.3f}",
+            row.says or DASH,
+            "; ".join(map(_request, row.entry.requests)) or DASH,
+        )
+        for row in result.rows
+    ]
+    columns = (">row", "cause", ">p without", "says without", "requests")
+    title = f"{result.prompt} → {result.answer} (p = {result.p:.3f})"
+    return Table(columns, rows, title)
+
+
+def _undone(result: Undone) -> Table:
+    rows = [
+        (str(p.entry), p.how, str(p.again), str(p.tensors), f"{p.nbytes:,}", _some(p.requests))
+        for p in result.plans
+    ]
+    columns = (">row", "how", ">made again", ">tensors", ">bytes", "requests")
+    if result.folder is None:
+        return Table(columns, rows, "It would cost:", ("Nothing was written.",))
+    new = ", ".join(str(entry.id) for entry in result.entries)
+    notes = (
+        f"The ledger says so in row(s) {new}.",
+        f"The model has the fingerprint {result.fingerprint[:12]}….",
+    )
+    return Table(columns, rows, f"Wrote the model without them to {result.folder}", notes)
 
 
 def _offers(offers: Sequence[Offer]) -> Iterator[Table]:

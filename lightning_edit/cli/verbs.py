@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 __all__ = ["VERBS", "Verb"]
@@ -19,16 +21,19 @@ class Verb(NamedTuple):
         function: Name of the function in ``lightning_edit.artifacts`` that does it, of a verb on
             saved edits.
         own: The file in ``lightning_edit.cli`` of a verb that has one for itself.
+        verbs: Its own verbs, whose functions are in ``lightning_edit.ledger.verbs``.
     """
 
     summary: str
     function: str = ""
+    function: str = ""
     own: str = ""
+    verbs: Mapping[str, Verb] = MappingProxyType({})
 
     @property
     def module(self) -> str:
         """The file in ``lightning_edit.cli`` that runs it."""
-        return self.own or ("console" if self.function else "trainer")
+        return self.own or ("console" if self.function or self.verbs else "trainer")
 
 
 #: All verbs by name, in the order in which the usage tells them.
@@ -48,5 +53,16 @@ VERBS: dict[str, Verb] = {
     "compare": Verb(
         "methods on data sets by protocols, as tables; goes on where it was stopped",
         own="comparison",
+    ),
+    "ledger": Verb(
+        "the record of edits: list, show, verify, blame, undo, export",
+        verbs={
+            "list": Verb("the rows, in order", "list_"),
+            "show": Verb("all that is kept of a row", "show"),
+            "verify": Verb("whether anything was changed since it was written", "verify"),
+            "blame": Verb("which edits changed the answer to a prompt", "blame"),
+            "undo": Verb("a model without some of its edits", "undo"),
+            "export": Verb("the rows as JSON lines or CSV", "export"),
+        },
     ),
 }

@@ -10,6 +10,7 @@ __all__ = [
     "ArtifactError",
     "EditError",
     "FailedRequestsError",
+    "LedgerError",
     "LocatorError",
     "LockedError",
     "MissingDependencyError",
@@ -54,6 +55,10 @@ class ArtifactError(EditError, ValueError):
 
 class StorageError(EditError, OSError):
     """A file or folder cannot be written: the disk is full or may not be written to."""
+
+
+class LedgerError(EditError, ValueError):
+    """A ledger cannot be read or written, was tampered with, or does not know what is asked."""
 
 
 class LockedError(EditError):

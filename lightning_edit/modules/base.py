@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_edit.checkpoints import PlainCheckpoints, check_editor, load_plainly, record_in
+from lightning_edit.checkpoints import PlainCheckpoints, check_editor, record_in
 from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.figures import RequestFigures

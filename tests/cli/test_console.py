@@ -20,6 +20,9 @@ from lightning_edit.report import read_report
 from lightning_edit.report.undo import apply_commands
 from tests.artifacts.helpers import made_run, same_weights, weights
 
+NAMES = [name for name, verb in VERBS.items() if verb.function]
+NAMES += [f"{name} {own}" for name, verb in VERBS.items() for own in verb.verbs]
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +69,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.function])
+@pytest.mark.parametrize("verb", NAMES)
 def test_every_option_has_help(verb: str) -> None:
     parser = console.parser(verb)
     assert parser.description

@@ -1,0 +1,72 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a ledger as files that other programs read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_edit.core.errors import LedgerError
+from lightning_edit.ledger.entries import COLUMNS, Entry
+
+__all__ = ["export"]
+
+_JSON = ("requests", "settings", "base", "undoes", "scores", "versions")
+# By these, programs for tables know a formula, which they would compute.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def export(entries: Sequence[Entry], path: Path, *, force: bool) -> int:
+    """Writes rows as JSON lines or CSV, whole or not at all.
+
+    Args:
+        entries: The rows.
+        path: A file that ends with ``.jsonl`` or ``.csv``.
+        force: Replace a file that is there.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        LedgerError: If the file is there, or its name ends otherwise.
+    """
+    writers = {".jsonl": _json_lines, ".csv": _table}
+    if path.suffix not in writers:
+        raise LedgerError(f"`{path}` is expected to end with {' or '.join(writers)}.")
+    if path.is_dir() or (path.exists() and not force):
+        raise LedgerError(
+            f"`{path}` is there already. Give another file, or `force` to replace it."
+        )
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(writers[path.suffix](entries), encoding="utf-8", newline="")
+        os.replace(part, path)
+    except OSError as error:
+        raise LedgerError(f"`{path}` cannot be written: {error}.") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return len(entries)
+
+
+def _json_lines(entries: Sequence[Entry]) -> str:
+    lines = []
+    for entry in entries:
+        row = entry.columns()
+        full = {n: json.loads(str(v)) if n in _JSON else v for n, v in row.items()}
+        lines.append(json.dumps(full) + "\n")
+    return "".join(lines)
+
+
+def _table(entries: Sequence[Entry]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+    for entry in entries:
+        cells = map(str, entry.columns().values())
+        writer.writerow(f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells)
+    return file.getvalue()

@@ -1,0 +1,174 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""Edits are taken out by the number of their row: the last bit for bit, any other by replay."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_edit import Ledger, MemoryWrite
+from lightning_edit.core.errors import LedgerError
+from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
+from lightning_edit.ledger.fingerprints import fingerprint
+from tests.contract.enumeration import EDITORS, quick_editor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*the update direction and the key:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*survives rounding:UserWarning"),
+]
+
+REQUESTS = tiny_requests(4)
+
+
+# AlphaEdit carries something from edit to edit; WISE edits a memory of matrices.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("AlphaEdit", "WISE")]
+
+
+@pytest.fixture(params=["ROME", "LoRA", "GRACE", *SLOW], scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def edited(name: str, *numbers: int, ledger: Ledger | None = None) -> Any:
+    """An editor that committed requests, one after another."""
+    editor = quick_editor(EDITORS[name])
+    for number in numbers:
+        if ledger is None:
+            editor.commit(editor.edit(REQUESTS[number]))
+            continue
+        with ledger.recording(editor):
+            editor.commit(editor.edit(REQUESTS[number]))
+    return editor
+
+
+def test_what_was_committed_comes_out_again(name: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    editor = edited(name, 0, 1, 2, ledger=ledger)
+    model, first = editor.model, ledger.entry(1)
+    assert [e.request_ids for e in ledger.entries()] == [(r.id,) for r in REQUESTS[:3]]
+    kept, plain = copy.deepcopy(model), copy.deepcopy(model)
+    assert fingerprint(kept) == fingerprint(model)
+    is_memory = isinstance(ledger.edit(1), MemoryWrite)
+
+    # The last one, of an editor, which goes on as if it had never been.
+    [plan] = ledger.plan(editor)
+    assert (plan.entry, plan.requests) == (3, (REQUESTS[2].id,))
+    [row] = ledger.undo(editor, why="wrong")
+    assert (row.kind, row.undoes, row.why) == ("undo", (3,), "wrong")
+    assert row.requests == (REQUESTS[2],)
+    assert row.after == fingerprint(model) == ledger.entry(2).after
+    assert [r["id"] for r in editor.history] == [r.id for r in REQUESTS[:2]]
+    wanted = edited(name, 0, 1)
+    assert fingerprint(model) == fingerprint(wanted.model)
+    for one in (editor, wanted):
+        one.commit(one.edit(REQUESTS[3]))
+    assert fingerprint(model) == fingerprint(wanted.model)
+
+    # All of them, of a model alone, which is then its base, bit for bit.
+    before = len(ledger)
+    rows = ledger.undo(plain, everything=True)
+    assert [r.undoes for r in rows] == [(3,), (2,), (1,)]
+    assert {p.how for p in ledger.plan(kept, everything=True)} == {"reverted"}
+    assert fingerprint(plain) == first.before
+    assert len(ledger) == before + 2  # one of them was there
+    assert ledger.standing(plain) == ()
+    with pytest.raises(LedgerError, match="knows no edit in this model"):
+        ledger.undo(plain)
+
+    # One in the middle, of a model alone: original + the others, or what the memory has left.
+    assert [p.how for p in ledger.plan(kept, 2)] == ["forgotten" if is_memory else "added up"]
+    [row] = ledger.undo(kept, 2)
+    assert [one.entry.id for one in ledger.standing(kept)] == [1, 3]
+    ledger.edit(row.id).revert_(kept)
+    assert fingerprint(kept) == row.before
+    ledger.edit(row.id)
+    [again] = ledger.undo(kept, 2)
+    assert again == row
+    ledger.undo(kept, to=1)
+    assert [one.entry.id for one in ledger.standing(kept)] == [1]
+    assert ledger.verify() == []
+
+
+def test_one_in_the_middle_is_as_if_it_had_never_been(name: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    editor = edited(name, 0, 1, 2, ledger=ledger)
+    copied = copy.deepcopy(editor.model)
+    known = {k: v for k, v in editor.hparams.items() if k in ("cache_dir",)}
+    resumed = ledger.editor(copied, tiny_tokenizer(), **known)
+    wanted = edited(name, 0, 2)
+    for one in (editor, resumed):
+        [plan] = ledger.plan(one, 2)
+        [row] = ledger.undo(one, 2)
+        assert row.undoes == (2,)
+        if plan.how == "made again":
+            assert plan.again == 2
+            assert fingerprint(one.model) == fingerprint(wanted.model)
+        else:
+            assert plan.how == "forgotten"
+        prompts = [REQUESTS[0].prompt, REQUESTS[2].prompt]
+        assert one.evaluator.continuations(prompts) == wanted.evaluator.continuations(prompts)
+        assert list(one.target.request_ids) == [REQUESTS[0].id, REQUESTS[2].id]
+    assert [e.kind for e in ledger.entries()].count("undo") == 1  # both led to the same
+    assert ledger.verify() == []
+
+
+def test_what_is_not_there_is_not_taken_out(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    editor = edited("ROME", 0, 1, ledger=ledger)
+    ledger.note("refused", [REQUESTS[2]], editor)
+    ledger.undo(editor, 1)
+    before = fingerprint(editor.model)
+    for arguments, said in (
+        ({"number": 1}, r"Row 1 \(edit\) is no edit that is in this model\. In it: 2\."),
+        ({"number": 3}, r"Row 3 \(refused\)"),
+        ({"number": 9}, "has no row 9"),
+        ({"number": 2, "everything": True}, "Name one edit, or"),
+    ):
+        with pytest.raises(LedgerError, match=said):
+            ledger.undo(editor, **arguments)
+    with torch.no_grad():
+        editor.model.get_parameter(editor.edited_names(editor.tree)[0])[0, 0] += 1
+    with pytest.raises(LedgerError, match="something else was changed in it since"):
+        ledger.undo(editor, 2)
+    assert fingerprint(editor.model) != before
+
+
+def test_without_originals_nothing_is_guessed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db", originals=False)
+    model = edited("ROME", 0, 1, ledger=ledger).model
+    before = fingerprint(model)
+    for number in (1, 2):
+        with pytest.raises(LedgerError, match="saved without what its edit replaced"):
+            ledger.undo(model, number)
+    assert fingerprint(model) == before
+
+
+def test_blame_names_the_edit_that_changed_an_answer(tmp_path: Path) -> None:
+    request = REQUESTS[1]
+    for name, more in (("ROME", {"layers": [0], "steps": 20, "weight_decay": 0.0}), ("GRACE", {})):
+        ledger = Ledger(tmp_path / f"{name}.db")
+        editor = quick_editor(EDITORS[name], **more)
+        with ledger.recording(editor):
+            for one in REQUESTS[:3]:
+                editor.commit(editor.edit(one))
+        before = fingerprint(editor.model)
+        found = ledger.blame(editor, request.prompt)
+        assert fingerprint(editor.model) == before
+        assert found.answer == f"{request.target_new}."
+        assert found.rows[0].entry.id == found.causes[0] == 2
+        assert found.rows[0].says == f"{request.target_old}."
+        assert {row.entry.id for row in found.rows} == {1, 2, 3}
+        asked = ledger.blame(editor.model, request.prompt, editor.tokens, answer=found.answer)
+        assert asked == found
+        # Taken out for good, it leaves what was measured without it.
+        [without] = [row.p_without for row in found.rows if row.entry.id == 3]
+        ledger.undo(editor, 3)
+        left = ledger.blame(editor, request.prompt, answer=found.answer)
+        assert left.p == pytest.approx(without, rel=1e-3)
+    with pytest.raises(LedgerError, match="knows no edit"):
+        ledger.blame(tiny_model(), "Who", tiny_tokenizer())
