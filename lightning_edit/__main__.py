@@ -78,7 +78,7 @@ def _run(verb: str) -> int:
 def _usage() -> str:
     lines: dict[bool, list[str]] = {True: [], False: []}
     for name, verb in VERBS.items():
-        lines[bool(verb.function)].append(f"  {name:<10}{verb.summary}")
+        lines[bool(verb.function)].append(f"  {name:<12}{verb.summary}")
     return USAGE.format(trainer="\n".join(lines[False]), artifact="\n".join(lines[True]))
 
 

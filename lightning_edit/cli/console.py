@@ -15,6 +15,9 @@ from lightning_edit.cli.verbs import VERBS
 
 __all__ = ["function_of", "main", "parser"]
 
+# Words that may be left out, and how many there may be.
+_OPTIONAL = {"list": ("folder", "?"), "serve-patch": ("edits", "*")}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the verbs and prints what it returns.
@@ -59,16 +62,16 @@ def parser(verb: str) -> ArgumentParser:
     draft.add_function_arguments(function)
     actions = {action.dest: action for action in draft._actions}
     flags = {name for name, action in actions.items() if isinstance(action.default, bool)}
-    optional: set[str] = {"folder"} if verb == "list" else set()
+    optional, count = _OPTIONAL.get(verb, ("", ""))
 
     summary = (function.__doc__ or "").partition("\n")[0]
     made = ArgumentParser(prog=f"lightning-edit {verb}", description=summary)
-    for name in optional:
-        made.add_argument(name, nargs="?", type=str, help=actions[name].help)
-    skip: set[str | int] = {*flags, *optional}
+    skip: set[str | int] = {*flags, *([optional] if optional else [])}
     made.add_function_arguments(
         function, as_group=False, as_positional=True, fail_untyped=True, skip=skip
     )
+    if optional:
+        made.add_argument(optional, nargs=count, type=str, help=actions[optional].help)
     for name in sorted(flags):
         action = actions[name]
         made.add_argument(f"--{name}", action=ActionYesNo, default=action.default, help=action.help)

@@ -14,6 +14,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "RequestError",
+    "ServerError",
 ]
 
 
@@ -47,6 +48,10 @@ class ModelError(EditError, ValueError):
 
 class ArtifactError(EditError, ValueError):
     """A saved edit or a given statistic is damaged, or belongs to another base model."""
+
+
+class ServerError(EditError):
+    """A model server does not answer, or does not do what it was asked for."""
 
 
 class MissingDependencyError(EditError, ImportError):
