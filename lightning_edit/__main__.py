@@ -87,7 +87,7 @@ def _run(verb: str) -> int:
 def _usage() -> str:
     lines: dict[str, list[str]] = {}
     for name, verb in VERBS.items():
-        lines.setdefault(verb.module, []).append(f"  {name:<10}{verb.summary}")
+        lines.setdefault(verb.module, []).append(f"  {name:<12}{verb.summary}")
     return USAGE.format(**{module: "\n".join(told) for module, told in lines.items()})
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ def save_adapter(
     *,
     provenance: Provenance,
     is_encoder_decoder: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes LoRA factors as a folder that ``peft.PeftModel.from_pretrained`` reads.
 
@@ -82,6 +83,7 @@ def save_adapter(
         folder: Replaced if it holds a model or an adapter that was written here.
         provenance: Of the edit.
         is_encoder_decoder: Which kind of model it is for.
+        also: Writes further files into a folder, which then takes the place of ``folder``.
 
     Raises:
         ArtifactError: If there are no factors, or the folder holds anything else.
@@ -123,4 +125,6 @@ def save_adapter(
         (staging / "adapter_config.json").write_text(text, encoding="utf-8")
         card = adapter_card(factors, provenance, is_encoder_decoder)
         (staging / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+        if also is not None:
+            also(staging)
         list_files(staging)

@@ -16,11 +16,13 @@ __all__ = ["export"]
 
 def export(
     delta: str,
-    to: Literal["lora", "hf"] = "lora",
+    to: Literal["lora", "gguf", "hf"] = "lora",
     output: str = "exported",
     model: str | None = None,
     rank: int | None = None,
     force: bool = False,
+    others: list[str] | None = None,
+    uniform: bool = False,
 ) -> Written:
     """Writes a saved edit in the format of another program.
 
@@ -29,66 +31,44 @@ def export(
 
     Args:
         delta: Folder of the saved edit, or of the run that saved it.
-        to: `lora` is an adapter that peft loads beside the base model; `hf` a whole edited
-            model, as `apply` writes it.
+        to: `lora` is an adapter that peft loads beside the base model; `gguf` the same with a
+            file `adapter.gguf` for llama.cpp; `hf` a whole edited model, as `apply` writes it.
         output: Folder to write.
         model: The base model, of which an adapter needs only the configuration. By default the
             one that the edit names.
         rank: Largest rank of the adapter in a module. By default nothing is left out.
         force: Replace a model or an adapter that lies in the output folder.
+        others: Folders of further edits of weights, whose changes the adapter holds, too.
+        uniform: Write one rank for all modules, as servers with several adapters want it. Smaller
+            ones are filled with zeros.
 
     Returns:
         What was written.
 
     Raises:
         ArtifactError: If an adapter cannot hold the edit (it is of a memory, changes norms, biases
-            or embeddings, or a dense change needs a `rank`), or the edit is damaged.
+            or embeddings, or a dense change needs a `rank`), the edit is damaged, or llama.cpp
+            does not know the architecture.
         ModelError: If the model cannot be found.
     """
-    from lightning_edit.artifacts.adapters import model_skeleton, save_adapter
+    from lightning_edit.artifacts.combined import combine
     from lightning_edit.artifacts.folders import check_output
-    from lightning_edit.artifacts.sources import (
-        base_name,
-        facts_of,
-        named_by,
-        open_edit,
-        revision_of,
-    )
-    from lightning_edit.core.delta import WeightDelta
     from lightning_edit.core.errors import ArtifactError
 
     if to == "hf":
-        if rank is not None:
+        for name, is_given in (("rank", rank is not None), ("uniform", uniform)):
+            if is_given:
+                raise ArtifactError(
+                    f"`{name}` is of adapters, but `hf` writes the whole model, exactly. Leave it "
+                    "out, or export to `lora`."
+                )
+        if others:
             raise ArtifactError(
-                "`rank` is of adapters, but `hf` writes the whole model, exactly. Leave it out, "
-                "or export to `lora`."
+                "`others` is of adapters. Write a model with several edits by `apply`, one after "
+                "the other."
             )
         return apply(delta, model, output, force=force)
-    artifact, edit = open_edit(delta)
-    if not isinstance(edit, WeightDelta):
-        raise ArtifactError(
-            f"`{artifact}` holds an edit of a memory, which changes no weights, so no LoRA adapter "
-            "can hold it. Write the base with its memory instead: `apply`, or `export` to `hf`."
-        )
-    source = base_name(edit, artifact, model)
-    folder = check_output(output, force=force, inputs=(artifact, source))
-    with named_by(edit, given=model is not None):
-        skeleton = model_skeleton(source, revision_of(edit, source))
-    factors = edit.to_lora(skeleton, rank)
-    save_adapter(
-        factors,
-        folder,
-        provenance=edit.provenance,
-        is_encoder_decoder=bool(skeleton.config.is_encoder_decoder),
-    )
-    worst = max(factors, key=lambda name: factors[name].relative_error)
-    error = factors[worst].relative_error
-    ranks = sorted({pair.rank for pair in factors.values()})
-    facts = {
-        "base": source,
-        **facts_of(edit),
-        "rank": " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
-        "left out": f"{error:.2g} of the change at most" if error else "nothing",
-    }
-    notes = (f"The most is left out of `{worst}`.",) if error > 1e-5 else ()
-    return Written(folder, "LoRA adapter", facts, notes)
+    combined = combine([delta, *(others or [])], model, rank)
+    folder = check_output(output, force=force, inputs=(*combined.folders, combined.source))
+    combined.save(folder, uniform=uniform, gguf="adapter.gguf" if to == "gguf" else "")
+    return Written(folder, "LoRA adapter", combined.facts(), combined.notes())

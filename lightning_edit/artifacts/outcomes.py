@@ -18,8 +18,12 @@ __all__ = [
     "Offer",
     "OfferKind",
     "ParameterRow",
+    "Patch",
     "Rendered",
     "SavedEdit",
+    "ServedName",
+    "ServedPatches",
+    "ServerContents",
     "Written",
 ]
 
@@ -181,3 +185,71 @@ class SavedEdit:
     problem: str = ""
     memory: str = ""
     entries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One version of a set of edits for a running server.
+
+    Args:
+        number: From 1 upwards.
+        name: Of the adapter on the server.
+        share: Of the traffic; 0 where it is not live.
+        sha256: Over the files in its folder.
+        rank: Of the adapter; 0 for a whole model.
+        relative_error: Share of the edits' norm that the adapter leaves out.
+        edits: Folders of the saved edits that are in it.
+        created: ISO date.
+    """
+
+    number: int
+    name: str
+    share: float
+    sha256: str
+    rank: int
+    relative_error: float
+    edits: tuple[str, ...]
+    created: str
+
+
+@dataclass(frozen=True)
+class ServedPatches:
+    """The versions of a set of edits, and which of them are live.
+
+    Args:
+        title: What was done.
+        patches: One for each version.
+        notes: What is to be said besides.
+    """
+
+    title: str
+    patches: tuple[Patch, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServedName:
+    """One thing that a running server answers with.
+
+    Args:
+        name: By which requests ask for it.
+        path: Where the server read it.
+        scale: How much of it requests get that name none; None where they get none of it.
+        kind: ``base`` or ``adapter``.
+    """
+
+    name: str
+    path: str
+    scale: float | None
+    kind: Literal["base", "adapter"]
+
+
+@dataclass(frozen=True)
+class ServerContents:
+    """What a running server answers with.
+
+    Args:
+        names: One for each thing.
+    """
+
+    names: tuple[ServedName, ...] = ()

@@ -17,10 +17,11 @@ from lightning_edit.ledger import verbs as ledger_verbs
 
 __all__ = ["function_of", "main", "parser"]
 
-# Arguments that may be left out and have no option: verb -> name -> type.
-_OPTIONAL: dict[str, dict[str, type]] = {
-    "list": {"folder": str},
-    "ledger undo": {"entry": int},
+# Words that may be left out and have no option, of what type, and how many there may be.
+_OPTIONAL: dict[str, tuple[str, type, str]] = {
+    "list": ("folder", str, "?"),
+    "ledger undo": ("entry", int, "?"),
+    "serve-patch": ("edits", str, "*"),
 }
 
 
@@ -84,16 +85,16 @@ def parser(verb: str) -> ArgumentParser:
     draft.add_function_arguments(function)
     actions = {action.dest: action for action in draft._actions}
     flags = {name for name, action in actions.items() if isinstance(action.default, bool)}
-    optional = _OPTIONAL.get(verb, {})
+    optional, kind, count = _OPTIONAL.get(verb, ("", str, ""))
 
     summary = (function.__doc__ or "").partition("\n")[0]
     made = ArgumentParser(prog=f"lightning-edit {verb}", description=summary)
-    skip: set[str | int] = {*flags, *optional}
+    skip: set[str | int] = {*flags, *([optional] if optional else [])}
     made.add_function_arguments(
         function, as_group=False, as_positional=True, fail_untyped=True, skip=skip
     )
-    for name, kind in optional.items():
-        made.add_argument(name, nargs="?", type=kind, help=actions[name].help)
+    if optional:
+        made.add_argument(optional, nargs=count, type=kind, help=actions[optional].help)
     for name in sorted(flags):
         action = actions[name]
         made.add_argument(f"--{name}", action=ActionYesNo, default=action.default, help=action.help)

@@ -9,7 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
-from lightning_edit.artifacts.outcomes import Comparison, Offer, Rendered, SavedEdit, Written
+from lightning_edit.artifacts.outcomes import (
+    Comparison,
+    Offer,
+    Rendered,
+    SavedEdit,
+    ServedPatches,
+    ServerContents,
+    Written,
+)
 from lightning_edit.core.request import EditRequest
 from lightning_edit.ledger.entries import Entry
 from lightning_edit.ledger.outcomes import Blamed, Exported, Listed, Undone, Verified
@@ -99,6 +107,10 @@ def tables(result: Any) -> list[Table]:
             return [_undone(result)]
         case Exported():
             return [Table(title=f"Wrote {result.rows} row(s) to {result.path}")]
+        case ServedPatches():
+            return [_patches(result)]
+        case ServerContents():
+            return [_contents(result)]
         case []:
             return [Table(notes=("There are no saved edits here.",))]
         case [SavedEdit(), *_]:
@@ -293,6 +305,34 @@ def _offers(offers: Sequence[Offer]) -> Iterator[Table]:
         papers = any(offer.paper for offer in of_kind)
         rows = [(o.name, o.summary, *([o.paper] if papers else [])) for o in of_kind]
         yield Table(("",) * len(rows[0]), rows, kind)
+
+
+def _patches(result: ServedPatches) -> Table:
+    columns = (">version", "adapter", ">share", ">rank", ">left out", "sha256", "made", "edits")
+    rows = [
+        (
+            str(one.number),
+            one.name,
+            f"{one.share:.0%}" if one.share else DASH,
+            str(one.rank) if one.rank else DASH,
+            number(one.relative_error),
+            one.sha256[:12],
+            one.created[:16].replace("T", " "),
+            _some(one.edits),
+        )
+        for one in result.patches
+    ]
+    return Table(columns if rows else (), rows, result.title, result.notes)
+
+
+def _contents(result: ServerContents) -> Table:
+    rows = [
+        (one.name, one.kind, DASH if one.scale is None else number(one.scale), one.path or DASH)
+        for one in result.names
+    ]
+    columns = ("name", "kind", ">scale", "read from")
+    notes = () if rows else ("The server lists nothing.",)
+    return Table(columns if rows else (), rows, notes=notes)
 
 
 def _some(ids: Sequence[str]) -> str:

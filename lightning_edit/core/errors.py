@@ -16,6 +16,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "RequestError",
+    "ServerError",
     "SettingError",
     "StorageError",
 ]
@@ -67,6 +68,10 @@ class LockedError(EditError):
 
 class SettingError(EditError, TypeError):
     """An argument of a class has another type than the class takes."""
+
+
+class ServerError(EditError):
+    """A model server does not answer, or does not do what it was asked for."""
 
 
 class MissingDependencyError(EditError, ImportError):

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lightning_edit.core.change import Change
 from lightning_edit.core.errors import ArtifactError
 
-__all__ = ["LoRAFactors", "to_lora"]
+__all__ = ["LoRAFactors", "left_out", "same_rank", "to_lora"]
 
 # Share of a dense change's norm that may be left out where no rank is asked for: rounding only.
 ROUNDING = 1e-5
@@ -90,6 +91,48 @@ def to_lora(
             a_IR.T.contiguous(), b_OR.contiguous(), transposed, error
         )
     return factors
+
+
+def same_rank(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """The same changes with the largest rank in every module, the smaller ones filled with zeros.
+
+    Servers that hold several adapters in one buffer read a single rank for all modules.
+
+    Args:
+        factors: Module name to factors.
+
+    Examples:
+        >>> a, b = (LoRAFactors(torch.ones(r, 3), torch.ones(2, r), False, 0.0) for r in (1, 4))
+        >>> same = same_rank({"a": a, "b": b})["a"]
+        >>> same.rank, torch.equal(same.b @ same.a, a.b @ a.a)
+        (4, True)
+    """
+    most = max((pair.rank for pair in factors.values()), default=0)
+    return {
+        name: replace(
+            pair,
+            a=nn.functional.pad(pair.a, (0, 0, 0, most - pair.rank)),
+            b=nn.functional.pad(pair.b, (0, most - pair.rank)),
+        )
+        for name, pair in factors.items()
+    }
+
+
+def left_out(factors: Mapping[str, LoRAFactors], norms: Mapping[str, float]) -> float:
+    """Share of a whole edit's norm that its factors leave out: ‖Δ − B A‖ / ‖Δ‖ over all modules.
+
+    Args:
+        factors: Module name to factors.
+        norms: ‖Δ‖ (Frobenius) by the parameter's name.
+
+    Examples:
+        >>> a = LoRAFactors(torch.ones(1, 1), torch.ones(1, 1), False, 0.5)
+        >>> left_out({"a": a, "b": a}, {"a.weight": 3.0, "b.weight": 4.0})
+        0.5
+    """
+    whole = math.hypot(*norms.values())
+    missing = [pair.relative_error * norms[f"{name}.weight"] for name, pair in factors.items()]
+    return math.hypot(*missing) / whole if whole > 0 else 0.0
 
 
 def _linear_modules(
