@@ -31,7 +31,7 @@ from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.evaluation.measured import Measured
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.metrics.reading import default_readings
-from lightning_edit.modules import sharded
+from lightning_edit.modules import protocols, sharded
 from lightning_edit.modules.arguments import check_arguments
 from lightning_edit.modules.fitting import (
     CommitEdits,
@@ -44,12 +44,7 @@ from lightning_edit.modules.fitting import (
     warn_of_not_taken,
 )
 from lightning_edit.modules.lending import Lending, check_trainer, loaded
-from lightning_edit.modules.protocols import (
-    EditProtocol,
-    ProtocolName,
-    make_protocol,
-    texts_before_and_after,
-)
+from lightning_edit.modules.protocols import EditProtocol, ProtocolName
 from lightning_edit.modules.session import EditSession, requests_in
 from lightning_edit.modules.targets import (
     Target,
@@ -550,7 +545,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     def on_test_start(self) -> None:
         self.measured = Measured()
         self.target.prepare("test")  # a checkpoint has been loaded since
-        self._protocol = make_protocol(self)
+        self._protocol = protocols.make_protocol(self)
 
     @override
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
@@ -563,7 +558,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     @override
     def predict_step(self, batch: list[EditRequest], batch_idx: int) -> list[dict[str, str]]:
-        texts = texts_before_and_after(self, sharded.asked_of_all(self, batch))
+        texts = protocols.texts_before_and_after(self, sharded.asked_of_all(self, batch))
         return [row for row in texts if row["id"] in {request.id for request in batch}]
 
     # -- checkpoints -------------------------------------------------------------------------
