@@ -37,8 +37,9 @@ class EditEvaluator(CheckedArguments, Callback):
 
     Works with an editor, whose unedited weights it knows at any time, and with any
     LightningModule that holds a Hugging Face model, whose weights at the start of ``fit`` are the
-    unedited ones. Under several processes each asks its share of the requests. A resumed run of
-    such a module has no ``locality/kl``: whole distributions are too large for a checkpoint.
+    unedited ones. Under several processes each asks its share of the requests, or all of them
+    where weights are divided, since a pass takes all processes then. A resumed run of such a
+    module has no ``locality/kl``: whole distributions are too large for a checkpoint.
 
     Values go to the loggers and to ``trainer.callback_metrics`` as ``edit/<metric>/<reading>``,
     such as ``edit/reliability/teacher_forced``: those of ``every_n_steps`` along the run, where

@@ -69,7 +69,8 @@ def is_sharded(model: nn.Module) -> bool:
 def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Has each process keep its part of every parameter, by FSDP2; every process must call.
 
-    A block is whole on a process only while it runs.
+    A block is whole on a process only while it runs. The first pass has to be one of the whole
+    model, since FSDP2 takes what runs first for the outermost module.
 
     Args:
         model: A decoder-only model, all of it on each process; its parameters are replaced.
@@ -82,10 +83,6 @@ def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> N
         fully_shard(block, mesh=mesh)
     # Also after a pass, since what is written into the parts is not in copies of the whole.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    # What FSDP2 takes for the outermost module is the first that runs, which no block may be.
-    row = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad():
-        model(input_ids=row)
 
 
 def split_(model: nn.Module, block_names: Sequence[str], mesh: DeviceMesh) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, cast
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
@@ -128,11 +129,13 @@ def shard_model(editor: EditModule[E]) -> None:
             f"{type(editor.model).__name__} has an encoder; `ModelParallelStrategy` works with "
             "decoder-only models. Set `trainer.strategy` to `ddp`, or choose another model."
         )
-    with borrowed(editor.model):
-        if _ways(mesh) == ["TP"]:
-            split_(editor.model, tree.block_names, mesh["tensor_parallel"])
-        else:
-            shard_(editor.model, tree.blocks, mesh["data_parallel"])
+    if _ways(mesh) == ["TP"]:
+        split_(editor.model, tree.block_names, mesh["tensor_parallel"])
+    else:
+        shard_(editor.model, tree.blocks, mesh["data_parallel"])
+        row = torch.zeros(1, 1, dtype=torch.long, device=next(editor.model.parameters()).device)
+        with torch.no_grad(), borrowed(editor.model):
+            editor.model(input_ids=row)
     editor.adopt(editor.model, editor.tokens.tokenizer)  # what is kept of it is divided, too
 
 
@@ -231,7 +234,7 @@ class _OneFile(Generic[E]):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of the optimizer itself, gathered."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = cast(Optimizer, inner).state_dict()
+        state = inner.state_dict()
         moments = {
             number: {name: _whole(value) for name, value in found.items()}
             for number, found in state["state"].items()

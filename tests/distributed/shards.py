@@ -122,7 +122,8 @@ def edit(case: str, model: Path, folder: Path, way: str) -> dict[str, Any]:
     measuring = trainer_of(folder, way, case, EditReport(), limit_val_batches=1.0)
     measuring.validate(editor, data, verbose=False)
     validated = {k: float(v) for k, v in measuring.callback_metrics.items()}
-    tested, texts = {}, []
+    tested: dict[str, float] = {}
+    texts: list[Any] = []
     if case in THOROUGH:
         measuring.test(editor, data, verbose=False)
         tested = {k: float(v) for k, v in measuring.callback_metrics.items()}
@@ -260,7 +261,7 @@ class CountGathers(Callback):
             self._now += 1
             return usual(tensor, **settings)
 
-        DTensor.full_tensor = gather  # type: ignore[method-assign]
+        DTensor.full_tensor = gather  # type: ignore[assignment,method-assign]
 
     def on_train_batch_start(self, *_: object) -> None:
         self._now = 0

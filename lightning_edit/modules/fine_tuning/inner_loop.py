@@ -91,7 +91,7 @@ class InnerLoop:
         if self._is_sharded:  # gradients come with the parts, and not otherwise
             for parameter in parameters:
                 parameter.grad = None
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             gradients = [parameter.grad for parameter in parameters]
         else:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
