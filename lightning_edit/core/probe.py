@@ -108,6 +108,7 @@ def _probe(
     model: nn.Module, blocks: Sequence[nn.Module], hidden_size: int
 ) -> dict[nn.Module, Inner]:
     with _running(model) as (one, other, device):
+
         def run(ids: list[int]) -> None:
             row = torch.tensor([ids], device=device)
             is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)

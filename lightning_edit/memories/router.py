@@ -122,12 +122,7 @@ class Router:
         if not begins and isinstance(mask, Tensor) and mask.ndim == 2:
             attended = mask[:, -width:].bool()
         self.attended = attended
-        if (
-            cache is not None
-            and route is not None
-            and _is_begun(cache)
-            and len(route) == rows
-        ):
+        if cache is not None and route is not None and _is_begun(cache) and len(route) == rows:
             self.route = route
             return
         if self._asked is not None:
