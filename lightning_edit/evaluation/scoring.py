@@ -505,9 +505,9 @@ def _generate(
     memory = EditMemory.find(model)
     # Without a cache each token is read with the whole row, in which the prompt ends where it did.
     is_whole = not (tokens.is_encoder_decoder or takes(model, "cache"))
-    ends = torch.full((len(prompts),), begin - 1, device=device)
+    last = torch.full((len(prompts),), begin - 1, device=device)
     settings = {**GREEDY, "max_new_tokens": max_new_tokens, "use_cache": not is_whole}
-    with memory.asked_at(ends) if memory is not None and is_whole else nullcontext():
+    with memory.asked_at(last) if memory is not None and is_whole else nullcontext():
         output = write(
             model,
             tokens,

@@ -22,6 +22,9 @@ from tests.families.architectures import ARCHITECTURES, build
 from tests.families.measure import edited, evaluator, loaded, measure, places
 from tests.modules.helpers import bare_trainer, fingerprint
 
+# The keys of tiny models with random weights lie where all keys are.
+pytestmark = pytest.mark.filterwarnings("ignore:Request .* have a cosine of:UserWarning")
+
 # Of each layer the MLP's last projection, and attention's where there is one.
 PLACES: dict[str, list[tuple[str, str]]] = {
     "gemma3n": [("mlp.down_proj", "self_attn.o_proj")] * 4,
@@ -146,7 +149,7 @@ def test_edits_of_what_runs_whole(subtests: pytest.Subtests) -> None:
 
 
 def test_a_run_with_the_evaluator_goes_through(subtests: pytest.Subtests) -> None:
-    for name in ("falcon_h1", "mamba", "rwkv"):
+    for name in ("lfm2", "mamba"):
         with subtests.test(name):
             model = build(name)
             before = fingerprint(model)
