@@ -80,6 +80,8 @@ class Engine:
         self.sha256 = self._hashes.combined()
         self.device = self._trainer().strategy.root_device.type
         self.cells = list(cells_of(study, self.sha256, self.device))
+        #: Whether the process was asked to end while the last cell was ending by itself.
+        self.is_told_to_stop = False
         self._unedited: dict[str, Unedited] = {}
 
     def _load(self) -> None:
@@ -184,12 +186,16 @@ class Engine:
         editor.adopt(self.model, self.tokenizer)
         editor.unedited.know(unedited.evaluation)
         curve = _Curve(protocol.points, len(order), unedited)
-        size = protocol.size if protocol.name == "batch" else math.gcd(*protocol.points, 0) or 16
+        size = protocol.size
+        if protocol.name == "sequential":
+            # A curve is measured where a batch ends, and all of a batch together in the end.
+            size = math.gcd(*protocol.points) or ROWS_AT_ONCE
         data = EditDataModule(requests=order, eval_batch_size=size)
         memory = _PeakMemory(self.device)
         memory.begin()
         trainer = self._trainer([curve] if protocol.name == "sequential" else [])
         trainer.test(editor, datamodule=data, verbose=False)
+        self.is_told_to_stop = trainer.received_sigterm
         measured = editor.measured.whole()
         seconds = [row.get("seconds", 0.0) for row in measured.figures]
         record |= {

@@ -89,7 +89,7 @@ class ResultsFolder:
         return {
             key: record
             for key, record in found.items()
-            if record["status"] != "done" or self._rows_of(key).is_file()
+            if record.get("status") != "done" or self._rows_of(key).is_file()
         }
 
     def add(self, record: CellRecord, rows: Sequence[CellRow]) -> None:

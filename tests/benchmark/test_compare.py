@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_edit import (
     DataSpec,
+    Edit,
     EditDataModule,
+    EditModule,
     EditRequest,
     MethodSpec,
     ProtocolSpec,
@@ -27,6 +31,7 @@ from lightning_edit.benchmark.store import CellRecord, ResultsFolder
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_requests, trained_tiny_model
+from lightning_edit.modules import protocols
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,6 +178,27 @@ def test_a_model_that_a_method_leaves_changed_is_loaded_anew(
     assert record["status"] == "done"
     assert {row["edits"] for row in rows} == {2}
     assert weight_hash(engine.model) == engine.sha256
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_process_that_is_told_to_end_does_so_between_requests(
+    run: Callable[..., pd.DataFrame], tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    usual = protocols.edit_or_go_on
+
+    def signalling(editor: EditModule, requests: list[EditRequest]) -> Edit:
+        made.extend(request.id for request in requests)
+        if len(made) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(editor, requests)
+
+    monkeypatch.setattr(protocols, "edit_or_go_on", signalling)
+    with pytest.raises(SIGTERMException):
+        run(tmp_path, protocols=["independent"])
+    assert len(made) == at
+    # What was its last request, too, is not lost.
+    assert len(ResultsFolder(tmp_path).records()) == at - 1
 
 
 def test_facts_that_the_model_knows_are_kept_up_to_the_limit(model: str, tmp_path: Path) -> None:
