@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_edit.benchmark.cells import Cell
 from lightning_edit.benchmark.engine import Engine
@@ -252,6 +253,8 @@ def run_study(
             if engine.is_first:
                 folder.add(record, rows)
             bar.end(label, _outcome(record))
+            if engine.is_told_to_stop:
+                raise SIGTERMException
             if record["status"] == "failed":
                 rank_zero_warn(f"The cell {label} failed. {record['error']}")
     found = states(engine)

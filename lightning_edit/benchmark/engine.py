@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_edit.benchmark.cells import Cell, cells_of, digest, unedited_parts
 from lightning_edit.benchmark.progress import without_remarks
 from lightning_edit.benchmark.rows import CellRow, probe_rows
 from lightning_edit.benchmark.specs import DataSpec, Study
-from lightning_edit.benchmark.store import CellRecord, ResultsFolder
+from lightning_edit.benchmark.store import CellPart, CellRecord, ResultsFolder
 from lightning_edit.benchmark.unedited import (
     UneditedRun,
     from_record,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Unedited"]
 
 ROWS_AT_ONCE = 16  # requests whose probes are measured together
+AT_ONCE = 5  # requests of a cell whose results are kept together, where they are apart
 KNOWN_AT_ONCE = 64  # facts asked for at once, in search of those that the model knows
 
 
@@ -80,6 +82,8 @@ class Engine:
         self.sha256 = self._hashes.combined()
         self.device = self._trainer().strategy.root_device.type
         self.cells = list(cells_of(study, self.sha256, self.device))
+        #: Whether the process was asked to end while the last cell was ending by itself.
+        self.is_told_to_stop = False
         self._unedited: dict[str, Unedited] = {}
 
     def _load(self) -> None:
@@ -143,18 +147,14 @@ class Engine:
             made_of=cell.made_of,
             device=self.device,
         )
-        began = time.perf_counter()
         rows: list[CellRow] = []
         try:
             [data] = [data for data in self.study.data if data.name == cell.data]
             rows = self._measured(cell, self.unedited(data), record)
         except Exception as error:  # a method of anybody's may fail in any way
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        if not self._is_as_before() and record["status"] == "done":
-            rows = []
-            why = "The method left the model changed, so that nothing more can be said of it."
-            record |= {"status": "failed", "error": why}
-        record |= {"seconds": time.perf_counter() - began, "created": utc_now()}
+            self._is_as_before()
+        record["created"] = utc_now()
         return record, rows
 
     @property
@@ -167,6 +167,41 @@ class Engine:
     def _measured(self, cell: Cell, unedited: Unedited, record: CellRecord) -> list[CellRow]:
         order = _shuffled(unedited.requests, cell.seed)
         record["requests"] = len(order)
+        size = cell.protocol.size
+        # Where requests are apart, a cell of hours is not lost with its last minute.
+        at_once = len(order) if cell.protocol.name == "sequential" else -(-AT_ONCE // size) * size
+        parts: list[CellPart] = []
+        for start in range(0, len(order), at_once):
+            name = f"cells/{cell.key}.{start}.json"
+            part = self.folder.read_part(name)
+            if part is None:
+                part = self._part(cell, order[start : start + at_once], unedited)
+                if not self._is_as_before():
+                    raise EditError("The method left the model changed.")
+                if self.is_first:
+                    self.folder.write_json(name, part)
+                if self.is_told_to_stop and start + at_once < len(order):
+                    raise SIGTERMException
+            parts.append(part)
+        rows = [row for part in parts for row in part["rows"]]
+        place = {request.id: i for i, request in enumerate(order)}
+        for row in rows:
+            row["position"] = place[row["request_id"]]
+        record |= {
+            "failed": sum(part["failed"] for part in parts),
+            "edit_seconds": sum(part["edit_seconds"] for part in parts),
+            "peak_memory_bytes": max(
+                (peak for part in parts if (peak := part["peak_memory_bytes"]) is not None),
+                default=None,
+            ),
+            "perplexity_ratio": parts[-1]["perplexity_ratio"],
+            "seconds": sum(part["seconds"] for part in parts),
+        }
+        return rows
+
+    def _part(self, cell: Cell, order: list[EditRequest], unedited: Unedited) -> CellPart:
+        """Edits with some requests of a cell, by an editor of their own, from the seed on."""
+        began = time.perf_counter()
         seed_everything(cell.seed, verbose=False)
         study, protocol = self.study, cell.protocol
         resolved = study.resolved[cell.method]
@@ -184,25 +219,21 @@ class Engine:
         editor.adopt(self.model, self.tokenizer)
         editor.unedited.know(unedited.evaluation)
         curve = _Curve(protocol.points, len(order), unedited)
-        size = protocol.size if protocol.name == "batch" else math.gcd(*protocol.points, 0) or 16
+        size = protocol.size
+        if protocol.name == "sequential":
+            # A curve is measured where a batch ends, and all of a batch together in the end.
+            size = math.gcd(*protocol.points) or ROWS_AT_ONCE
         data = EditDataModule(requests=order, eval_batch_size=size)
         memory = _PeakMemory(self.device)
         memory.begin()
         trainer = self._trainer([curve] if protocol.name == "sequential" else [])
         trainer.test(editor, datamodule=data, verbose=False)
+        self.is_told_to_stop = trainer.received_sigterm
         measured = editor.measured.whole()
-        seconds = [row.get("seconds", 0.0) for row in measured.figures]
-        record |= {
-            "failed": sum("failed" in row for row in measured.figures),
-            "edit_seconds": sum(seconds),
-            "peak_memory_bytes": memory.most(),
-            "perplexity_ratio": curve.perplexity_ratio,
-        }
         if protocol.name == "sequential":
             held = dict.fromkeys((request.id for request in order), len(order))
         else:
             held = {r.id: len(order[i - i % size :][:size]) for i, r in enumerate(order)}
-            held = held if protocol.name == "batch" else dict.fromkeys(held, 1)
         rows = probe_rows(cell.key, order, measured.before, measured.after, measured.figures, held)
         for point, scores in curve.found.items():
             so_far = order[:point]
@@ -211,7 +242,14 @@ class Engine:
             rows += probe_rows(
                 cell.key, order, before, scores.probes, measured.figures, held, is_final=False
             )
-        return rows
+        return CellPart(
+            rows=rows,
+            failed=sum("failed" in row for row in measured.figures),
+            edit_seconds=sum(row.get("seconds", 0.0) for row in measured.figures),
+            peak_memory_bytes=memory.most(),
+            perplexity_ratio=curve.perplexity_ratio,
+            seconds=time.perf_counter() - began,
+        )
 
     def _is_as_before(self) -> bool:
         """Whether the model is what was loaded; loads it anew where it is not."""

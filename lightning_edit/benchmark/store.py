@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.core.errors import ArtifactError, MissingDependencyError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-__all__ = ["CellRecord", "ResultsFolder", "need_pandas"]
+__all__ = ["CellPart", "CellRecord", "ResultsFolder", "need_pandas"]
 
 
 class CellRecord(TypedDict, total=False):
@@ -49,6 +49,17 @@ class CellRecord(TypedDict, total=False):
     perplexity_ratio: float | None
     device: str
     created: str
+
+
+class CellPart(TypedDict):
+    """What some requests of a cell came to, kept until the cell is done."""
+
+    rows: list[CellRow]
+    failed: int
+    edit_seconds: float
+    peak_memory_bytes: int | None
+    perplexity_ratio: float | None
+    seconds: float
 
 
 class ResultsFolder:
@@ -89,7 +100,7 @@ class ResultsFolder:
         return {
             key: record
             for key, record in found.items()
-            if record["status"] != "done" or self._rows_of(key).is_file()
+            if record.get("status") != "done" or self._rows_of(key).is_file()
         }
 
     def add(self, record: CellRecord, rows: Sequence[CellRow]) -> None:
@@ -112,6 +123,9 @@ class ResultsFolder:
             os.fsync(file)
         finally:
             os.close(file)
+        if record["status"] == "done":
+            for part in self.path.glob(f"cells/{record['key']}.*.json"):
+                part.unlink()
 
     def frame(self, keys: Iterable[str]) -> pd.DataFrame:
         """The rows of some cells that are done.
@@ -172,11 +186,16 @@ class ResultsFolder:
             ) from None
         return found
 
+    def read_part(self, name: str) -> CellPart | None:
+        """A part of a cell, or None where it has not been measured."""
+        found = self.read_json(name)
+        return None if found is None else cast(CellPart, found)
+
     def write_json(self, name: str, value: Mapping[str, object]) -> None:
         """Writes a file, whole or not at all."""
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(value, allow_nan=False))
+        write_file(file, json.dumps(value))  # with nan, which a ruined model scores
 
     def _rows_of(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.parquet"

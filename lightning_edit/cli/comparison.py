@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_edit.benchmark.compare import CellState, StudyOutcome, run_study, states, study_of
 from lightning_edit.benchmark.engine import Engine
@@ -52,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             engine = Engine(study, ResultsFolder(options.out))
             show_tables([_listed(name, states(engine), CellFilter.parse(options.cells))])
         else:
-            outcome = run_study(study, options.out, name, options.cells)
+            try:
+                outcome = run_study(study, options.out, name, options.cells)
+            except SIGTERMException:
+                # Lightning's own status would be 0, as if all cells were done.
+                sys.exit(128 + signal.SIGTERM)
             show_tables(_tables(outcome))
             if any(state.status == "failed" for state in outcome.states):
                 sys.exit(1)

@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_edit import (
     DataSpec,
+    Edit,
     EditDataModule,
+    EditModule,
     EditRequest,
     MethodSpec,
     ProtocolSpec,
@@ -21,12 +25,14 @@ from lightning_edit import (
 )
 from lightning_edit.benchmark import engine as engines
 from lightning_edit.benchmark.cells import Cell
+from lightning_edit.benchmark.compare import study_of
 from lightning_edit.benchmark.engine import Engine
 from lightning_edit.benchmark.rows import CellRow
-from lightning_edit.benchmark.store import CellRecord, ResultsFolder
+from lightning_edit.benchmark.store import CellPart, CellRecord, ResultsFolder
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_requests, trained_tiny_model
+from lightning_edit.modules import protocols
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,7 +156,6 @@ def test_a_cell_that_fails_is_told_and_the_rest_goes_on(
 def test_a_model_that_a_method_leaves_changed_is_loaded_anew(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_edit.benchmark.compare import study_of
     from lightning_edit.optim import EditOptimizer
 
     study = study_of(
@@ -175,9 +180,66 @@ def test_a_model_that_a_method_leaves_changed_is_loaded_anew(
     assert weight_hash(engine.model) == engine.sha256
 
 
-def test_facts_that_the_model_knows_are_kept_up_to_the_limit(model: str, tmp_path: Path) -> None:
-    from lightning_edit.benchmark.compare import study_of
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_process_that_is_told_to_end_does_so_between_requests(
+    run: Callable[..., pd.DataFrame], tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    usual = protocols.edit_or_go_on
 
+    def signalling(editor: EditModule, requests: list[EditRequest]) -> Edit:
+        made.extend(request.id for request in requests)
+        if len(made) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(editor, requests)
+
+    monkeypatch.setattr(protocols, "edit_or_go_on", signalling)
+    with pytest.raises(SIGTERMException):
+        run(tmp_path, protocols=["independent"])
+    assert len(made) == at
+    # What was its last request, too, is not lost.
+    assert len(ResultsFolder(tmp_path).records()) == at - 1
+
+
+def test_a_cell_goes_on_within_itself_where_its_requests_are_apart(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "AT_ONCE", 2)
+    study = study_of(
+        [FT], [EditDataModule(requests=tiny_requests(3))], model=model, accelerator="cpu"
+    )
+    whole = Engine(study, ResultsFolder(tmp_path / "whole"))
+    [cell] = whole.cells
+    record, rows = whole.run(cell)
+    assert record["failed"] == 0
+    assert {row["position"] for row in rows} == {0, 1, 2}
+    assert {row["edits"] for row in rows} == {1}
+    names = {path.name for path in (tmp_path / "whole" / "cells").iterdir()}
+    assert names == {f"{cell.key}.{start}.json" for start in (0, 2)}
+
+    folder = ResultsFolder(tmp_path / "parts")
+    engine = Engine(study, folder)
+    make, starts = Engine._part, list[int]()
+
+    def stopping(self: Engine, *args: object) -> CellPart:
+        starts.append(len(starts))
+        if len(starts) == 2:
+            raise StoppedError
+        return make(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "_part", stopping)
+    assert engine.run(cell)[0]["status"] == "failed"
+    record, again = Engine(study, folder).run(cell)
+    assert len(starts) == 3  # the first part was not made again
+    told = ("seconds",)
+    assert [{k: v for k, v in row.items() if k not in told} for row in again] == [
+        {k: v for k, v in row.items() if k not in told} for row in rows
+    ]
+    folder.add(record, again)
+    assert [path.name for path in (folder.path / "cells").iterdir()] == [f"{cell.key}.parquet"]
+
+
+def test_facts_that_the_model_knows_are_kept_up_to_the_limit(model: str, tmp_path: Path) -> None:
     known = tiny_requests(4)
     never = replace(known[0], target_old="Nobody", id="never")
     study = study_of(
@@ -206,7 +268,6 @@ def test_scores_are_those_of_an_editor_that_measures_by_itself(model: str, tmp_p
     from lightning.pytorch import Trainer
 
     from lightning_edit import FineTune
-    from lightning_edit.benchmark.compare import study_of
 
     requests: list[EditRequest] = tiny_requests(2)
     study = study_of(
