@@ -156,11 +156,11 @@ def _count_epoch(loop: Mapping[str, Any]) -> None:
     """
     if not {"epoch_progress", "epoch_loop.batch_progress"} <= loop.keys():
         return
-    epochs = loop["epoch_progress"]["current"]
     batches = loop["epoch_loop.batch_progress"]["current"]
-    is_within = batches["processed"] > batches["completed"]
-    if is_within and epochs["ready"] <= epochs["processed"]:
-        epochs["ready"] = epochs["started"] = epochs["processed"] + 1
+    for epochs in loop["epoch_progress"].values():
+        is_within = batches["processed"] > batches["completed"]
+        if is_within and epochs["ready"] <= epochs["processed"]:
+            epochs["ready"] = epochs["started"] = epochs["processed"] + 1
 
 
 def load_plainly(strategy: Strategy) -> None:

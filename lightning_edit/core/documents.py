@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from yaml import Node
+    from yaml import Node, SafeLoader, Token
 
 __all__ = ["check_text", "parse_json", "parse_yaml", "read_text"]
 
 # What a document may come to once its aliases are written out, in values.
 _MAX_VALUES = 1_000_000
+_MAX_DEPTH = 100
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
@@ -74,10 +76,8 @@ def parse_yaml(text: str) -> object:
         >>> parse_yaml("{a: &x [1, 2], b: *x}")
         {'a': [1, 2], 'b': [1, 2]}
     """
-    import yaml
-
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader()(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -92,6 +92,31 @@ def parse_yaml(text: str) -> object:
         raise ValueError("it is nested too deeply") from None
     except (AttributeError, OverflowError, TypeError) as error:
         raise ValueError(f"it holds a value that cannot be read ({error})") from None
+
+
+@cache
+def _loader() -> type[SafeLoader]:
+    """The safe loader, which ends where a document is nested deeper than any file here is.
+
+    Each level makes every further token slower, so that a short text could take hours.
+    """
+    import yaml
+
+    class Bounded(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, TokenClass: type[Token]) -> None:
+            _check_depth(self.flow_level)
+            super().fetch_flow_collection_start(TokenClass)
+
+        def add_indent(self, column: int) -> bool:
+            _check_depth(len(self.indents))
+            return super().add_indent(column)
+
+    return Bounded
+
+
+def _check_depth(depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
 
 
 def _values(node: Node, known: dict[int, int]) -> int:

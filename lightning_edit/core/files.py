@@ -134,6 +134,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part = _beside(path)
         try:
             yield part
+            _give_rights(part)
             sync(part)
             os.replace(part, path)
             sync_folder(path.parent)
@@ -161,6 +162,8 @@ def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
+        for file in staging.rglob("*"):
+            _give_rights(file)
         sync(staging)
         if folder.exists():
             check(folder)  # something may have been put there meanwhile
@@ -217,6 +220,12 @@ def _beside(path: Path) -> Path:
 
 def _machine() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _give_rights(path: Path) -> None:
+    """Gives a file the rights that new files get: safetensors makes them private."""
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~umask())
 
 
 def umask() -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -229,7 +229,7 @@ class MemoryWrite(Edit):
             self.replaced, self.order = known
             if found is None:
                 memory.detach_()
-            elif not memory.holds(before):
+            else:
                 memory.write(before)
             raise
 
@@ -275,7 +275,6 @@ class MemoryWrite(Edit):
     def kept(self, model: nn.Module) -> Iterator[None]:
         """Context manager: puts the memory back after it, with its entries, or takes it off."""
         before = EditMemory.find(model)
-        entries = {} if before is None else before.entries
 
         def put_back() -> None:
             now = EditMemory.find(model)
@@ -283,16 +282,15 @@ class MemoryWrite(Edit):
                 now.detach_()
             if before is not None and now is not before:
                 before.attach_(model)
-            if before is not None and not before.holds(entries):
-                before.write(entries)
 
-        try:
+        with nullcontext() if before is None else before.kept():
             try:
-                yield
+                try:
+                    yield
+                finally:
+                    put_back()
             finally:
-                put_back()
-        finally:
-            put_back()  # if the first time was interrupted
+                put_back()  # if the first time was interrupted
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the entries that the edit adds or puts in place of others."""

@@ -82,14 +82,12 @@ class Probe:
                     f"`{name}` of a probe is expected to be text, but got {value!r}. "
                     "Write it in quotes."
                 )
-            _check_whole(f"`{name}` of a probe", value)
         aliases = _texts(self.aliases)
         if aliases is None:
             raise RequestError(
                 f"`aliases` is expected to be a list of texts, not {self.aliases!r}."
             )
         object.__setattr__(self, "aliases", aliases)
-        _check_whole("`aliases` of a probe", *aliases)
         _check_glued(self.glued, "a probe")
 
     @property
@@ -170,14 +168,11 @@ class EditRequest:
                     "Write it in quotes, or leave it out."
                 )
         object.__setattr__(self, "target_old", self.target_old or None)
-        for name in ("prompt", "subject", "target_new", "target_old"):
-            _check_whole(f"{self._name()}: `{name}`", getattr(self, name) or "")
         _check_glued(self.glued, self._name())
         self._place_subject()
         rephrases = _texts(self.rephrases)
         if rephrases is None or not all(text.strip() for text in rephrases):
             raise RequestError(f"{self._name()}: `rephrases` is expected to be a list of texts.")
-        _check_whole(f"{self._name()}: `rephrases`", *rephrases)
         object.__setattr__(self, "rephrases", rephrases)
         for name, kinds in (("locality", LOCALITY_KINDS), ("portability", PORTABILITY_KINDS)):
             given = getattr(self, name)
@@ -344,13 +339,14 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
 
     Raises:
         RequestError: If the set is empty, two requests share an id, or two of them demand
-            different answers to one prompt.
+            different answers to one prompt, or a text holds half of a character.
     """
     if not requests:
         raise RequestError("There are no edit requests. Give at least one.")
     by_id: dict[str, EditRequest] = {}
     by_prompt: dict[str, EditRequest] = {}
     for request in requests:
+        _check_whole(request)
         other = by_prompt.setdefault(request.prompt.strip(), request)
         if other.target_new.strip() != request.target_new.strip():
             raise RequestError(
@@ -422,13 +418,19 @@ def _check_glued(value: object, owner: str) -> None:
         )
 
 
-def _check_whole(what: str, *texts: str) -> None:
-    for text in texts:
+def _check_whole(request: EditRequest) -> None:
+    """Checks that tokenizers can read the texts of a request."""
+    probes = [
+        text for p in (*request.locality, *request.portability) for text in (p.prompt, *p.answers)
+    ]
+    texts = (request.prompt, request.subject, request.target_new, request.target_old or "")
+    for text in (*texts, *request.rephrases, *probes):
         try:
             check_text(text)
         except ValueError as error:
             raise RequestError(
-                f"{what} cannot be read by a tokenizer: {error}. Write the whole character."
+                f"Request {request.id!r} cannot be read by a tokenizer: {error}. Write the whole "
+                "character."
             ) from None
 
 

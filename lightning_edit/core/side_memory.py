@@ -60,6 +60,10 @@ class MemoryEntry:
         )
 
 
+#: The buffers of a memory, and its entries without their tensors.
+Held: TypeAlias = tuple[dict[str, Tensor], dict[str, MemoryEntry]]
+
+
 class Routes(Protocol):
     """What decides once for each prompt who answers it."""
 
@@ -129,6 +133,9 @@ class EditMemory(nn.Module, ABC):
         #: Whether the memory came with an edit and goes with the last of its entries.
         self.is_temporary = False
         self._records: dict[str, MemoryEntry] = {}  # without tensors
+        # Entries with views of the buffers, and what they were made of.
+        self._views: dict[str, MemoryEntry] = {}
+        self._viewed: Held = {}, {}
         self._handles: list[RemovableHandle] = []
         self._stale: frozenset[int] = frozenset()  # numbers of hooks that a copy came with
         self._model: weakref.ref[nn.Module] | None = None
@@ -203,10 +210,15 @@ class EditMemory(nn.Module, ABC):
     @property
     def entries(self) -> dict[str, MemoryEntry]:
         """All entries by id, in order; their tensors are views of the buffers."""
-        return {
-            name: replace(record, tensors={f: self.get_buffer(f)[i] for f in self.fields})
-            for i, (name, record) in enumerate(self._records.items())
-        }
+        held = self._held()
+        if not _is_same(held, self._viewed):
+            rows, records = held
+            self._views = {
+                name: replace(record, tensors={f: rows[f][i] for f in self.fields})
+                for i, (name, record) in enumerate(records.items())
+            }
+            self._viewed = held
+        return dict(self._views)
 
     @property
     def requests(self) -> dict[str, MemoryRecord]:
@@ -263,32 +275,57 @@ class EditMemory(nn.Module, ABC):
         Args:
             entries: All entries by id, in order.
         """
-        rows = {
-            name: torch.stack(
-                [e.tensors[name].detach().to(self._device()) for e in entries.values()]
-            )
-            if entries
-            else torch.zeros(0, device=self._device())
-            for name in self.fields
+        before, now, device = self._held(), self.entries, self._device()
+        pairs = enumerate(zip(entries.items(), now.items(), strict=False))
+        # Entries that stay where they were are not put together anew: an edit adds but few.
+        same = next((i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1]), None)
+        same = min(len(now), len(entries)) if same is None else same
+        new = list(entries.values())[same:]
+        if any(e.tensors[n].shape != t.shape[1:] for n, t in before[0].items() for e in new):
+            same, new = 0, list(entries.values())
+        rows: dict[str, Tensor] = {}
+        for name in self.fields:
+            parts = [before[0][name][:same].to(device)] if same else []
+            if new:
+                added = torch.stack([e.tensors[name].detach().to(device) for e in new])
+                parts = [*parts, added]
+            rows[name] = torch.cat(parts) if parts else torch.zeros(0, device=device)
+        kept = before[1]
+        records = {
+            name: kept[name] if i < same else replace(entry, tensors={})
+            for i, (name, entry) in enumerate(entries.items())
         }
-        records = {name: replace(entry, tensors={}) for name, entry in entries.items()}
-        before = {name: self.get_buffer(name) for name in self.fields}, self._records
         try:
-            self._set(rows, records)
+            self._set((rows, records))
         except BaseException:  # an interruption, too, leaves what it held
-            self._set(*before)
+            self._set(before)
             raise
 
-    def _set(self, rows: Mapping[str, Tensor], records: dict[str, MemoryEntry]) -> None:
+    def _held(self) -> Held:
+        return {name: self.get_buffer(name) for name in self.fields}, self._records
+
+    def _set(self, held: Held) -> None:
+        rows, self._records = held
         for name, tensor in rows.items():
             setattr(self, name, tensor)
-        self._records = records
         self._settle()
 
-    def holds(self, entries: Mapping[str, MemoryEntry]) -> bool:
-        """Whether the memory holds these entries, bit for bit and in this order, and no others."""
-        now = self.entries
-        return list(now) == list(entries) and all(e.equals(now[n]) for n, e in entries.items())
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Context manager: the memory holds after it what it held before, whatever happens."""
+        left = [self._held()]
+        try:
+            try:
+                yield
+            finally:
+                self._put_back(left)
+        finally:
+            self._put_back(left)  # if the first time was interrupted
+
+    def _put_back(self, left: list[Held]) -> None:
+        if left:
+            self._set(left[0])
+            left.clear()
 
     def _device(self) -> torch.device:
         model = self._model() if self._model is not None else None
@@ -408,7 +445,8 @@ class EditMemory(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, object]:
         stale = frozenset(handle.id for handle in self._handles) | self._stale
-        return {**self.__dict__, "_handles": [], "_model": None, "_stale": stale}
+        made = {"_views": {}, "_viewed": ({}, {})}
+        return {**self.__dict__, **made, "_handles": [], "_model": None, "_stale": stale}
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -465,6 +503,15 @@ class EditMemory(nn.Module, ABC):
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
+
+
+def _is_same(one: Held, other: Held) -> bool:
+    """Whether the very same tensors and records are held."""
+    return (
+        one[1] is other[1]
+        and one[0].keys() == other[0].keys()
+        and all(tensor is other[0][name] for name, tensor in one[0].items())
+    )
 
 
 def _remove_hooks(model: nn.Module, is_one: Callable[[int], bool]) -> None:

@@ -196,7 +196,6 @@ class RunReport:
             ArtifactError: If a field is missing or of the wrong type.
         """
         data = _fields(cls, record, where)
-        _check(cls, data, where, but=("metrics", "edits"))
         data["metrics"] = {
             str(name): _metric(row, f"{where}, metrics[{name!r}]")
             for name, row in _items(data, "metrics", where)
@@ -208,6 +207,7 @@ class RunReport:
                 "results again."
             )
         data["edits"] = tuple(_edit(row, f"{where}, edits[{i}]") for i, row in enumerate(edits))
+        _check(cls, data, where, but=("metrics", "edits"))
         return cls(**data)
 
 
@@ -245,8 +245,8 @@ def _finite(value: float | None) -> float | None:
 
 def _metric(record: object, where: str) -> MetricRow:
     data = _fields(MetricRow, record, where)
-    _check(MetricRow, data, where, but=("ci",))
     try:
+        _check(MetricRow, data, where, but=("ci",))
         if data.get("ci") is not None:
             low, high = data["ci"]
             data["ci"] = (float(low), float(high))

@@ -52,7 +52,7 @@ def test_a_file_that_was_changed_since_is_not_ours_any_more(tmp_path: Path) -> N
     save_model(model, tmp_path / "copy", source=str(tmp_path / "base"))
     check_output(tmp_path / "copy", force=True)
     trained = tiny_model()
-    torch.nn.init.ones_(trained.model.norm.weight)
+    torch.nn.init.zeros_(trained.model.norm.weight)
     trained.save_pretrained(tmp_path / "copy")
     with pytest.raises(ArtifactError, match=r"nothing in it|model\.safetensors"):
         check_output(tmp_path / "copy", force=True)
