@@ -171,7 +171,7 @@ def entry_of(row: Mapping[str, str | int]) -> Entry:
             warnings.simplefilter("ignore")  # they were warned of when they were made
             requests = tuple(map(EditRequest.from_dict, records))
         return Entry(
-            kind=kind,
+            kind=cast(EntryKind, kind),
             requests=requests,
             method=texts["method"],
             settings=dict(json.loads(texts["settings"])),
