@@ -123,12 +123,13 @@ def test_what_is_not_there_is_not_taken_out(tmp_path: Path) -> None:
     ledger.note("refused", [REQUESTS[2]], editor)
     ledger.undo(editor, 1)
     before = fingerprint(editor.model)
-    for arguments, said in (
+    asked: list[tuple[dict[str, Any], str]] = [
         ({"number": 1}, r"Row 1 \(edit\) is no edit that is in this model\. In it: 2\."),
         ({"number": 3}, r"Row 3 \(refused\)"),
         ({"number": 9}, "has no row 9"),
         ({"number": 2, "everything": True}, "Name one edit, or"),
-    ):
+    ]
+    for arguments, said in asked:
         with pytest.raises(LedgerError, match=said):
             ledger.undo(editor, **arguments)
     with torch.no_grad():
