@@ -139,7 +139,7 @@ class Entry(Draft):
         """Ids of the requests."""
         return tuple(request.id for request in self.requests)
 
-    def columns(self) -> Columns:
+    def row(self) -> Columns:
         """The row as it lies in the database."""
         own: Columns = {
             "id": self.id,
@@ -151,7 +151,7 @@ class Entry(Draft):
             "hash": self.hash,
             "signature": self.signature,
         }
-        known = {**super().columns(), **own}
+        known = {**self.columns(), **own}
         return {name: known[name] for name in COLUMNS}
 
 
