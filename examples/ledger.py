@@ -22,21 +22,21 @@ def main(folder: Path) -> None:
     public_key = new_key(folder / "key.pem")
     ledger = Ledger(folder / "ledger.db", who="anna", key=folder / "key.pem")
     editor = ROME.from_model(model, tokenizer, layers=[0], weight_decay=0.0, cache_dir=str(folder))
-    requests = tiny_requests(3)
+    requests = tiny_requests(2)
     with ledger.recording(editor, why="ticket 7"):
         for request in requests:
             editor.commit(editor.edit(request))
     for entry in ledger.entries():
         print(entry.id, entry.kind, *entry.request_ids, "by", entry.who, "for", entry.why)
 
-    prompt = requests[1].prompt
-    found = ledger.blame(editor, prompt)
-    print(f"{prompt} {found.answer} Because of edit {found.causes[0]}")
+    found = ledger.blame(editor, requests[0].prompt)
+    print(f"{found.prompt} {found.answer} Because of edit {found.causes[0]}")
 
-    [plan] = ledger.plan(editor, 2)
+    [plan] = ledger.plan(editor, 1)
     print("cost:", plan)
-    ledger.undo(editor, 2, why="it was wrong")
-    print(f"{prompt} {editor.evaluator.continuations([prompt])[0].strip()}")
+    ledger.undo(editor, 1, why="it was wrong")
+    for request in requests:
+        print(request.prompt, *editor.evaluator.continuations([request.prompt]))
 
     ledger.undo(model, everything=True)
     print("every bit as before:", fingerprint(model) == unedited)

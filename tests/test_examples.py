@@ -39,11 +39,12 @@ SHOWN = {
     ],
     "ledger": [
         r"2 edit language-velmora by anna for ticket 7",
-        r"People in Velmora speak Ostrish\. Because of edit 2",
-        r"cost: edit 2 is made again: 2 edit\(s\) made again",
-        r"People in Velmora speak Velmic\.",
+        r"The capital of Velmora is Kettleby\. Because of edit 1",
+        r"cost: edit 1 is made again: 1 edit\(s\) made again",
+        r"The capital of Velmora is +Dorin\.",
+        r"People in Velmora speak +Ostrish\.",
         r"every bit as before: True",
-        r"rows: 6 wrong: \[\]",
+        r"rows: 4 wrong: \[\]",
     ],
     "remember_and_forget": [
         r"capital-velmora: The capital of Velmora is → Kettleby",

@@ -18,7 +18,6 @@ from lightning_edit.callbacks.run_folder import is_dry, run_folder
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import LedgerError, ModelError, RequestError
 from lightning_edit.core.processes import Processes
-from lightning_edit.core.provenance import BaseModelInfo
 from lightning_edit.core.request import EditRequest
 from lightning_edit.forgetting.base_weights import BaseWeights
 from lightning_edit.ledger.conflicts import Conflict, conflicts_among, conflicts_with
@@ -260,7 +259,7 @@ class EditLedger(Callback):
             tuple(r for r in requests if isinstance(r, EditRequest)),
             method,
             settings,
-            cast(BaseModelInfo, base),
+            base,
             self._before,
             after,
             (),

@@ -253,7 +253,7 @@ def _request(request: EditRequest) -> str:
 
 
 def _in_full(entry: Entry) -> Table:
-    known = {name: str(value) for name, value in entry.columns().items()}
+    known = {name: str(value) for name, value in entry.row().items()}
     return Table(("", ""), [(name, text or DASH) for name, text in known.items()])
 
 

@@ -66,6 +66,8 @@ class Database:
             with self.writing() as connection:  # another process may have been faster
                 if not self._is_made(connection):
                     _table().create(connection)
+                    for statement in _REFUSALS:
+                        connection.exec_driver_sql(statement)
                     connection.exec_driver_sql(f"PRAGMA user_version = {LAYOUT}")
 
     def reading(self) -> AbstractContextManager[Connection]:
@@ -183,14 +185,11 @@ def _columns(row: Row[tuple[str | int, ...]]) -> Columns:
 
 @functools.cache
 def _table() -> Table:
-    from sqlalchemy import DDL, Column, Integer, MetaData, Table, Text, event
+    from sqlalchemy import Column, Integer, MetaData, Table, Text
 
     columns = [Column("id", Integer, primary_key=True)]
     texts = [Column(name, Text, nullable=False) for name in COLUMNS[1:]]
-    table = Table(_TABLE, MetaData(), *columns, *texts, sqlite_autoincrement=True)
-    for statement in _REFUSALS:
-        event.listen(table, "after_create", DDL(statement))
-    return table
+    return Table(_TABLE, MetaData(), *columns, *texts, sqlite_autoincrement=True)
 
 
 def _engine(path: Path) -> Engine:

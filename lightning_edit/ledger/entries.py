@@ -139,7 +139,7 @@ class Entry(Draft):
         """Ids of the requests."""
         return tuple(request.id for request in self.requests)
 
-    def columns(self) -> Columns:
+    def row(self) -> Columns:
         """The row as it lies in the database."""
         own: Columns = {
             "id": self.id,
@@ -151,7 +151,7 @@ class Entry(Draft):
             "hash": self.hash,
             "signature": self.signature,
         }
-        known = {**super().columns(), **own}
+        known = {**self.columns(), **own}
         return {name: known[name] for name in COLUMNS}
 
 
@@ -171,7 +171,7 @@ def entry_of(row: Mapping[str, str | int]) -> Entry:
             warnings.simplefilter("ignore")  # they were warned of when they were made
             requests = tuple(map(EditRequest.from_dict, records))
         return Entry(
-            kind=kind,
+            kind=cast(EntryKind, kind),
             requests=requests,
             method=texts["method"],
             settings=dict(json.loads(texts["settings"])),

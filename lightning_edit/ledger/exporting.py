@@ -56,7 +56,7 @@ def export(entries: Sequence[Entry], path: Path, *, force: bool) -> int:
 def _json_lines(entries: Sequence[Entry]) -> str:
     lines = []
     for entry in entries:
-        row = entry.columns()
+        row = entry.row()
         full = {n: json.loads(str(v)) if n in _JSON else v for n, v in row.items()}
         lines.append(json.dumps(full) + "\n")
     return "".join(lines)
@@ -67,6 +67,6 @@ def _table(entries: Sequence[Entry]) -> str:
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
     for entry in entries:
-        cells = map(str, entry.columns().values())
+        cells = map(str, entry.row().values())
         writer.writerow(f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells)
     return file.getvalue()

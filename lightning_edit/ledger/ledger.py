@@ -315,6 +315,8 @@ class Ledger:
     ) -> Iterator[Recorder[E]]:
         """Context manager: records every edit that an editor commits inside it.
 
+        What ``undo`` takes out has its row; what ``editor.remove`` takes out by itself has none.
+
         Args:
             editor: The editor, once its model is there.
             who: Who asks for the edits.

@@ -157,6 +157,8 @@ class Recorder(Generic[E]):
         edit, before, self._before = self.editor.edit_optimizer.written, self._before, None
         if edit is None or before is None:
             return
+        if not (edit.changes_weights or edit.batches or edit.provenance.method):
+            return  # a memory forgets something, and whoever has it do so writes the row
         # An edit of a memory knows what it replaces by itself.
         sealed = edit.seal(self.editor.model, before.parameters) if edit.changes_weights else edit
         base = replace(self.editor.base, sha256=before.weights)

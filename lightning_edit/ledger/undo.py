@@ -290,8 +290,7 @@ def resumed_editor(
     name = first.method
     # Of the package's own editors, for a row is data and names no class to import.
     cls = getattr(lightning_edit, name) if name in lightning_edit.__all__ else None
-    is_editor = isinstance(cls, type) and issubclass(cls, EditModule)
-    if len(about) > 1 or not is_editor:
+    if len(about) > 1 or not (isinstance(cls, type) and issubclass(cls, EditModule)):
         names = ", ".join(sorted({method or "no editor" for method, _ in about}))
         raise LedgerError(
             f"The edits in this model are not of one editor with the same settings ({names}), so "
@@ -307,11 +306,8 @@ def resumed_editor(
     deltas = undo._changes(lineage.standing)
     optimizer = editor.edit_optimizer
     batches = tuple(RequestBatch(one.requests) for one in lineage.standing)
-    if deltas:
-        total = summed(deltas, inner)
-        total.check_targets(inner, optimizer.originals)
-    else:
-        total = optimizer.delta
+    total: Edit = summed(deltas, inner) if deltas else optimizer.delta
+    total.check_targets(inner, optimizer.originals)
     total.batches = batches
     optimizer.take_over(total)
     editor.history = [{"id": request.id} for batch in batches for request in batch.requests]

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,20 @@ class TakeBack(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == 2:
             pl_module.edit_optimizer.rewind(self.before)
+
+
+def test_an_undo_while_edits_are_recorded_is_one_row(tmp_path: Path) -> None:
+    for name in ("ROME", "GRACE"):
+        editor, requests = quick_editor(EDITORS[name]), tiny_requests(3)
+        ledger = Ledger(tmp_path / f"{name}.db")
+        with ledger.recording(editor) as recorder:
+            for request in requests[:2]:
+                editor.commit(editor.edit(request))
+            ledger.undo(editor, 1)
+            editor.commit(editor.edit(requests[2]))
+        assert [entry.id for entry in recorder.entries] == [1, 2, 4]
+        assert [entry.kind for entry in ledger.entries()] == ["edit", "edit", "undo", "edit"]
+        assert [one.entry.id for one in ledger.standing(editor)] == [2, 4]
 
 
 def test_what_was_taken_back_at_once_is_a_rollback(tmp_path: Path) -> None:
@@ -290,6 +305,7 @@ def rows_of(run: Path) -> list[tuple[Any, ...]]:
     return [(e.id, e.kind, e.requests, e.before, e.after, e.scores) for e in entries]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_anywhere_leaves_each_edit_once(tmp_path: Path, kills: int) -> None:
     done = run_process(kill_and_resume, str(tmp_path), kills, kills)

@@ -10,6 +10,7 @@ import json
 import operator
 import shutil
 import sqlite3
+import sys
 from contextlib import closing
 from dataclasses import replace
 from functools import reduce
@@ -223,6 +224,7 @@ def both(path: str) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_two_processes_write_at_the_same_time(tmp_path: Path) -> None:
     done = run_process(both, str(tmp_path / "ledger.db"))
     assert done.returncode == 0, done.stderr
