@@ -115,7 +115,7 @@ PACKAGES = {
     "serving": ({"lazy_loader"}, {"peft"}),
 }
 # Of `core`, rooms without torch take the errors alone.
-ERRORS_ALONE = {"metrics", "report"}
+ERRORS_ALONE = {"metrics", "report", "serving"}
 
 
 def name_of(path: Path) -> str:

@@ -74,8 +74,8 @@ class InProcess:
             self.model.delete_adapter(name)
             self.prefer(None if self._preferred == name else self._preferred)
 
-    def list(self) -> list[Served]:
-        """The adapters that were pushed; see ``LiveServer.list``."""
+    def served(self) -> list[Served]:
+        """The adapters that were pushed; see ``LiveServer.served``."""
         return [
             Served(name, folder, 1.0 if name == self._preferred else 0.0)
             for name, folder in self._folders.items()

@@ -45,13 +45,13 @@ def test_versions_in_a_model(tmp_path: Path) -> None:
     torch.testing.assert_close(_logits(model), wanted[0], atol=1e-4, rtol=0)
     deployment.push(server, 2)
     torch.testing.assert_close(_logits(model), wanted[1], atol=1e-4, rtol=0)
-    assert [(one.name, one.scale) for one in server.list()] == [("facts-v1", 0), ("facts-v2", 1)]
+    assert [(one.name, one.scale) for one in server.served()] == [("facts-v1", 0), ("facts-v2", 1)]
     deployment.undo(server)
     torch.testing.assert_close(_logits(model), wanted[0], atol=1e-4, rtol=0)
-    assert [one.name for one in server.list()] == ["facts-v1"]
+    assert [one.name for one in server.served()] == ["facts-v1"]
     deployment.pull(server)
     assert torch.equal(_logits(model), before)
-    assert server.list() == []
+    assert server.served() == []
 
 
 def test_a_name_is_swapped_in_place(tmp_path: Path) -> None:
