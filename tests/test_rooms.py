@@ -112,7 +112,7 @@ PACKAGES = {
     "metrics": ({"torch", "torchmetrics"}, {"matplotlib"}),
     "rendering": ({"markupsafe"}, {"huggingface_hub", "jinja2"}),
     "report": (set(), {"rich"}),
-    "serving": ({"lazy_loader"}, {"peft"}),
+    "serving": (set(), {"peft"}),
 }
 # Of `core`, rooms without torch take the errors alone.
 ERRORS_ALONE = {"metrics", "report", "serving"}

@@ -42,7 +42,8 @@ def choose(shares: Mapping[str, float], key: str) -> str | None:
     check_shares(shares)
     rest = max(0.0, 1.0 - sum(shares.values()))
     weights: dict[str | None, float] = {**shares, None: rest if rest > 1e-9 else 0.0}
-    best, chosen = -math.inf, None
+    best = -math.inf
+    chosen: str | None = None
     for name, weight in weights.items():
         if weight > 0:
             digest = hashlib.sha256(
