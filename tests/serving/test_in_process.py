@@ -20,6 +20,11 @@ from tests.artifacts.helpers import low_rank_edit, saved_base
 
 pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings(
+    # transformers' own deprecation, called by peft
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
 
 def _logits(model: Any) -> Tensor:
     with torch.no_grad():
