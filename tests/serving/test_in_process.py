@@ -42,8 +42,11 @@ def test_versions_in_a_model(tmp_path: Path) -> None:
         delta.save(tmp_path / f"delta{i}")
         with delta.applied(model):
             wanted.append(_logits(model))
-        source = str(tmp_path / f"delta{i}")
-        deployment.add(lambda place, _, source=source: _export(source, place))
+
+        def write(place: Path, _: str, source: str = str(tmp_path / f"delta{i}")) -> None:
+            _export(source, place)
+
+        deployment.add(write)
     before = _logits(model)
     server = InProcess(model)
     deployment.push(server, 1)
