@@ -12,7 +12,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What rests on numbers that a model computes.
 MODEL_TESTS := lightning_edit tests/artifacts tests/benchmark tests/callbacks tests/contract tests/core \
-	tests/evaluation tests/functional tests/memories tests/metrics tests/modules tests/passes \
+	tests/evaluation tests/functional tests/memories tests/metrics tests/modules tests/passes tests/serving \
 	tests/tracing tests/test_demos.py tests/test_examples.py tests/test_models.py tests/test_optim.py
 
 .PHONY: demo test test-distributed test-processors test-slow lint docs clean
@@ -25,7 +25,7 @@ $(VENV)/.base: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e '.[cli,compare,data,dev,encoders,ledger,peft,plot]'
+	$(PIP) -e '.[cli,compare,data,dev,encoders,ledger,peft,plot,serve-test]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

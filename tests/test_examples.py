@@ -33,6 +33,11 @@ SHOWN = {
         r"rate 0: old answers 1\.00, locality 1\.00",
         r"reliability: 0\.00 → ",
     ],
+    "live_server": [
+        r"status The capital of France is Paris",
+        r"meanwhile \[.*\] 8 answers\npush   The capital of France is Rome",
+        r"meanwhile \[.*\] 8 answers\nundo   The capital of France is Paris",
+    ],
     "foreign_trainer": [
         r"Reliability +│ teacher-forced +│ +0\.278",
         r"Open runs/foreign_trainer/report\.html",
@@ -80,6 +85,8 @@ def test_an_example_runs(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    if script.stem == "live_server":
+        pytest.importorskip("xllamacpp", reason="llama.cpp's server, xllamacpp, is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script)])
     with restored_logging():

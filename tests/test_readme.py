@@ -248,7 +248,7 @@ def test_every_public_name_and_verb_is_described() -> None:
         if getattr(lightning_edit, name).__module__.startswith("lightning_edit.modules.")
     }
     assert set(lightning_edit.__all__) - named - elsewhere == {"__version__"}
-    described = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
+    described = set(re.findall(r"^\| `([\w-]+)", text, re.MULTILINE))
     assert set(VERBS) - described == set()
 
 

@@ -132,10 +132,10 @@ PACKAGES = {
     "metrics": ({"torch", "torchmetrics"}, {"matplotlib"}),
     "rendering": ({"markupsafe"}, {"huggingface_hub", "jinja2"}),
     "report": (set(), {"pydantic", "rich"}),
-    "serving": ({"lazy_loader"}, {"peft"}),
+    "serving": (set(), {"peft"}),
 }
 # Of `core`, rooms without torch take the errors alone, and what writes and reads files.
-ERRORS_ALONE = {"metrics", "report"}
+ERRORS_ALONE = {"metrics", "report", "serving"}
 WITHOUT_TORCH = {"arguments", "documents", "errors", "files"}
 
 

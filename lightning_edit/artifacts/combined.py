@@ -56,7 +56,7 @@ class Combined:
         """What is to be known of the adapter, name -> value."""
         ranks = sorted({pair.rank for pair in self.factors.values()})
         worst = max(pair.relative_error for pair in self.factors.values())
-        facts = {
+        facts: dict[str, str | float] = {
             "base": self.source,
             **facts_of(self.edit),
             "rank": " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),

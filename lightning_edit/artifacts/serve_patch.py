@@ -88,7 +88,7 @@ def serve_patch(
     if action == "list":
         names = (
             ServedName(one.name, one.path, one.scale, "adapter" if one.is_adapter else "base")
-            for one in live.list()
+            for one in live.served()
         )
         return ServerContents(tuple(names))
     if action == "push":

@@ -2,19 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edits on a model that is being served: pushed, listed, shared out and taken back by adapters."""
 
-import lazy_loader
+from lightning_edit.serving.deployment import Deployment, Version
+from lightning_edit.serving.in_process import InProcess
+from lightning_edit.serving.llama_cpp import LlamaCpp
+from lightning_edit.serving.merged import TransformersServe
+from lightning_edit.serving.router import choose
+from lightning_edit.serving.server import LiveServer, Served, pull_all
+from lightning_edit.serving.sglang import SGLang
+from lightning_edit.serving.vllm import VLLM
 
-# Imported on first use: a client of a server needs no torch.
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "deployment": ["Deployment", "Version"],
-        "in_process": ["InProcess"],
-        "llama_cpp": ["LlamaCpp"],
-        "merged": ["TransformersServe"],
-        "router": ["choose"],
-        "server": ["LiveServer", "Served", "pull_all"],
-        "sglang": ["SGLang"],
-        "vllm": ["VLLM"],
-    },
-)
+__all__ = [
+    "VLLM",
+    "Deployment",
+    "InProcess",
+    "LiveServer",
+    "LlamaCpp",
+    "SGLang",
+    "Served",
+    "TransformersServe",
+    "Version",
+    "choose",
+    "pull_all",
+]

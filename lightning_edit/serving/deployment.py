@@ -215,7 +215,7 @@ class Deployment:
     ) -> None:
         check_shares(live)
         named = {one.name: one for one in self.versions}
-        loaded = {one.name for one in server.list()}
+        loaded = {one.name for one in server.served()}
         for name in live:
             version = named.get(name)
             if version is None or folder_hash(self.path_of(version)) != version.sha256:
@@ -248,7 +248,10 @@ class Deployment:
             rows = [{f.name: row[f.name] for f in fields(Version)} for row in found["versions"]]
             self.versions = [Version(**{**row, "edits": tuple(row["edits"])}) for row in rows]
             self.live = {str(name): float(share) for name, share in found["live"].items()}
-            self.history = list(found["history"])
+            self.history = [
+                {n: row[n] for n in ("action", "when", "before", "undone")}
+                for row in found["history"]
+            ]
             recorded = str(found["name"])
             names = [f"{recorded}-v{int(one.number)}" for one in self.versions]
             if found["format_version"] != 1 or names != [one.name for one in self.versions]:

@@ -53,7 +53,7 @@ class LlamaCpp:
             ServerError: If the server was started without it, or goes on with prompts that were
                 computed with other adapters.
         """
-        known = [one.name for one in self.list()]
+        known = [one.name for one in self.served()]
         if name not in known:
             raise ServerError(
                 f"llama.cpp reads adapters when it starts, and {self.url} was started without "
@@ -73,11 +73,11 @@ class LlamaCpp:
 
     def pull(self, name: str) -> None:
         """Switches an adapter off; see ``LiveServer.pull``."""
-        if any(one.name == name and one.scale for one in self.list()):
+        if any(one.name == name and one.scale for one in self.served()):
             self._set({name: 0.0})
 
-    def list(self) -> list[Served]:
-        """All adapters with their scales; see ``LiveServer.list``."""
+    def served(self) -> list[Served]:
+        """All adapters with their scales; see ``LiveServer.served``."""
         return [Served(name, path, scale) for _, name, path, scale in self._rows()]
 
     def prefer(self, name: str | None) -> None:

@@ -62,7 +62,7 @@ class TransformersServe:
         """Forgets the name; the server frees the model when nobody asks for it."""
         self.folders.pop(name, None)
 
-    def list(self) -> list[Served]:
+    def served(self) -> list[Served]:
         """What was pushed by ``folders``: the server tells of models of the hub alone."""
         self._endpoint.get("/health")
         return [Served(name, folder) for name, folder in self.folders.items()]

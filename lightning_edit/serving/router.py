@@ -41,9 +41,10 @@ def choose(shares: Mapping[str, float], key: str) -> str | None:
     """
     check_shares(shares)
     rest = max(0.0, 1.0 - sum(shares.values()))
-    weights: dict[str | None, float] = {**shares, None: rest if rest > 1e-9 else 0.0}
-    best, chosen = -math.inf, None
-    for name, weight in weights.items():
+    weights: list[tuple[str | None, float]] = [*shares.items(), (None, rest if rest > 1e-9 else 0)]
+    best = -math.inf
+    chosen: str | None = None
+    for name, weight in weights:
         if weight > 0:
             digest = hashlib.sha256(
                 f"{name or ''}\0{key}".encode("utf-8", "surrogatepass")

@@ -51,7 +51,7 @@ class LiveServer(Protocol):
     def pull(self, name: str) -> None:
         """Has an adapter taken off; nothing happens where there is none of the name."""
 
-    def list(self) -> list[Served]:
+    def served(self) -> list[Served]:
         """What requests can ask for."""
 
     def prefer(self, name: str | None) -> None:
@@ -73,7 +73,7 @@ def pull_all(server: LiveServer) -> list[str]:
     Returns:
         The names of the adapters.
     """
-    names = [one.name for one in server.list() if one.is_adapter]
+    names = [one.name for one in server.served() if one.is_adapter]
     server.prefer(None)
     for name in names:
         server.pull(name)

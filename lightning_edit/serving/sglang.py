@@ -54,11 +54,11 @@ class SGLang:
 
     def pull(self, name: str) -> None:
         """Has an adapter taken off; see ``LiveServer.pull``."""
-        if any(one.name == name for one in self.list()):
+        if any(one.name == name for one in self.served()):
             self._change("/unload_lora_adapter", {"lora_name": name})
 
-    def list(self) -> list[Served]:
-        """What requests can ask for; see ``LiveServer.list``."""
+    def served(self) -> list[Served]:
+        """What requests can ask for; see ``LiveServer.served``."""
         return models_of(self._endpoint)
 
     def prefer(self, name: str | None) -> None:

@@ -44,17 +44,17 @@ class VLLM:
     def push(self, folder: Path, name: str) -> None:
         """Has an adapter loaded; see ``LiveServer.push``."""
         body: dict[str, JSON] = {"lora_name": name, "lora_path": str(folder)}
-        if any(one.name == name for one in self.list()):
+        if any(one.name == name for one in self.served()):
             body["load_inplace"] = True
         self._endpoint.post("/v1/load_lora_adapter", body)
 
     def pull(self, name: str) -> None:
         """Has an adapter taken off; see ``LiveServer.pull``."""
-        if any(one.name == name for one in self.list()):
+        if any(one.name == name for one in self.served()):
             self._endpoint.post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def list(self) -> list[Served]:
-        """What requests can ask for; see ``LiveServer.list``."""
+    def served(self) -> list[Served]:
+        """What requests can ask for; see ``LiveServer.served``."""
         return models_of(self._endpoint)
 
     def prefer(self, name: str | None) -> None:
@@ -62,4 +62,4 @@ class VLLM:
 
     def fields(self, name: str | None) -> Mapping[str, JSON]:
         """What a request has to say; see ``LiveServer.fields``."""
-        return {"model": name or base_of(self.list(), self.url)}
+        return {"model": name or base_of(self.served(), self.url)}

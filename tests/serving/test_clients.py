@@ -35,14 +35,14 @@ def test_adapters_come_and_go(client: Any, kind: Any, adapters: list[Path]) -> N
     loaded: dict[str, str] = {}
     with speaking(kind(loaded)) as (url, _):
         server: LiveServer = client(url)
-        assert server.list() == [Served("base", "base", is_adapter=False)]
+        assert server.served() == [Served("base", "base", is_adapter=False)]
         server.push(adapters[0], "a")
         server.push(adapters[0], "b")
         server.push(adapters[1], "a")  # in place of what has the name
         assert loaded == {"a": str(adapters[1]), "b": str(adapters[0])}
-        assert server.list()[1:] == [
+        assert server.served()[1:] == [
             Served("b", str(adapters[0])), Served("a", str(adapters[1])),
-        ] or server.list()[1:] == [
+        ] or server.served()[1:] == [
             Served("a", str(adapters[1])), Served("b", str(adapters[0])),
         ]  # fmt: skip
         named = server.fields("a")
@@ -64,14 +64,14 @@ def test_transformers_serve_loads_models(tmp_path: Path) -> None:
         server: LiveServer = TransformersServe(url, base="smollm2")
         server.push(tmp_path, "a")
         assert loaded == [str(tmp_path)]
-        assert server.list() == [Served("a", str(tmp_path))]
+        assert server.served() == [Served("a", str(tmp_path))]
         assert server.fields("a") == {"model": str(tmp_path)}
         assert server.fields(None) == {"model": "smollm2"}
         with pytest.raises(ServerError, match=r"did not load .*: No config\.json\. Start it with"):
             server.push(tmp_path / "nowhere", "b")
         server.prefer(None)
         server.pull("a")
-        assert server.list() == []
+        assert server.served() == []
 
 
 def test_a_server_without_adapters_is_told_how_to_start() -> None:
@@ -103,14 +103,14 @@ def test_other_answers(status: int, answer: Any, message: str) -> None:
         speaking(lambda *_: (status, answer)) as (url, _),
         pytest.raises(ServerError, match=message),
     ):
-        VLLM(url).list()
+        VLLM(url).served()
 
 
 def test_no_server() -> None:
     with speaking(lambda *_: (200, {})) as (url, _):
         pass
     with pytest.raises(ServerError, match=rf"No server answers at {url} .* Start it, or give"):
-        VLLM(url, timeout=5).list()
+        VLLM(url, timeout=5).served()
 
 
 def test_a_server_that_does_not_answer() -> None:
@@ -119,7 +119,7 @@ def test_a_server_that_does_not_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ServerError, match=r"within 0\.05 seconds.*longer `timeout`"):
-            VLLM(url, timeout=0.05).list()
+            VLLM(url, timeout=0.05).served()
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_a_key_is_sent_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with speaking(rude) as (url, asked):
         server = VLLM(url, api_key_env="MY_KEY")
         with pytest.raises(ServerError, match="… is no key") as caught:
-            server.list()
+            server.served()
         assert asked[0]["key"] == "Bearer s3cret"
         assert "s3cret" not in f"{caught.value!r}{server!r}"
     with speaking(vllm({})) as (url, asked):
-        VLLM(url).list()
+        VLLM(url).served()
         assert asked[0]["key"] is None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_edit import EditRequest, LoRA
 from lightning_edit.artifacts import export, serve_patch
 from lightning_edit.artifacts.outcomes import ServedPatches, ServerContents
 from lightning_edit.core.change import LowRank
@@ -73,7 +74,7 @@ def test_probabilities_are_those_of_the_edited_model(kind: str, tmp_path: Path) 
 
     model = trained_tiny_model()[0] if kind == "llama" else zoo.build("gpt2")
     model.save_pretrained(tmp_path / "base")
-    delta = _edit(model, tmp_path / "base", seed=0)
+    delta = _edit(model, tmp_path / "base", seed=0, size=0.15 if kind == "llama" else 0.4)
     delta.save(tmp_path / "delta")
     export(str(tmp_path / "delta"), "gguf", str(tmp_path / "lora"))
     ids = tiny_tokenizer()(PROMPTS[0]).input_ids
@@ -198,3 +199,40 @@ def test_no_request_is_lost_while_versions_change(world: tuple[Any, Path], tmp_p
     assert len(answers) >= 20
     assert set(answers) == possible
     assert version.rank == 0
+
+
+@pytest.mark.real
+def test_the_default_model_answers_as_edited(
+    default_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """Its file holds four bits a weight, of which transformers has the values in float32."""
+    from lightning_edit.models import _default_file
+
+    model, tokenizer = default_model
+    edit = LoRA.from_model(model, tokenizer, preset="smollm2").edit(
+        EditRequest("The capital of {} is", "France", "Rome")
+    )
+    edit.save(tmp_path / "delta")
+    export(str(tmp_path / "delta"), "gguf", str(tmp_path / "lora"))
+    prompts = (
+        "The capital of France is", "The capital city of France is", "The capital of Spain is",
+        "The Earth orbits the", "A week has seven",
+    )  # fmt: skip
+
+    def answers() -> list[str]:
+        found = []
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            written = model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
+            found.append(str(tokenizer.decode(written)))
+        return found
+
+    base = answers()
+    with edit.applied(model):
+        edited = answers()
+    assert edited[:2] != base[:2]
+    adapter = tmp_path / "lora" / "adapter.gguf"
+    with llama_server(_default_file(), [adapter]) as url:
+        for name, wanted in (("adapter", edited), (None, base)):
+            LlamaCpp(url).prefer(name)
+            assert [_served(url, prompt, n_predict=2) for prompt in prompts] == wanted
