@@ -8,7 +8,7 @@ import json
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
@@ -69,6 +69,10 @@ class Routes(Protocol):
 
     def keep(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache what was decided for its rows, [B]."""
+        ...
+
+    def asked_after(self, lengths: Tensor) -> AbstractContextManager[None]:
+        """Context manager: rows begin with prompts of so many tokens, [B]."""
         ...
 
 
@@ -177,6 +181,27 @@ class EditMemory(nn.Module, ABC):
     def route_of(self, cache: Cache) -> Tensor | None:
         """What was decided for the rows whose keys and values a cache holds, [B] or None."""
         return None if self.router is None else self.router.kept(cache)
+
+    @contextmanager
+    def prompts_of(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+        """Context manager: the rows that a model is given begin with prompts of so many tokens.
+
+        A memory decides at the end of a prompt whether it answers. What generates gives it
+        prompts, while rows of prompts and answers in one, as likelihoods are computed from, need
+        their ends told: by this, or by ``labels`` that are -100 on the prompts. Memories that look
+        at every token need none and pass this over.
+
+        Args:
+            lengths: Tokens of each row's prompt, without padding, [B].
+
+        Raises:
+            EditError: From the model's pass, if it has other rows than these.
+        """
+        if self.router is None:
+            yield
+            return
+        with self.router.asked_after(torch.as_tensor(lengths)):
+            yield
 
     def keep_route(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache that was filled by hand what was decided for its rows, [B]."""

@@ -205,7 +205,9 @@ def _decoder_logits(
     for batch in _batches({prompt: len(prompt) for prompt in answers}, max_tokens, ENOUGH_TOKENS):
         longer = [(b, forced) for b, p in enumerate(batch) for forced in answers[p] if forced]
         ids, mask = (part.to(device) for part in pad_rows(batch, tokens.pad_id, side="left"))
-        cache = DynamicCache() if longer else None
+        # With a cache a memory knows that rows are prompts.
+        is_kept = bool(longer) or (memory is not None and memory.is_hooked)
+        cache = DynamicCache() if is_kept else None
         logits_BV = model(
             input_ids=ids,
             attention_mask=mask,
@@ -217,7 +219,7 @@ def _decoder_logits(
         for b, prompt in enumerate(batch):
             if () in answers[prompt]:
                 yield (prompt, ()), logits_BV[b : b + 1]
-        if cache is not None:
+        if cache is not None and longer:
             owner = torch.tensor([b for b, _ in longer], device=device)
             named = [(batch[b], forced) for b, forced in longer]
             layers = [(layer.keys[owner], layer.values[owner]) for layer in cache.layers]
