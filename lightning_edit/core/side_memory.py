@@ -307,10 +307,10 @@ class EditMemory(nn.Module, ABC):
         return found
 
     def attach_(self, model: nn.Module) -> Self:
-        """Makes this the memory of a model.
+        """Makes this the memory of a model, in place of one that holds nothing.
 
         Raises:
-            EditError: If the model has another memory.
+            EditError: If the model has another memory, with entries.
             ModelError: If it is compiled, so that it would not look into the memory.
         """
         check_not_compiled(model)
@@ -319,6 +319,9 @@ class EditMemory(nn.Module, ABC):
             self.networks.prepare(model)  # before anything is touched, since it may fail
         found = EditMemory.find(model)
         if found is not None and found is not self:
+            if not len(found):
+                found.detach_()
+                return self.attach_(model)
             raise EditError(
                 f"The model has a memory already ({type(found).__name__} with {len(found)} "
                 "entries), and can have but one. Take it off with "
@@ -422,13 +425,17 @@ class EditMemory(nn.Module, ABC):
             ],
         }
 
+    def is_of(self, kind: str, settings: Mapping[str, object]) -> bool:
+        """Whether entries of a memory of some kind and settings belong into this one."""
+        return (kind, dict(settings)) == (type(self).__name__, self.settings)
+
     def check_kind(self, kind: str, settings: Mapping[str, object]) -> None:
         """Checks that entries of another memory belong into this one.
 
         Raises:
             ArtifactError: If they do not.
         """
-        if (kind, dict(settings)) != (type(self).__name__, self.settings):
+        if not self.is_of(kind, settings):
             raise ArtifactError(
                 f"These entries belong to a {kind} with {dict(settings)}, but the model has a "
                 f"{type(self).__name__} with {self.settings}. Take that off with "

@@ -22,7 +22,7 @@ from lightning_edit.evaluation.harness import log_likelihoods
 from lightning_edit.evaluation.scoring import continuations, prompt_ids, score_targets
 from lightning_edit.models import load_model, load_tokenizer
 from lightning_edit.modules.memory_based.base import MemoryModule
-from tests.contract.enumeration import EDITORS, RememberingEditor, quick_editor
+from tests.contract.enumeration import EDITORS, RememberingEditor, quick, quick_editor
 from tests.processes import run_process
 
 REMEMBERING = [name for name, cls in EDITORS.items() if issubclass(cls, MemoryModule)]
@@ -153,3 +153,24 @@ def test_prompts_that_are_told_must_be_those_of_the_rows() -> None:
             pytest.raises(EditError, match="`lengths` are the tokens of each row's prompt, 1 of"),
         ):
             editor.model(input_ids=ids)
+
+
+@pytest.mark.parametrize("name", sorted({*REMEMBERING} - {RememberingEditor.__name__}))
+def test_a_memory_without_entries_is_in_nobodys_way(name: str, subtests: pytest.Subtests) -> None:
+    first = quick_editor(EDITORS[name])
+    model, request, memory = first.model, tiny_requests(1), first.memory
+    names = set(EDITORS) & {*REMEMBERING} - {name}
+    for other in sorted(names):
+        with subtests.test(other):
+            cls = EDITORS[other]
+            second = cls.from_model(model, first.tokens.tokenizer, **quick(cls))
+            edit = second.edit(request)
+            edit.apply_(model)
+            if EditMemory.find(model) is not memory:  # else they share one
+                with pytest.raises(EditError, match="The model has a memory already"):
+                    first.edit(request)
+            edit.revert_(model)
+            own = first.edit(request)
+            own.apply_(model)
+            assert EditMemory.find(model) is memory
+            own.revert_(model)
