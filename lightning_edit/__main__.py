@@ -37,6 +37,10 @@ options:
 """
 
 
+#: Exit status after Ctrl-C, as of other programs: 128 + SIGINT.
+INTERRUPTED = 130
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -72,6 +76,13 @@ def _run(verb: str) -> int:
     except EditError as error:
         sys.stderr.write(f"lightning-edit {verb}: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as end:
+        # Lightning's own status of an interrupted run is 1, as that of a failed one.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return INTERRUPTED
+        raise
     return 0
 
 
