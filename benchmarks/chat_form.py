@@ -5,7 +5,8 @@
     python benchmarks/chat_form.py                    # ROME, six facts
     python benchmarks/chat_form.py --method MEMIT
 
-Every fact is edited alone, from the unedited model, with the preset of the default model.
+Every fact is edited alone, from the unedited model, with the preset of the default model, and
+measured by its prompt, a rephrased one and two neighbors.
 ``stated`` is the share of texts that state the new answer, ``exact`` the share that begin with it
 (completions) or equal it (replies), ``forced`` the share of its tokens under teacher forcing,
 ``kept`` the share of neighbors' tokens that stay, and ``repeats`` the share of replies that hold a
@@ -20,6 +21,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning_edit as le
@@ -35,7 +37,10 @@ def main() -> None:
     parser.add_argument("--edited", nargs="+", choices=FORMS, default=list(FORMS))
     chosen = parser.parse_args()
     model, tokenizer = le.load_model("smollm2"), le.load_tokenizer("smollm2")
-    requests = le.Facts(demo=True, limit=chosen.facts).requests
+    requests = [
+        replace(r, rephrases=r.rephrases[:1], locality=r.locality[:2], portability=())
+        for r in le.Facts(demo=True, limit=chosen.facts).requests
+    ]
     evaluators = {
         asked: le.Evaluator(
             model,

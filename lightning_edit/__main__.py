@@ -41,6 +41,10 @@ options:
 """
 
 
+#: Exit status after Ctrl-C, as of other programs: 128 + SIGINT.
+INTERRUPTED = 130
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -81,6 +85,13 @@ def _run(verb: str) -> int:
         reason = visible(f"{place}{error.strerror or error}")
         sys.stderr.write(f"lightning-edit {verb}: {reason}. Mend that, and run it again.\n")
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as end:
+        # Lightning's own status of an interrupted run is 1, as that of a failed one.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return INTERRUPTED
+        raise
     return 0
 
 

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -253,6 +254,8 @@ def resolve_model(model: str, *, cache_dir: str | Path | None = None) -> str:
         lightning_edit.core.errors.ModelError: `./modles/llama` is not found: there is no such
         folder or file. Give `smollm2`, a folder, a GGUF file or a hub id such as ...
     """
+    import transformers
+
     path = _default_file() if model == DEFAULT_MODEL else Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         cache = Path.home() / ".cache" / "lightning_edit" if cache_dir is None else Path(cache_dir)
@@ -267,6 +270,13 @@ def resolve_model(model: str, *, cache_dir: str | Path | None = None) -> str:
     if path.exists() or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
         reason = "the file is no GGUF" if path.exists() else "there is no such folder or file"
         raise ModelError(_not_found(model, reason))
+    if model.isidentifier() and inspect.isclass(getattr(transformers, model, None)):
+        raise ModelError(
+            f"`{model}` is the class of a model in memory, which the editor was made of by "
+            "`from_model`, and no name to load it by. Give the model: "
+            "`load_from_checkpoint(path, model='a folder or hub id')`, or "
+            "`from_model(model, tokenizer)` and the verb's `ckpt_path`."
+        )
     if "/" not in model and _is_almost_default(model):
         # The hub would be asked for half a minute where there is no network.
         raise ModelError(_not_found(model, "there is no such folder"))

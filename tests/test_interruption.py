@@ -83,7 +83,7 @@ def test_ctrl_c_in_an_edit_says_how_to_go_on(
 ) -> None:
     words = world.arguments(tmp_path, *interruption("SIGINT", 2, "middle"))
     stopped = run_module(ROOT, "lightning_edit", *words)
-    assert stopped.returncode == 1
+    assert stopped.returncode == 130
     assert not [noise for noise in NOISE if noise in stopped.stderr]
     assert "Stopped after 2 committed step(s)" in stopped.stderr
     assert committed_steps(tmp_path) == 2

@@ -351,3 +351,8 @@ def test_default_model_is_converted_exactly(tmp_path: Path) -> None:
     other = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in ("The capital of France is Paris.", "In 1984, 東京", "<|im_start|>user\nHi"):
         assert tokenizer(text).input_ids == other(text).input_ids
+
+
+def test_the_class_of_a_model_in_memory_is_no_name() -> None:
+    with pytest.raises(ModelError, match=r"class of a model in memory.*Give the model"):
+        load_model("LlamaForCausalLM")

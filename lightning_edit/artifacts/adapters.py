@@ -19,7 +19,7 @@ from lightning_edit.core.files import atomic_folder
 from lightning_edit.core.lora import LoRAFactors
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.storage import CARD
-from lightning_edit.models import resolve_model
+from lightning_edit.models import DEFAULT_MODEL, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,8 @@ def save_adapter(
     base = provenance.base
     config: dict[str, object] = {
         "alpha_pattern": others,
-        "base_model_name_or_path": base.id or None,
+        # What nobody else can look up is not named.
+        "base_model_name_or_path": None if base.id == DEFAULT_MODEL else base.id or None,
         "bias": "none",
         "fan_in_fan_out": any(pair.transposed for pair in factors.values()),
         "inference_mode": True,

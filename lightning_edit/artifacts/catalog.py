@@ -173,8 +173,11 @@ def _in_words(prompt: str, target_new: str, target_old: str | None) -> str:
 
 def _methods() -> Iterator[Offer]:
     from lightning_edit.modules.base import EditModule
+    from lightning_edit.modules.foreign import foreign_editors
 
-    return _classes("methods", "lightning_edit", EditModule)
+    yield from _classes("methods", "lightning_edit", EditModule)
+    for name, cls in sorted(foreign_editors().items()):
+        yield Offer("methods", name, _first_line(cls), str(getattr(cls, "paper", "") or ""))
 
 
 def _metrics() -> Iterator[Offer]:

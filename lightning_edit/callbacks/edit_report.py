@@ -34,12 +34,13 @@ from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.files import clean_up
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, is_question
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_score
 from lightning_edit.evaluation.measured import metric_values
 from lightning_edit.forgetting.base_weights import BaseWeights
+from lightning_edit.functional.matching import completion_matches, contains_answer
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.metrics.reading import default_readings
 from lightning_edit.modules.base import EditModule
@@ -88,11 +89,12 @@ class EditReport(CheckedArguments, Callback):
         self._base: BaseWeights | None = None
         self._loaded: dict[str, torch.Tensor] | None = None
         self._began = 0.0
+        self._earlier = 0.0  # seconds of edits that were made before a run was resumed
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts the clock, before other callbacks measure the unedited model."""
-        self._began = time.perf_counter()
+        self._began, self._earlier = time.perf_counter(), 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,6 +105,7 @@ class EditReport(CheckedArguments, Callback):
             clean_up(folder / "delta")
         if isinstance(pl_module, EditModule):
             rank_zero_info(_banner(pl_module, trainer))
+            self._earlier = sum(row.get("seconds", 0.0) for row in pl_module.history)
         if trainer.is_global_zero and not is_dry(trainer) and trainer.ckpt_path is None:
             _move_aside(folder)
         if not self.save_delta or isinstance(pl_module, EditModule):
@@ -289,7 +292,7 @@ class EditReport(CheckedArguments, Callback):
             model=model,
             requests_sha256=requests_sha256(requests) if requests else "",
             versions=_versions(),
-            seconds={"total": time.perf_counter() - self._began, **seconds},
+            seconds={"total": self._earlier + time.perf_counter() - self._began, **seconds},
             peak_memory_bytes=_peak_memory(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
@@ -307,7 +310,7 @@ class EditReport(CheckedArguments, Callback):
             rank_zero_info("%s", metrics_table(self.report, "md"))
         rank_zero_info(f"Saved  {folder}: report.html, results.json, edits.jsonl, README.md")
         if saved:
-            delta = str(folder / "delta")
+            delta = str((folder / "delta").resolve())  # works in every folder
             kind = self.report.artifact_class
             load = f"lightning_edit.{kind}.load({json.dumps(delta)})"
             command = shlex.join(["lightning-edit", "apply", delta, "--output", "edited"])
@@ -432,7 +435,17 @@ def _probe_row(before: ScoredProbe, after: ScoredProbe) -> ProbeRow:
         autoregressive=after.autoregressive,
         stated=after.stated,
         unchanged=unchanged if is_locality else None,
+        lost=_is_lost(before, after) if is_locality else None,
     )
+
+
+def _is_lost(before: ScoredProbe, after: ScoredProbe) -> bool | None:
+    """Whether a neighbor's right answer is gone; None where it was not given, or is not known."""
+    asks, answers = is_question(before.prompt), [a for a in before.answers if a.strip()]
+    judge = contains_answer if asks else completion_matches
+    if not answers or not before.text or not judge(before.text, answers):
+        return None
+    return not judge(after.text, answers)
 
 
 def _layers(delta: Edit | None) -> dict[str, dict[str, float | None]]:

@@ -90,7 +90,7 @@ def _suggestion(message: str, parser: LightningArgumentParser) -> str:
             return f"\nDid you mean `{near}` instead of `{name}`?"
     for path in re.findall(r"File does not exist: '([^']+)'", message):
         name = str(Path(path).relative_to(Path.cwd())) if Path.cwd() in Path(path).parents else path
-        near = _nearest(name, _packaged_configs())
+        near = _nearest_config(name)
         if near:
             return f"\nDid you mean `{near}`, which comes with the package?"
     return ""
@@ -101,6 +101,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     folded = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
     return folded[near[0]] if near else ""
+
+
+def _nearest_config(name: str) -> str:
+    """The packaged configuration that a name may have meant, with or without folder and suffix."""
+    known = _packaged_configs()
+    short = {path.removesuffix(".yaml"): path for path in known}
+    short |= {Path(path).stem: path for path in reversed(known)}
+    near = _nearest(name, known)
+    return near or short.get(_nearest(name.removesuffix(".yaml"), short), "")
 
 
 def _packaged_configs() -> list[str]:

@@ -34,6 +34,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import not_taken
 from lightning_edit.core.files import replacing
 from lightning_edit.modules.base import EditModule
+from lightning_edit.modules.foreign import foreign_editors
 from lightning_edit.modules.meta_learning.training import EditorTraining
 from lightning_edit.presets import find_config
 from lightning_edit.rendering.escaping import visible
@@ -43,6 +44,7 @@ __all__ = ["EditCLI", "main", "quiet_down"]
 # Allows classes to be named without their package in configurations and on the command line.
 for _name in lightning_edit.__all__:
     getattr(lightning_edit, _name)
+foreign_editors()
 
 
 class SaveConfig(SaveConfigCallback):

@@ -206,6 +206,8 @@ class MemoryWrite(Edit):
         if check:
             self.check_base(model)
         found = EditMemory.find(model)
+        if found is not None and not len(found) and not found.is_of(self.kind, self.settings):
+            found = None  # of an editor that has made no edit: this one's takes its place
         memory = self.build() if found is None else found
         memory.check_kind(self.kind, self.settings)
         before = memory.entries

@@ -8,7 +8,7 @@ import json
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
@@ -75,8 +75,8 @@ class Routes(Protocol):
         """Gives a cache what was decided for its rows, [B]."""
         ...
 
-    def asked_at(self, positions: Tensor) -> AbstractContextManager[None]:
-        """Has rows asked at other positions than their last inside a ``with`` block."""
+    def asked_after(self, lengths: Tensor) -> AbstractContextManager[None]:
+        """Context manager: rows begin with prompts of so many tokens, [B]."""
         ...
 
 
@@ -189,18 +189,31 @@ class EditMemory(nn.Module, ABC):
         """What was decided for the rows whose keys and values a cache holds, [B] or None."""
         return None if self.router is None else self.router.kept(cache)
 
+    @contextmanager
+    def prompts_of(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+        """Context manager: the rows that a model is given begin with prompts of so many tokens.
+
+        A memory decides at the end of a prompt whether it answers. What generates gives it
+        prompts, while rows of prompts and answers in one, as likelihoods are computed from, need
+        their ends told: by this, or by ``labels`` that are -100 on the prompts. Memories that look
+        at every token need none and pass this over.
+
+        Args:
+            lengths: Tokens of each row's prompt, without padding, [B].
+
+        Raises:
+            EditError: From the model's pass, if it has other rows than these.
+        """
+        if self.router is None:
+            yield
+            return
+        with self.router.asked_after(torch.as_tensor(lengths)):
+            yield
+
     def keep_route(self, cache: Cache, route: Tensor) -> None:
         """Gives a cache that was filled by hand what was decided for its rows, [B]."""
         if self.router is not None:
             self.router.keep(cache, route)
-
-    def asked_at(self, positions: Tensor) -> AbstractContextManager[None]:
-        """Context manager: rows hold prompts and answers in one, and are asked inside of them.
-
-        Args:
-            positions: Column of the last token of each prompt, [B].
-        """
-        return nullcontext() if self.router is None else self.router.asked_at(positions)
 
     # -- entries -----------------------------------------------------------------------------
 
@@ -345,10 +358,10 @@ class EditMemory(nn.Module, ABC):
         return found
 
     def attach_(self, model: nn.Module) -> Self:
-        """Makes this the memory of a model.
+        """Makes this the memory of a model, in place of one that holds nothing.
 
         Raises:
-            EditError: If the model has another memory.
+            EditError: If the model has another memory, with entries.
             ModelError: If it is compiled, so that it would not look into the memory.
         """
         check_not_compiled(model)
@@ -357,6 +370,9 @@ class EditMemory(nn.Module, ABC):
             self.networks.prepare(model)  # before anything is touched, since it may fail
         found = EditMemory.find(model)
         if found is not None and found is not self:
+            if not len(found):
+                found.detach_()
+                return self.attach_(model)
             raise EditError(
                 f"The model has a memory already ({type(found).__name__} with {len(found)} "
                 "entries), and can have but one. Take it off with "
@@ -472,13 +488,17 @@ class EditMemory(nn.Module, ABC):
             ],
         }
 
+    def is_of(self, kind: str, settings: Mapping[str, object]) -> bool:
+        """Whether entries of a memory of some kind and settings belong into this one."""
+        return (kind, dict(settings)) == (type(self).__name__, self.settings)
+
     def check_kind(self, kind: str, settings: Mapping[str, object]) -> None:
         """Checks that entries of another memory belong into this one.
 
         Raises:
             ArtifactError: If they do not.
         """
-        if (kind, dict(settings)) != (type(self).__name__, self.settings):
+        if not self.is_of(kind, settings):
             raise ArtifactError(
                 f"These entries belong to a {kind} with {dict(settings)}, but the model has a "
                 f"{type(self).__name__} with {self.settings}. Take that off with "

@@ -1,11 +1,13 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Requests in files: JSON, JSON Lines and YAML."""
+"""Requests in files: JSON, JSON Lines, YAML and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -17,15 +19,17 @@ from lightning_edit.data.records import Record, without_nones
 
 __all__ = ["read_records", "read_requests", "request_from_record", "write_requests"]
 
-_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml")
+_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".csv")
+_WRITTEN = _SUFFIXES[:-1]
 
 
 def read_records(path: str | Path) -> list[tuple[str, Record]]:
     """Reads the records of a file, each with the words that name it in errors.
 
     Args:
-        path: A ``.json`` or ``.yaml`` file with one list of records, or a ``.jsonl`` file with one
-            record a line.
+        path: A ``.json`` or ``.yaml`` file with one list of records, a ``.jsonl`` file with one
+            record a line, or a ``.csv`` file with the names of fields in its first line. There,
+            empty cells are absent, and each line of a cell of ``rephrases`` is one of them.
 
     Returns:
         Pairs of a place, such as ``"zsre.json[17]"`` (counted from zero) or
@@ -55,6 +59,8 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
     if path.suffix.lower() == ".jsonl":
         lines = ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
         placed = [(f"{path.name}, line {n}", _parse_json(line, path, n)) for n, line in lines]
+    elif path.suffix.lower() == ".csv":
+        placed = list(_csv_records(content, path))
     else:
         parse = _parse_json if path.suffix.lower() == ".json" else _parse_yaml
         records = parse(content, path)
@@ -76,7 +82,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     """Reads requests written in the fields of [`EditRequest`][lightning_edit.EditRequest].
 
     Args:
-        path: A ``.json``, ``.jsonl``, ``.yaml`` or ``.yml`` file.
+        path: A ``.json``, ``.jsonl``, ``.yaml``, ``.yml`` or ``.csv`` file.
 
     Raises:
         RequestError: If the file or a record in it cannot be read; the message names the record
@@ -138,10 +144,30 @@ def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
             content = yaml.safe_dump(records, allow_unicode=True, sort_keys=False)
         case suffix:
             raise RequestError(
-                f"{path}: the name is expected to end in {', '.join(_SUFFIXES)}, "
+                f"{path}: the name is expected to end in {', '.join(_WRITTEN)}, "
                 f"but got {suffix or 'no suffix'!r}."
             )
     path.write_text(content, encoding="utf-8")
+
+
+def _csv_records(content: str, path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Records of a table, with their places; empty cells and lines are left out."""
+    rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        for row in rows:
+            where = f"{path.name}, line {rows.line_num}"
+            if None in row or None in row.values():
+                raise RequestError(
+                    f"{where}: expected as many cells as the first line names "
+                    f"({len(rows.fieldnames or ())}). Put cells with commas in double quotes."
+                )
+            filled: dict[str, object] = {name.strip(): cell for name, cell in row.items() if cell}
+            if rephrases := filled.get("rephrases"):
+                filled["rephrases"] = [one for one in str(rephrases).splitlines() if one.strip()]
+            if filled:
+                yield where, filled
+    except csv.Error as error:
+        raise RequestError(f"{path}, line {rows.line_num}: not CSV: {error}.") from None
 
 
 def _parse_json(content: str, path: Path, line: int | None = None) -> object:

@@ -366,7 +366,8 @@ class Evaluator:
             if said:
                 wanted = len(target(probe.prompt, probe.answers[0])) if probe.answers[0] else 1
                 found["answer"] = list(said[:wanted])
-            if probe.kind == "neighborhood" and probe.answers[0]:
+            # A neighbor whose own answer is the new one keeps it, whatever is likelier.
+            if probe.kind == "neighborhood" and probe.answers[0] not in ("", request.target_new):
                 found["nll_old"] = target(probe.prompt, probe.answers[0])
                 found["nll_new"] = target(probe.prompt, request.target_new)
             return found

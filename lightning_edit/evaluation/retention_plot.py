@@ -44,6 +44,7 @@ def plot_retention(
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise MissingDependencyError("matplotlib", "plot", "Drawing a retention curve") from None
 
@@ -53,22 +54,24 @@ def plot_retention(
 
     edges = [0, *steps]  # a row stands for the edits since the one before
     rows = [edit + 0.5 for edit in range(retention_SK.shape[1] + 1)]
-    matrix.pcolormesh(edges, rows, retention_SK.T.numpy(), cmap="Greens", vmin=0, vmax=1.2)
+    matrix.pcolormesh(edges, rows, retention_SK.T.numpy(), cmap="Blues", vmin=0, vmax=1.2)
     matrix.set_facecolor("0.9")  # not yet made
     matrix.invert_yaxis()
     matrix.set_ylabel("edit")
     matrix.set_title("Which edits hold (dark), after so many edits", fontsize=11)
 
-    curve.plot(steps, average.numpy(), color="tab:green", marker="o", markersize=3)
+    curve.plot(steps, average.numpy(), color="tab:blue", marker="o", markersize=3)
     curve.set_ylim(0, 1.05)
     curve.set_xlim(matrix.get_xlim())
+    for axis in (matrix.xaxis, matrix.yaxis, curve.xaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     curve.set_xlabel("edits made")
-    curve.set_ylabel("share that holds", color="tab:green")
+    curve.set_ylabel("share that holds", color="tab:blue")
     cost = curve.twinx()
     shown = [value if math.isfinite(value) else math.nan for value in perplexity]
-    cost.plot([0, *steps], [perplexity_before, *shown], color="tab:red", linestyle="--")
+    cost.plot([0, *steps], [perplexity_before, *shown], color="tab:orange", linestyle="--")
     known = [value for value in (perplexity_before, *shown) if math.isfinite(value)]
     if known and max(known) > 10 * min(known):
         cost.set_yscale("log")
-    cost.set_ylabel("perplexity on prose", color="tab:red")
+    cost.set_ylabel("perplexity on prose", color="tab:orange")
     return figure

@@ -207,9 +207,9 @@ def _whole_logits(
     for batch in _batches(lengths, max_tokens, ENOUGH_TOKENS):
         ids, mask = pad_rows([[*prompt, *forced] for prompt, forced in batch], tokens.pad_id)
         ends = [len(prompt) - 1 for prompt, _ in batch]
-        asked_at = torch.tensor(ends, device=model.device)
         keep = {"logits_to_keep": ids.shape[1] - min(ends)} if _keeps_logits(model) else {}
-        with nullcontext() if memory is None else memory.asked_at(asked_at):
+        told = [len(prompt) for prompt, _ in batch]
+        with nullcontext() if memory is None else memory.prompts_of(told):
             logits_BKV = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -237,7 +237,9 @@ def _decoder_logits(
     for batch in _batches({prompt: len(prompt) for prompt in answers}, max_tokens, ENOUGH_TOKENS):
         longer = [(b, forced) for b, p in enumerate(batch) for forced in answers[p] if forced]
         ids, mask = (part.to(device) for part in pad_rows(batch, tokens.pad_id, side="left"))
-        cache = DynamicCache() if longer else None
+        # With a cache a memory knows that rows are prompts.
+        is_kept = bool(longer) or (memory is not None and memory.is_hooked)
+        cache = DynamicCache() if is_kept else None
         logits_BV = model(
             input_ids=ids,
             attention_mask=mask,
@@ -249,7 +251,7 @@ def _decoder_logits(
         for b, prompt in enumerate(batch):
             if () in answers[prompt]:
                 yield (prompt, ()), logits_BV[b : b + 1]
-        if cache is not None:
+        if cache is not None and longer:
             owner = torch.tensor([b for b, _ in longer], device=device)
             named = [(batch[b], forced) for b, forced in longer]
             layers = [(layer.keys[owner], layer.values[owner]) for layer in cache.layers]
@@ -505,9 +507,8 @@ def _generate(
     memory = EditMemory.find(model)
     # Without a cache each token is read with the whole row, in which the prompt ends where it did.
     is_whole = not (tokens.is_encoder_decoder or takes(model, "cache"))
-    last = torch.full((len(prompts),), begin - 1, device=device)
     settings = {**GREEDY, "max_new_tokens": max_new_tokens, "use_cache": not is_whole}
-    with memory.asked_at(last) if memory is not None and is_whole else nullcontext():
+    with memory.prompts_of(mask.sum(1)) if memory is not None and is_whole else nullcontext():
         output = write(
             model,
             tokens,

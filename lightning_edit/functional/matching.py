@@ -60,7 +60,8 @@ _AFFIRMATIONS = re.compile(
 _DENIALS = re.compile(
     r"\b(?:not|no|never|neither|nor|none|nobody|nothing|cannot"
     r"|(?:is|was|are|were|do|does|did|has|have|had|ca|could|wo|would|should|ai)nt"
-    r"|wrong(?:ly)?|incorrect(?:ly)?|false(?:ly)?|untrue|mistaken(?:ly)?|rather than|instead of|unlike|except|nicht|kein(?:e[mnrs]?)?|niemals|pas|jamais"
+    r"|wrong(?:ly)?|incorrect(?:ly)?|false(?:ly)?|untrue|mistaken(?:ly)?"
+    r"|rather than|instead of|unlike|except|nicht|kein(?:e[mnrs]?)?|niemals|pas|jamais"
     r"|aucune?|non|nunca|jamás|não|не|нет)\b"
     r"|不是|不在|不会|并非|並非|没有|沒有|ではな|じゃな|ありません|아니|않"
 )

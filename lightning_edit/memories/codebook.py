@@ -26,8 +26,10 @@ class Codebook(LayerMemory):
     """Keys, values and radii of GRACE (arXiv 2211.11031), looked up once for each prompt.
 
     The query is the layer's input at the last token of a prompt, or at a decoder's first token
-    where an encoder reads the prompt. If it lies within the radius of the nearest key, that key's
-    value takes the place of the layer's output; else the output keeps its bits.
+    where an encoder reads the prompt. In a pass over whole rows, of which nobody has told where
+    their prompts end, the first token that an entry answers ends one. If the query lies within the
+    radius of the nearest key, that key's value takes the place of the layer's output; else the
+    output keeps its bits.
 
     Its buffers are ``keys`` [N, I], ``values`` [N, O] and ``radii`` [N], float32. What is kept of
     each request is its distance from the key.
@@ -70,6 +72,12 @@ class Codebook(LayerMemory):
         distances, indices = nearest_keys(queries, self.keys)
         return torch.where(distances <= self.radii[indices], indices, -1)
 
+    def _first_answered(self, inputs: Tensor, last: Tensor) -> Tensor:
+        """The first position of each row that an entry answers, its last where none does, [B]."""
+        found = self.lookup(inputs.flatten(0, 1)).reshape(inputs.shape[:2]) >= 0
+        found &= cast(Tensor, self.router.attended)
+        return torch.where(found.any(1), found.long().argmax(1), last)
+
     @override
     def answer(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         router = self.router
@@ -80,7 +88,10 @@ class Codebook(LayerMemory):
             # Some models flatten rows and positions before the MLP.
             inputs = plain(args[0])
             inputs = inputs.reshape(len(asked), -1, inputs.shape[-1])
-            router.decide(self.lookup(inputs[torch.arange(len(asked)), asked]))
+            rows = torch.arange(len(asked), device=asked.device)
+            if router.is_plain:
+                asked = router.positions = self._first_answered(inputs, asked)
+            router.decide(self.lookup(inputs[rows, asked]))
         elif self.replacement != "all":
             return None  # the prompt's keys and values are in the cache, with what was replaced
         route = cast(Tensor, router.route)

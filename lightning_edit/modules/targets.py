@@ -221,13 +221,14 @@ class MemoryTarget(Target[MemoryWrite]):
     """A memory beside the weights, which stay as they are.
 
     Args:
-        model: The model. A memory that it has already is gone on with.
+        model: The model. A memory that it has already is gone on with, unless it is another one and
+            holds nothing: then this one takes its place.
         memory: An empty memory, built from an editor's settings.
         forget: Gives the entries that are left when requests are forgotten; the memory's own
             way if None.
 
     Raises:
-        ArtifactError: If the model has a memory of another kind or with other settings.
+        ArtifactError: If the model has entries in a memory of another kind or with other settings.
     """
 
     def __init__(
@@ -238,8 +239,10 @@ class MemoryTarget(Target[MemoryWrite]):
     ) -> None:
         found = EditMemory.find(model)
         if found is not None and found is not memory:
-            found.check_kind(type(memory).__name__, memory.settings)
-            memory = found
+            about = type(memory).__name__, memory.settings
+            if len(found):
+                found.check_kind(*about)
+            memory = found if found.is_of(*about) else memory
         memory.attach_(model).is_temporary = False
         super().__init__(model, _MemoryOptimizer(model, memory))
         # In a tuple, out of sight of Lightning, for which it is a part of the model.
@@ -259,7 +262,15 @@ class MemoryTarget(Target[MemoryWrite]):
     @property
     @override
     def memory(self) -> EditMemory:
-        return self._memory[0]
+        """The memory, in the model again where another editor's took its place and holds nothing.
+
+        Raises:
+            EditError: If this one holds nothing, and the model has entries in another one.
+        """
+        memory, found = self._memory[0], EditMemory.find(self.model)
+        if found is not memory and not len(memory):
+            memory.attach_(self.model)
+        return memory
 
     @override
     def remove(
@@ -318,6 +329,8 @@ def no_new_memory(model: nn.Module) -> Iterator[None]:
         memory = EditMemory.find(model)
         if memory is not None and memory is not before:
             memory.detach_()
+        if before is not None and memory is not before:
+            before.attach_(model)
         raise
 
 

@@ -61,6 +61,7 @@ class ProbeRow:
         autoregressive: Whether the edited model's own continuation gives the answer.
         stated: Whether its reply states the answer, where it was asked in a chat.
         unchanged: Whether the answer is still that of the unedited model (locality).
+        lost: Whether the right answer, which the unedited model gave, is given no more (locality).
     """
 
     role: str
@@ -73,6 +74,7 @@ class ProbeRow:
     autoregressive: bool | None = None
     stated: bool | None = None
     unchanged: bool | None = None
+    lost: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher_forced", _finite(self.teacher_forced))

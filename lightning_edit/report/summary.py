@@ -198,7 +198,7 @@ def headline(report: RunReport) -> str:
         one = outcome.hits is not None and outcome.total == 1
         of = " of the" if outcome.hits is None else ""
         stayed = "answer stayed as it was" if one else "answers stayed as they were"
-        clauses.append(f"{outcome.count}{of} neighboring {stayed}")
+        clauses.append(f"{outcome.count}{of} neighboring {stayed}{_lost_note(report)}")
     if report.not_taken:
         count, more = len(report.not_taken), len(report.not_taken) - MAX_IDS
         of = f" of {len(report.edits)}" if report.edits else ""
@@ -207,6 +207,14 @@ def headline(report: RunReport) -> str:
         clauses.append(f"{count}{of} {noun} did not take: {ids}")
     sentence = "; ".join(clauses) or "Nothing was measured"
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def _lost_note(report: RunReport) -> str:
+    """How many neighbors lost their right answer; the others that changed are worded otherwise."""
+    known = [p.lost for edit in report.edits for p in edit.probes if p.lost is not None]
+    if not known:
+        return ""
+    return f", and {sum(known)} of {len(known)} right ones were lost"
 
 
 def gaps(report: RunReport) -> list[Gap]:
@@ -223,20 +231,31 @@ def gaps(report: RunReport) -> list[Gap]:
 
 
 def gap_sentence(found: Iterable[Gap]) -> str:
-    """The mirage gap of reliability in words; empty where it was not read both ways.
+    """The mirage gap in words: of reliability, and of what is flattered more; else empty.
 
     Examples:
         >>> gap_sentence([Gap("Reliability", 0.96, 0.38)])
         'Here teacher forcing flatters the edits by 58 percentage points.'
+        >>> gap_sentence([Gap("Reliability", 1.0, 1.0), Gap("Generality", 0.6, 0.33)])
+        'Here teacher forcing does not flatter reliability, but generality by 27 percentage points.'
     """
+    found = list(found)
+    widest = max(found, key=lambda gap: gap.value, default=None)
     for gap in found:
         if gap.label == METRICS["reliability"].label:
             points = round(100 * gap.value, 1)
             size = f"{abs(points):g} percentage point{'' if abs(points) == 1 else 's'}"
-            if points:
-                verb = "flatters" if points > 0 else "understates"
-                return f"Here teacher forcing {verb} the edits by {size}."
-            return "Here teacher forcing does not flatter the edits."
+            more = ""
+            if widest is not None and widest.value > max(gap.value, 0) and widest.points != "±0":
+                name = widest.label[0].lower() + widest.label[1:]
+                plural = "" if widest.points == "+1" else "s"
+                more = f", but {name} by {widest.points[1:]} percentage point{plural}"
+            if points > 0:
+                return f"Here teacher forcing flatters the edits by {size}{more}."
+            if points < 0:
+                return f"Here teacher forcing understates the edits by {size}{more}."
+            what = "reliability" if more else "the edits"
+            return f"Here teacher forcing does not flatter {what}{more}."
     return ""
 
 

@@ -72,9 +72,9 @@ def metric_bar(row: MetricRow) -> str:
 
 def gap_chart(gaps: Sequence[Gap]) -> str:
     """Two dots a metric, teacher-forced and autoregressive, joined by their gap."""
-    left = 24.0 + 7.5 * max(len(gap.label) for gap in gaps)
-    width, step = 760.0, 32.0
-    scale = width - left - 90
+    # Labels stand above their lines, so that the picture is legible on a phone, too.
+    left, width, step = 12.0, 420.0, 52.0
+    scale = width - 2 * left
     height = step * len(gaps) + 30
 
     def x(share: float) -> float:
@@ -85,22 +85,23 @@ def gap_chart(gaps: Sequence[Gap]) -> str:
         f"autoregressive {percent(gap.autoregressive)}"
         for gap in gaps
     )
-    parts = [_open(width, height, label)]
+    parts = [_open(width, height, label, "chart gap")]
     parts += [
         f'<line class="grid" x1="{x(share):g}" x2="{x(share):g}" y1="6" y2="{height - 22:g}"/>'
-        f'<text class="axis" x="{x(share):g}" y="{height - 6:g}" text-anchor="middle">'
+        f'<text class="axis" x="{min(max(x(share), 20.0), width - 20):g}" '
+        f'y="{height - 6:g}" text-anchor="middle">'
         f"{percent(share)}</text>"
         for share in QUARTERS
     ]
     for i, gap in enumerate(gaps):
-        y = 6 + step * (i + 0.5)
+        y = 6 + step * i + 34
         forced, free = x(gap.teacher_forced), x(gap.autoregressive)
         parts.append(
-            f'<text x="{left - 16:g}" y="{y + 4:g}" text-anchor="end">{_escape(gap.label)}</text>'
+            f'<text x="{left - 6:g}" y="{y - 16:g}">{_escape(gap.label)}</text>'
             f'<line class="span" x1="{forced:g}" x2="{free:g}" y1="{y:g}" y2="{y:g}"/>'
             f'<circle class="forced" cx="{forced:g}" cy="{y:g}" r="6.5"/>'
             f'<circle class="free" cx="{free:g}" cy="{y:g}" r="6.5"/>'
-            f'<text class="value" x="{width:g}" y="{y + 4:g}" text-anchor="end">'
+            f'<text class="value" x="{width - 6:g}" y="{y - 16:g}" text-anchor="end">'
             f"{gap.points} points</text>"
         )
     return "".join([*parts, "</svg>"])

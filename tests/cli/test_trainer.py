@@ -292,6 +292,7 @@ OPTIONS = {
     "class in capitals": ("--model=locft", 2, r"Did you mean `LocFT` instead of `locft`\?"),
     "data": ("--data=Fakts", 2, r"Did you mean `Facts` instead of `Fakts`\?"),
     "callback": ("--trainer.callbacks+=EditReprot", 2, r"Did you mean `EditReport`"),
+    "configuration's name": ("--config=edti", 2, r"Did you mean `edit\.yaml`"),
     "configuration": ("--config=method/roma.yaml", 2, r"Did you mean `method/rome\.yaml`"),
 }
 

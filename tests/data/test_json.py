@@ -65,7 +65,7 @@ GOOD = '{"prompt": "{} lives in", "subject": "Ada", "target_new": "Rome"}'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", GOOD, r"a\.csv: .* expected to end in \.json, .* got '\.csv'"),
+        ("a.tsv", GOOD, r"a\.tsv: .* expected to end in \.json, .* got '\.tsv'"),
         ("a", GOOD, "got 'no suffix'"),
         ("a.jsonl", f"{GOOD}\n{GOOD[:-1]}\n", r"a\.jsonl, line 2, column \d+: not JSON"),
         ("a.json", f"[{GOOD},\n{GOOD}\n{GOOD}]", r"a\.json, line 3, column 1: not JSON"),
@@ -134,3 +134,30 @@ def test_an_unknown_form_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="txt"):
         write_requests(REQUESTS, tmp_path / "a.txt")
     assert not list(tmp_path.iterdir())
+
+
+def test_facts_in_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(
+        "\ufeffprompt,subject,target_new,target_old,rephrases\n"
+        '"The capital of {} is",France,Rome,,"France\'s capital is\nIts seat, in France, is"\n'
+        ",,,,\n"
+        "The height of {} is,Mont Blanc,4806,4805,\n",
+        encoding="utf-8",
+    )
+    first, second = read_requests(path)
+    assert (first.prompt, first.target_new, first.target_old) == (
+        "The capital of France is",
+        "Rome",
+        None,
+    )
+    assert first.rephrases == ("France's capital is", "Its seat, in France, is")
+    assert (second.target_new, second.target_old, second.rephrases) == ("4806", "4805", ())
+    path.write_text("prompt,target_new\nIt is,a,b\n")
+    with pytest.raises(RequestError, match=r"facts\.csv, line 2: expected as many cells"):
+        read_requests(path)
+    path.write_text("prompt,target_nwe\nIt is,a\n")
+    with pytest.raises(RequestError, match="target_nwe"):
+        read_requests(path)
+    with pytest.raises(RequestError, match="the name is expected to end in"):
+        write_requests([first], path)

@@ -85,8 +85,7 @@ def _naive_text(model: Any, prompt: Sequence[int], count: int) -> list[int]:
             row, more = torch.tensor([list(prompt)]), {"decoder_input_ids": decoded}
         else:
             row, more = torch.tensor([[*prompt, *written]]), {}
-        asked = torch.tensor([0 if more else len(prompt) - 1])
-        with nullcontext() if memory is None else memory.asked_at(asked):
+        with nullcontext() if memory is None else memory.prompts_of([len(prompt)]):
             logits = model(input_ids=row, use_cache=False, **more).logits
         written.append(int(logits[0, -1].argmax()))
     return written

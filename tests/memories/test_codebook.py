@@ -77,7 +77,7 @@ def _by_full_passes(editor: Any, prompt: str, count: int) -> list[int]:
     ids: list[int] = editor.tokens.prompt(prompt)
     start = len(ids)
     for _ in range(count):
-        with torch.no_grad(), editor.memory.router.asked_at(torch.tensor([start - 1])):
+        with torch.no_grad(), editor.memory.prompts_of([start]):
             logits = editor.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         ids = [*ids, int(logits.argmax())]
     return ids[start:]
@@ -112,7 +112,7 @@ def test_teacher_forced_scores_keep_the_route_over_answers(where: Replacement) -
     for (prompt, target), score in zip(
         pairs, score_targets(editor.model, editor.tokens, pairs, max_tokens=24), strict=True
     ):
-        with torch.no_grad(), editor.memory.router.asked_at(torch.tensor([len(prompt) - 1])):
+        with torch.no_grad(), editor.memory.prompts_of([len(prompt)]):
             logits = editor.model(input_ids=torch.tensor([[*prompt, *target]])).logits[0]
         wanted = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
         wanted = wanted.gather(1, torch.tensor(target)[:, None])[:, 0]

@@ -248,7 +248,7 @@ def test_rows_of_prompts_and_answers_are_asked_where_the_prompt_ends() -> None:
     # The answer names Dorin, which the question does not.
     answer = editor.tokens.target(PROMPTS[0], "Dorin")
     ids = torch.tensor([[*own[0], *answer]])
-    with torch.no_grad(), editor.memory.router.asked_at(torch.tensor([len(own[0]) - 1])):
+    with torch.no_grad(), editor.memory.prompts_of([len(own[0])]):
         found = editor.model(input_ids=ids).logits[0]
     with torch.no_grad():
         wanted = other(input_ids=torch.tensor([[*read[0], *answer]])).logits[0, -ids.shape[1] :]

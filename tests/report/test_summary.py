@@ -100,3 +100,23 @@ def test_failed_edits_are_shown_first() -> None:
     assert [edit.id for edit in shown] == ["0", "2", "4"]
     assert remark.startswith("3 of 5 edits")
     assert select_edits(edits, limit=5) == (list(edits), "")
+
+
+def test_lost_answers_are_told_apart_from_other_wording() -> None:
+    probes = [
+        ProbeRow("locality", unchanged=True, lost=False),
+        ProbeRow("locality", unchanged=False, lost=False),
+        ProbeRow("locality", unchanged=False, lost=True),
+        ProbeRow("locality", unchanged=False),
+    ]
+    report = RunReport(method="ROME", edits=[EditRow("a", "p", after={FREE: 1.0}, probes=probes)])
+    assert headline(report) == (
+        "The fact was changed; 1 of 4 neighboring answers stayed as they were, and 1 of 3 right "
+        "ones were lost."
+    )
+
+
+def test_a_gap_of_another_metric_is_not_passed_over() -> None:
+    found = [Gap("Reliability", 1.0, 1.0), Gap("Generality", 0.6, 0.33), Gap("Locality", 1, 1)]
+    expected = "does not flatter reliability, but generality by 27 percentage points."
+    assert gap_sentence(found).endswith(expected)
