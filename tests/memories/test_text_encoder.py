@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_edit import IKE, SCR, SERAC, EditDataModule, EditMemory, MemoryWrite, TrainedEditor
+from lightning_edit.checkpoints import seal
 from lightning_edit.core.errors import ArtifactError, MissingDependencyError
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.memories.encoder import encode_by_folder
@@ -133,8 +134,10 @@ def test_facts_are_found_by_the_pooling_of_the_folder(
     assert memory is not None
     with pytest.raises(ArtifactError, match=MISMATCH):
         memory.rewrite(prompts, editor.tokens)
+    edited = cls.from_model(*trained_tiny_model(), **settings)
+    edited.edit(requests[:1]).apply_(edited.model)
     with pytest.raises(ArtifactError, match="belong to a PromptMemory"):
-        MemoryWrite.load(saved).apply_(cls.from_model(*trained_tiny_model(), **settings).model)
+        MemoryWrite.load(saved).apply_(edited.model)
 
 
 def test_serac_trains_and_keeps_an_encoder_with_its_pooling(
@@ -175,6 +178,7 @@ def test_serac_trains_and_keeps_an_encoder_with_its_pooling(
     checkpoint = torch.load(tmp_path / "serac.ckpt", weights_only=True)
     own = checkpoint["lightning_edit"]
     own["edit_state"] = _forget_pooling(own["edit_state"])
+    seal(checkpoint)
     torch.save(checkpoint, tmp_path / "old.ckpt")
     other = SERAC.from_model(*trained_tiny_model(), **settings)
     kept = fingerprint(other.network)
