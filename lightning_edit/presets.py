@@ -107,6 +107,23 @@ def load_preset(method: str, name: str) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key != "model"}
 
 
+def preset_in(path: Path) -> tuple[str, str, dict[str, object]]:
+    """Method, model and settings of a packaged file that holds a model's settings of a method.
+
+    Args:
+        path: A configuration. Of one that is no packaged preset, or one of a further form of a
+            method, whose settings make the form, there are no settings.
+    """
+    folder = config_folder() / "method"
+    if folder.resolve() not in path.resolve().parents:
+        return "", "", {}
+    section = _editor_in(path)
+    method, model = section["class_path"].rpartition(".")[2], section["init_args"].get("model")
+    if path.stem.replace("_", "") != method.lower() or model is None:
+        return "", "", {}
+    return method, str(model), {k: v for k, v in section["init_args"].items() if k != "model"}
+
+
 def _editor_in(path: Path) -> _Editor:
     """The section of a configuration that describes the editor."""
     import yaml

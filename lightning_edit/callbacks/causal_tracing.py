@@ -168,7 +168,14 @@ def _summary(result: TracingResult, count: int) -> str:
         layer = int(effects_L.argmax())
         peak = float(effects_L[layer])
         lines.append(f"  {what:<12}  {peak:+.3f} at the {position}, layer {layer}")
-    return "\n".join([*lines, f"Layers to try  {_proposed(result, count)}"])
+    proposed = _proposed(result, count)
+    advice = f"Layers to try  {proposed}"
+    if not proposed:
+        advice = (
+            "Layers to try  none: MLPs at the subject hardly bring the answer back. Put words "
+            "before it, or take a method that does not edit there, such as FineTune or GRACE."
+        )
+    return "\n".join([*lines, advice])
 
 
 def _gather(mine: TracingResult, requests: Sequence[EditRequest], world: int) -> TracingResult:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
 import os
 import signal
@@ -22,6 +24,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -36,7 +39,7 @@ from lightning_edit.core.files import replacing
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.foreign import foreign_editors
 from lightning_edit.modules.meta_learning.training import EditorTraining
-from lightning_edit.presets import find_config
+from lightning_edit.presets import find_config, preset_in
 from lightning_edit.rendering.escaping import visible
 
 __all__ = ["EditCLI", "main", "quiet_down"]
@@ -169,8 +172,33 @@ class EditCLI(LightningCLI):
             model = {"class_path": class_path, "dict_kwargs": arguments}
         self.config = self.parser.parse_object({verb: {"model": model}}, self.config)
 
+    def _use_rules_on_other_models(self) -> None:
+        """Leaves the settings of a model's preset out where another model is edited."""
+        section = self.config.get(self.subcommand or "", self.config).get("model")
+        own = getattr(section, "init_args", None)
+        if own is None:
+            return
+        method = section.class_path.rpartition(".")[2]
+        for path in _config_files():
+            of, model, settings = preset_in(path)
+            if of != method or own.get("model") == model:
+                continue
+            left_out: list[str] = []
+            for name, value in settings.items():
+                default = _default_of(getattr(lightning_edit, method), name)
+                is_its = own.get(name) == value and not _is_named(name)
+                if is_its and default is not inspect.Parameter.empty:
+                    own[name] = default
+                    left_out.append(f"`{name}`")
+            if left_out:
+                rank_zero_info(
+                    f"{', '.join(left_out)} of {path.name} are for {model}. For {own.get('model')} "
+                    f"{method}'s own are taken; give others with `--model.…`."
+                )
+
     @override
     def before_instantiate_classes(self) -> None:
+        self._use_rules_on_other_models()
         settings = self.config.get(self.subcommand or "", self.config)
         if settings.get("weights_only") is False:
             self.parser.error(
@@ -241,6 +269,30 @@ class EditCLI(LightningCLI):
                 before, after = row["before"], row["after"]
                 text = f"{row['prompt']}\n  before  {before}\n  after   {after}\n"
                 sys.stdout.write(visible(text))
+
+
+def _config_files() -> list[Path]:
+    """The configurations that the command line names and that are there."""
+    words = sys.argv[1:]
+    named = [b for a, b in itertools.pairwise(words) if a in ("-c", "--config")]
+    named += [w.partition("=")[2] for w in words if w.startswith("--config=")]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
+def _is_named(argument: str) -> bool:
+    """Whether the command line gives an argument of the editor by itself."""
+    options = (f"--model.{argument}", f"--model.init_args.{argument}")
+    return any(word.partition("=")[0] in options for word in sys.argv)
+
+
+def _default_of(cls: type, argument: str) -> object:
+    """The default of a constructor's argument, which a base may have; empty where there is none."""
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        parameters = {} if init is None else inspect.signature(init).parameters
+        if argument in parameters:
+            return parameters[argument].default
+    return inspect.Parameter.empty
 
 
 def main(args: ArgsType = None) -> EditCLI:

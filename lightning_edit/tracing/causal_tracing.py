@@ -331,6 +331,10 @@ def subject_deviation(tree: ModelTree, tokens: PromptTokenizer, subjects: Sequen
         return float(tree.input_embeddings(ids).float().std()) if len(ids) else 0.0
 
 
+#: Share of what corrupting took that MLPs must bring back at the subject to be worth editing.
+LEAST_SHARE = 0.1
+
+
 def propose_layers(result: TracingResult, count: int = 5) -> list[int]:
     """Layers worth editing: those around the MLPs' largest effect at the subject's last token.
 
@@ -343,7 +347,8 @@ def propose_layers(result: TracingResult, count: int = 5) -> list[int]:
         count: How many layers to propose, such as 1 for ROME and 5 for MEMIT.
 
     Returns:
-        Consecutive layers.
+        Consecutive layers; none where MLPs do not hold the facts: where restoring them brings back
+        less than ``LEAST_SHARE`` of what corrupting the subject took from the answer's probability.
 
     Raises:
         EditError: If no fact was traced.
@@ -353,6 +358,9 @@ def propose_layers(result: TracingResult, count: int = 5) -> list[int]:
     layers = len(effects_L)
     if not 1 <= count <= layers:
         raise ValueError(f"`count` is expected to be from 1 to {layers}, but got {count}.")
+    taken = sum(fact.high - fact.low for fact in result.facts) / len(result.facts)
+    if not float(effects_L.max()) >= LEAST_SHARE * taken > 0:
+        return []
     start = min(max(0, int(effects_L.argmax()) - count // 2), layers - count)
     return list(range(start, start + count))
 

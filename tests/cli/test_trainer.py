@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,25 @@ def test_the_program_is_installed() -> None:
     [script] = importlib.metadata.entry_points(group="console_scripts", name="lightning-edit")
     assert script.load() is main
     assert (ROOT / "lightning_edit" / "__main__.py").is_file()
+
+
+def test_settings_of_a_preset_are_for_its_model(
+    world: TinyWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found: list[Any] = []
+
+    def stop(cli: EditCLI) -> None:
+        found.append(cli.config[cli.subcommand].model.init_args)
+        sys.exit(0)
+
+    monkeypatch.setattr(EditCLI, "instantiate_classes", stop)
+    words = ["fit", "-c", "method/rome.yaml", "--data=Facts"]
+    with caplog.at_level("INFO"):
+        assert run_here(words) == 0
+    assert "are for smollm2" not in caplog.text
+    with caplog.at_level("INFO"):
+        assert run_here([*words, f"--model.model={world.model}", "--model.steps=25"]) == 0
+    theirs, others = found
+    assert (theirs.steps, theirs.weight_decay, theirs.clamp_norm_factor) == (25, 0.001, 1.5)
+    assert (others.steps, others.weight_decay, others.clamp_norm_factor) == (25, 0.5, 4.0)
+    assert "`weight_decay`, `clamp_norm_factor` of rome.yaml are for smollm2" in caplog.text

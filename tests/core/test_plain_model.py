@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -137,6 +137,72 @@ def test_quantizers_that_are_installed_are_known(subtests: pytest.Subtests) -> N
             make(model)
             with pytest.raises(ModelError, match="is quantized"):
                 check_weights(model)
+
+
+def _of(package: str, *bases: type) -> Any:
+    """A class as a package that is not installed has it."""
+    return type("Foreign", bases, {"__module__": package})
+
+
+def _four_bits(layer: nn.Linear) -> nn.Module:
+    """As bitsandbytes: packed bytes as the parameter, and how to read them beside it."""
+    weights: Any = _of("bitsandbytes.nn.modules", nn.Parameter)
+    packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+    module = _of("bitsandbytes.nn.modules", nn.Linear)(1, 1, bias=False)
+    module.weight = weights(packed, requires_grad=False)
+    module.weight.quant_state = SimpleNamespace(shape=layer.weight.shape)
+    return cast(nn.Module, module)
+
+
+def _eight_bits(layer: nn.Linear) -> nn.Module:
+    """As bitsandbytes: whole numbers, and a scale for each row."""
+    module = _of("bitsandbytes.nn.modules", nn.Linear)(1, 1, bias=False)
+    weights: Any = _of("bitsandbytes.nn.modules", nn.Parameter)
+    module.weight = weights(layer.weight.detach().char(), requires_grad=False)
+    module.weight.SCB = torch.ones(layer.out_features)
+    return cast(nn.Module, module)
+
+
+def _before_it_moves(layer: nn.Linear) -> nn.Module:
+    """As bitsandbytes on the CPU: plain numbers, which are packed when the model moves to a GPU."""
+    module = _of("bitsandbytes.nn.modules", nn.Linear)(1, 1, bias=False)
+    module.weight = layer.weight
+    return cast(nn.Module, module)
+
+
+def _packed_in(package: str) -> Callable[[nn.Linear], nn.Module]:
+    """As GPTQ and AWQ: no weight at all, but packed numbers in buffers."""
+
+    def make(layer: nn.Linear) -> nn.Module:
+        module = cast(nn.Module, _of(package, nn.Module)())
+        rows, columns = layer.out_features, layer.in_features
+        module.register_buffer("qweight", torch.zeros(columns // 8, rows, dtype=torch.int32))
+        module.register_buffer("scales", torch.ones(1, rows, dtype=torch.float16))
+        return module
+
+    return make
+
+
+def test_quantizers_that_are_not_installed_are_known_by_their_form(
+    subtests: pytest.Subtests,
+) -> None:
+    packages = {
+        "gptqmodel": _packed_in("gptqmodel.nn_modules.qlinear.torch"),
+        "auto_gptq": _packed_in("auto_gptq.nn_modules.qlinear.qlinear_cuda"),
+        "awq": _packed_in("awq.modules.linear.gemm"),
+        "4 bits": _four_bits,
+        "8 bits": _eight_bits,
+        "8 bits, on the CPU": _before_it_moves,
+    }
+    for name, make in packages.items():
+        with subtests.test(name):
+            model = tiny_model()
+            mlp = model.model.layers[1].mlp
+            mlp.down_proj = make(mlp.down_proj)
+            with pytest.raises(
+                ModelError, match=r"is quantized: `model\.layers\.1\.mlp\.down_proj"
+            ):
+                EDITORS["ROME"].from_model(model, tiny_tokenizer(), layers=[0])
 
 
 def test_plain_weights_of_every_number_format_are_taken() -> None:

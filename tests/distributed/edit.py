@@ -41,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ike": ("IKE", {"count": 2}, 2),
     "scr": ("SCR", {}, 2),
 }
+# Those that requests are taken out of again: weights, several a batch, and a memory.
+REMOVING = ("rome", "memit", "grace")
 # Of a continuation: enough for an answer, and for its end.
 TOKENS = 6
 
@@ -76,6 +78,16 @@ def written(editor: EditModule) -> dict[str, Tensor]:
 def fingerprint(editor: EditModule) -> list[str]:
     """Hashes of the weights and of all that was written."""
     return [weight_hash(editor.model), *map(tensor_hash, written(editor).values())]
+
+
+def removed(editor: EditModule) -> dict[str, Any]:
+    """What is left once all processes have taken the second request out together."""
+    edit = editor.remove([editor.history[1]["id"]])
+    return {
+        "weights": fingerprint(editor),
+        "history": [row["id"] for row in editor.history],
+        "of": list(edit.provenance.request_ids),
+    }
 
 
 def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]:
@@ -125,6 +137,7 @@ def edit(case: str, model: Path, folder: Path, processes: int) -> dict[str, Any]
         "steps": trainer.global_step,
         "weights": edited,
         "resumed": resumed() if processes > 1 else None,
+        "removed": removed(editor) if case in REMOVING else None,
         "history": [row["id"] for row in editor.history],
         "rows": {key: [row.before, row.after, row.n] for key, row in evaluator.rows.items()},
         "sequence": evaluator.sequence,

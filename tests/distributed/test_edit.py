@@ -83,6 +83,15 @@ def test_two_processes_do_what_one_does(
             pytest.approx(after, rel=1e-3, abs=1e-5),
             n,
         ], key
+    if one["removed"] is not None:
+        # The same bits on both processes, as was said above; of the same requests as on one.
+        ids = [request.id for request in tiny_requests(5)]
+        for found in (first["removed"], one["removed"]):
+            assert found["of"] == [ids[1]]
+            assert found["history"] == [ids[0], *ids[2:]]
+            assert found["weights"] != first["weights"]
+        if batch_size == 1:
+            assert first["removed"] == one["removed"]
     for verb in ("validated", "tested"):
         assert first[verb] == pytest.approx(one[verb], abs=1e-6), verb
     assert [p["edits"] for p in first["sequence"]] == [p["edits"] for p in one["sequence"]]

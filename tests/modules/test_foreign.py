@@ -31,12 +31,12 @@ def test_announced_editors_are_listed_and_broken_ones_are_in_nobodys_way(
         return points
 
     monkeypatch.setattr(foreign, "entry_points", announced)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="EditModule|cannot be imported") as told:
         assert foreign_editors() == {"Theirs": Theirs}
     assert asked == [{"group": "lightning_edit.editors"}]
     not_editors, not_found = (str(warning.message) for warning in told)
     assert not_editors == "json:loads of the group lightning_edit.editors is no EditModule."
     assert not_found.startswith("The editor no_such_package:Editor cannot be imported")
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="EditModule|cannot be imported"):
         [offer] = [o for o in list_(what="methods") if getattr(o, "name", "") == "Theirs"]
     assert getattr(offer, "summary", "") == "What somebody else has made."

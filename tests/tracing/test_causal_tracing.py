@@ -313,6 +313,16 @@ def test_layers_are_proposed_around_the_peak(peak: int, count: int, layers: list
         propose_layers(result, 7)
 
 
+def test_no_layers_are_proposed_where_mlps_do_not_hold_the_fact() -> None:
+    scores_TL = torch.zeros(3, 6)
+    scores_TL[2, 1] = 0.9  # not at the subject
+    for peak, low, expected in ((0.05, 0.0, []), (0.15, 0.0, [3]), (-0.2, 0.0, []), (1.0, 1.0, [])):
+        scores_TL[1] = low - 0.5
+        scores_TL[1, 3] = low + peak
+        result = TracingResult([fact_of(range(0, 2), scores_TL, low=low)], [], 1.0)
+        assert propose_layers(result, 1) == expected
+
+
 def test_settings_are_checked_and_windows_end_with_the_model() -> None:
     with pytest.raises(ValueError, match="`samples` is expected to be more than 0, but got 0"):
         TracingSettings(samples=0)
