@@ -124,7 +124,7 @@ ROOMS = {
 PACKAGES = {
     "core": ({"torch"}, {"pydantic", "safetensors", "yaml"}),
     "functional": ({"torch"}, set()),
-    "passes": ({"torch"}, {"lightning", "transformers"}),
+    "passes": ({"torch"}, {"transformers"}),
     "memories": (
         {"torch"},
         {"safetensors", "sentence_transformers", "tokenizers", "transformers"},

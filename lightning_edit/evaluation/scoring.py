@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
@@ -39,6 +41,8 @@ ENOUGH_TOKENS = 128
 MAX_PADDING = 1.1  # times the tokens that are none
 # Tokens whose keys and values are held at once, for each token that is run at once.
 HELD_TOKENS = 4
+# Models of which it was said that they are slow.
+_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,13 @@ def _whole_logits(
 
     Padding stands behind, where nothing that is read can see it.
     """
+    if model not in _TOLD:
+        _TOLD.add(model)
+        rank_zero_info(
+            f"{type(model).__name__} hands on more than keys and values from position to position: "
+            "whole rows are run where others go on from a cache. That is slower, and gives the "
+            "same figures."
+        )
     memory = EditMemory.find(model)
     lengths = {row: len(row[0]) + len(row[1]) for row in rows}
     for batch in _batches(lengths, max_tokens, ENOUGH_TOKENS):

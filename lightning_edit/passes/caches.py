@@ -18,21 +18,13 @@ def keeps_keys_and_values(model: nn.Module) -> bool:
     """Whether all that a model hands on is keys and values, a pair for each position it has read.
 
     Those can be cut, joined and padded. The state of linear attention, of a state space or of a
-    convolution cannot: then whole rows are read again, which is said once.
+    convolution cannot: then whole rows are read again.
 
     Args:
         model: A Hugging Face language model; of one whose class or configuration does not say, yes.
     """
     if model not in _PLAIN:
         _PLAIN[model] = _is_plain(model)
-        if not _PLAIN[model]:
-            from lightning.pytorch.utilities import rank_zero_info
-
-            rank_zero_info(
-                f"{type(model).__name__} hands on more than keys and values from position to "
-                "position: whole rows are run where others go on from a cache. That is slower, and "
-                "gives the same figures."
-            )
     return _PLAIN[model]
 
 
