@@ -80,7 +80,7 @@ def percentile_interval(samples_BK: Tensor, level: float = 0.95) -> tuple[Tensor
 
     Examples:
         >>> low, high = percentile_interval(torch.arange(101.0)[:, None], 0.9)
-        >>> float(low), float(high)
+        >>> round(float(low), 6), round(float(high), 6)
         (5.0, 95.0)
     """
     if not 0 < level < 1:
