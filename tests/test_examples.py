@@ -25,7 +25,7 @@ SHOWN = {
         r"reliability,autoregressive,0\.0,1\.0,",
     ],
     "comparing_editors": [
-        r"unedited +0\.0 +1\.0 +0\.0 +0\.0",
+        r"unedited +0\.0+ +1\.0+ +0\.0+ +0\.0+",
         r"'compare\.csv', 'compare\.html', 'compare\.md', 'compare\.tex'",
         r"cells: 2 of 2 done",
     ],

@@ -116,7 +116,7 @@ class MethodSpec:
             preset = model if model in presets_of(cls.__name__) else None
         try:
             chosen = (load_preset(cls.__name__, preset) if preset else {}) | self.settings
-            editor = cls(model=model, **chosen)
+            editor = cls(model=model, **chosen)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise EditError(f"The method {self.name!r}: {error}") from None
         found = {k: v for k, v in editor.hparams.items() if not k.startswith("_")}

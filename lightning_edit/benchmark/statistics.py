@@ -267,7 +267,7 @@ def _costs(rows: pd.DataFrame, records: Sequence[CellRecord], place: Figure) -> 
     peaks = [p for r in records if (p := r.get("peak_memory_bytes")) is not None]
     if peaks:
         yield replace(place, metric="peak_memory_bytes", value=float(max(peaks)), n=len(peaks))
-    ratios = [p for r in records if (p := r.get("perplexity_ratio")) is not None]
+    ratios = [x for r in records if (x := r.get("perplexity_ratio")) is not None]
     if ratios:
         mean = math.fsum(ratios) / len(ratios)
         yield replace(place, metric="perplexity_ratio", value=mean, n=len(ratios))

@@ -96,7 +96,7 @@ class ResultsFolder:
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("key"), str):
-                found[record["key"]] = CellRecord(**record)
+                found[record["key"]] = cast(CellRecord, record)
         return {
             key: record
             for key, record in found.items()

@@ -181,8 +181,8 @@ def _summary(found: Sequence[Figure]) -> ComparisonTable:
 
 def _rates(found: Sequence[Figure]) -> ComparisonTable:
     look = _Lookup(found)
-    columns = ("method", "metric", ">teacher-forced", ">95 % interval", ">autoregressive")
-    columns += (">95 % interval", ">gap", ">n", ">requests")
+    columns = ["method", "metric", ">teacher-forced", ">95 % interval", ">autoregressive"]
+    columns += [">95 % interval", ">gap", ">n", ">requests"]
     rows = []
     for metric in RATES:
         for method in look.methods:
@@ -201,8 +201,8 @@ def _rates(found: Sequence[Figure]) -> ComparisonTable:
 def _differences(found: Sequence[Figure]) -> ComparisonTable:
     look = _Lookup(found)
     [reference] = {figure.reference for figure in found if figure.reference} or {""}
-    columns = ("method", "metric", ">teacher-forced", ">95 % interval", ">p")
-    columns += (">autoregressive", ">95 % interval", ">p")
+    columns = ["method", "metric", ">teacher-forced", ">95 % interval", ">p"]
+    columns += [">autoregressive", ">95 % interval", ">p"]
     rows = []
     for metric in RATES:
         for method in look.methods:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_edit.benchmark.compare import CellState, StudyOutcome, run_study, states, study_of
@@ -70,7 +70,7 @@ def parser() -> EditParser:
     made.add_argument(
         "-c",
         "--config",
-        action=ActionConfigFile,
+        action="config",
         help="A study in YAML, such as `benchmark/smoke.yaml`. Several are run after one another.",
     )
     made.add_function_arguments(study_of, as_group=False)

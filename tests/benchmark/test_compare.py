@@ -33,6 +33,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.modules import protocols
+from lightning_edit.modules.fitting import edit_or_go_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +186,7 @@ def test_a_process_that_is_told_to_end_does_so_between_requests(
     run: Callable[..., pd.DataFrame], tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    usual = protocols.edit_or_go_on
+    usual = edit_or_go_on
 
     def signalling(editor: EditModule, requests: list[EditRequest]) -> Edit:
         made.extend(request.id for request in requests)
