@@ -122,12 +122,12 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Pat
             EditReport(dirpath=str(tmp_path)),
             EditCheckpoint(dirpath=str(tmp_path / "checkpoints")),
         ]
-        trainer = bare_trainer(callbacks=callbacks, enable_checkpointing=True)
+        trainer = bare_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=1)
         with pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
             trainer.fit(editor, data)
         assert same(model, before)
         lock.release()
-    trainer = bare_trainer(callbacks=callbacks, enable_checkpointing=True)
+    trainer = bare_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=1)
     trainer.fit(editor, data)
     assert not list(tmp_path.rglob(LOCK))
     assert (tmp_path / "results.json").exists()
@@ -139,6 +139,13 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lightning_edit.core import files
+
+# Two steps on a tiny model seldom come to anything, which is said.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*did not take:UserWarning"),
+    pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning"),
+]
+
 place, when = Path(sys.argv[1]), int(sys.argv[2])
 calls, replace = 0, os.replace
 def counted(*names):
@@ -181,7 +188,7 @@ def test_new_files_are_as_readable_as_others(tmp_path: Path) -> None:
     try:
         editor = FineTune.from_model(model, tokenizer, layers=[2], steps=2)
         checkpoints = EditCheckpoint(dirpath=str(tmp_path))
-        trainer = bare_trainer(callbacks=[checkpoints], enable_checkpointing=True)
+        trainer = bare_trainer(callbacks=[checkpoints], enable_checkpointing=True, max_epochs=1)
         trainer.fit(editor, EditDataModule(requests=tiny_requests(1)))
         _delta().save(tmp_path / "delta")
         os.umask(0o077)
