@@ -24,12 +24,6 @@ from lightning_edit.modules.locate_then_edit import second_moment
 from tests.attacks.helpers import flipped
 from tests.modules.helpers import bare_trainer, same, snapshot
 
-# Two steps on a tiny model seldom come to anything, which is said.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*did not take:UserWarning"),
-    pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning"),
-]
-
 
 def _fit(editor: Any, folder: Path, count: int = 2, **fit: Any) -> None:
     checkpoints = EditCheckpoint(dirpath=str(folder))

@@ -140,11 +140,7 @@ import os, sys
 from pathlib import Path
 from lightning_edit.core import files
 
-# Two steps on a tiny model seldom come to anything, which is said.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*did not take:UserWarning"),
-    pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning")
 
 place, when = Path(sys.argv[1]), int(sys.argv[2])
 calls, replace = 0, os.replace

@@ -23,12 +23,6 @@ from lightning_edit.core.errors import ArtifactError
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from tests.modules.helpers import bare_trainer, same, snapshot
 
-# Two steps on a tiny model seldom come to anything, which is said.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*did not take:UserWarning"),
-    pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning"),
-]
-
 
 class StopError(Exception):
     """What stops a run."""
