@@ -25,6 +25,8 @@ from lightning_edit.core.locking import LOCK, FolderLock
 from lightning_edit.demos import tiny_model, tiny_requests, trained_tiny_model
 from tests.modules.helpers import bare_trainer, same, snapshot
 
+pytestmark = pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning")
+
 
 def _delta() -> WeightDelta:
     return WeightDelta({"a": LowRank(torch.ones(4, 1), torch.ones(3, 1))})
@@ -139,9 +141,6 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lightning_edit.core import files
-
-pytestmark = pytest.mark.filterwarnings("ignore:EditReport has no metrics:UserWarning")
-
 place, when = Path(sys.argv[1]), int(sys.argv[2])
 calls, replace = 0, os.replace
 def counted(*names):
