@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
-from lightning_edit.core.files import atomic_folder, content_hash, file_hash
+from lightning_edit.core.files import atomic_folder, file_hash
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
@@ -96,19 +96,17 @@ def check_ours(folder: Path) -> None:
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    ours = _listed(folder)
-    if not ours and _has_our_card(folder):  # of version 0.1.0, which kept no list
-        ours = {
-            name
-            for path in folder.iterdir()
-            if _FILES.fullmatch(name := path.name) or _WEIGHTS.fullmatch(name)
-        }
+    listed = _listed(folder)
+    ours = listed or {
+        name
+        for path in folder.iterdir()
+        if _FILES.fullmatch(name := path.name) or _WEIGHTS.fullmatch(name)
+    }
     has_config = not ours.isdisjoint(("config.json", "adapter_config.json"))
     if not has_config or not any(map(_WEIGHTS.fullmatch, ours)):
         raise ArtifactError(
-            f"`{folder}` holds neither a model nor an adapter that was written here, so `force` "
-            f"does not replace it: nothing in it says so (`{MANIFEST}`). Give another `output`, or "
-            "empty the folder yourself."
+            f"`{folder}` holds neither a model nor an adapter, so `force` does not replace it. "
+            "Give another `output`, or empty the folder yourself."
         )
     foreign = foreign_entries(folder, ours)
     if foreign:
@@ -118,20 +116,29 @@ def check_ours(folder: Path) -> None:
             f"the folder would delete it: {', '.join(foreign[:5])}{more}. Give another `output`, "
             "or move that elsewhere."
         )
+    if not listed and not _has_our_card(folder):  # version 0.1.0 kept no list
+        raise ArtifactError(
+            f"`{folder}` holds a model or an adapter that was not written here, as far as anything "
+            f"in it says (`{MANIFEST}`), so `force` does not replace it. Give another `output`, or "
+            "empty the folder yourself."
+        )
 
 
 def _listed(folder: Path) -> set[str]:
     """The files that were written here and are as they were written; none without a list."""
     try:
-        listed = manifest_of(folder)["files"]
+        found = manifest_of(folder)
+        listed, hashes = found["files"], found.get("sha256", {})
     except (OSError, ValueError, KeyError):
         return set()
-    if isinstance(listed, list):  # of an earlier version, by name alone
-        return {MANIFEST, *map(str, listed)}
-    if not isinstance(listed, dict):
+    if not isinstance(listed, list) or not isinstance(hashes, dict):
         return set()
-    same = {n for n, sha in listed.items() if (p := folder / n).is_file() and file_hash(p) == sha}
-    return {MANIFEST, *same}
+    ours = {MANIFEST, *map(str, listed)}
+    return ours - {n for n in ours & hashes.keys() if _is_changed(folder / n, hashes[n])}
+
+
+def _is_changed(path: Path, digest: object) -> bool:
+    return path.is_file() and file_hash(path) != digest
 
 
 def manifest_of(folder: Path) -> dict[str, object]:
@@ -144,8 +151,6 @@ def manifest_of(folder: Path) -> dict[str, object]:
     found = parse_json(read_text(folder / MANIFEST))
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
-    if found.get("format_version") != 1 and found.get("sha256") != content_hash(found):
-        raise ValueError("its content is not that of which its `sha256` is")
     return found
 
 
@@ -163,8 +168,7 @@ def list_files(folder: Path, **more: object) -> None:
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
-    listed: dict[str, object] = {"format_version": 2, "files": hashes, **more}
-    listed["sha256"] = content_hash(listed)
+    listed = {"format_version": 1, "files": list(hashes), "sha256": hashes, **more}
     text = json.dumps(listed, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -27,7 +27,7 @@ from tests.modules.helpers import bare_trainer, same, snapshot
 
 def _fit(editor: Any, folder: Path, count: int = 2, **fit: Any) -> None:
     checkpoints = EditCheckpoint(dirpath=str(folder))
-    trainer = bare_trainer(callbacks=[checkpoints], enable_checkpointing=True)
+    trainer = bare_trainer(callbacks=[checkpoints], enable_checkpointing=True, max_epochs=1)
     trainer.fit(editor, EditDataModule(requests=tiny_requests(count)), **fit)
 
 

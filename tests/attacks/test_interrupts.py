@@ -24,7 +24,7 @@ from tests.attacks.helpers import interrupted_at
 FILES = {str(module.__file__) for module in (delta, edit, memory, side_memory)}
 
 
-class Biases(EditMemory):
+class TwoRows(EditMemory):
     """Adds the sum of its entries."""
 
     fields = ("bias", "more")
@@ -45,10 +45,10 @@ def _memory(is_attached: bool) -> tuple[nn.Module, MemoryWrite]:
     model = nn.Linear(3, 3)
     row = {"bias": torch.ones(3), "more": torch.zeros(2)}
     if is_attached:
-        held = Biases()
+        held = TwoRows()
         held.attach_(model)
         held.write({"old": MemoryEntry({n: 2 * t for n, t in row.items()}, {"old": {}})})
-    return model, MemoryWrite("Biases", {}, {"new": MemoryEntry(row, {"new": {}})})
+    return model, MemoryWrite("TwoRows", {}, {"new": MemoryEntry(row, {"new": {}})})
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
@@ -124,7 +124,7 @@ def test_a_failed_apply_takes_its_memory_off() -> None:
     def failing(*_: Any) -> None:
         raise RuntimeError("no room")
 
-    one.build = lambda: type("Failing", (Biases,), {"write": failing})()  # type: ignore[method-assign]
+    one.build = lambda: type("Failing", (TwoRows,), {"write": failing})()  # type: ignore[method-assign]
     one.kind = "Failing"
     with pytest.raises(RuntimeError, match="no room"), warnings.catch_warnings():
         one.apply_(model)

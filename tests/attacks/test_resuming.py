@@ -75,7 +75,7 @@ def test_another_editor_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -
     data = EditDataModule(requests=tiny_requests(2))
     editor = FineTune.from_model(*trained_tiny_model(), layers=[2], steps=2)
     checkpoints = EditCheckpoint(dirpath=str(tmp_path))
-    bare_trainer(callbacks=[checkpoints], enable_checkpointing=True).fit(editor, data)
+    bare_trainer(callbacks=[checkpoints], enable_checkpointing=True, max_epochs=1).fit(editor, data)
     others = {
         r"is of FineTune, not of LoRATuning": LoRATuning.from_model(*trained_tiny_model()),
         r"holds edits of .*2.*, but here .*1.* are to be edited": FineTune.from_model(
@@ -85,5 +85,7 @@ def test_another_editor_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -
     for words, other in others.items():
         before = snapshot(other.model)
         with pytest.raises(ArtifactError, match=words):
-            bare_trainer().fit(other, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+            bare_trainer(max_epochs=1).fit(
+                other, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True
+            )
         assert same(other.model, before)

@@ -23,7 +23,7 @@ NASTY = "a\x1b[31m\x9b0m\u202eb<script>alert(1)</script>"
 STEERING = ("\x1b", "\x9b", "\u202e")
 
 
-class Rows(EditMemory):
+class NastyRows(EditMemory):
     """Holds rows and does nothing with them."""
 
     fields = ("row",)
@@ -63,7 +63,7 @@ def test_logs_and_warnings_of_the_command_line_are_spelt_out(
 
 def test_cards_of_memory_edits_hold_ids_as_text(tmp_path: Path) -> None:
     entry = MemoryEntry({"row": torch.ones(2)}, {NASTY: {"prompt": NASTY, "target": NASTY}})
-    edit = MemoryWrite("Rows", {}, {NASTY: entry}, Provenance("ROME", request_ids=(NASTY,)))
+    edit = MemoryWrite("NastyRows", {}, {NASTY: entry}, Provenance("ROME", request_ids=(NASTY,)))
     model = nn.Linear(2, 2)
     edit.apply_(model)
     cards = [
