@@ -19,8 +19,7 @@ SHARED = Path(__file__).parent.parent.parent / "shared"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that edit the default model come first: begun last, they would be waited for."""
-    for item in items:
-        mark_slow(item)
+    mark_slow(items)
     long = {item.path for item in items if item.get_closest_marker("real")}
     items.sort(key=lambda item: item.path not in long)
 

@@ -2,48 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tests `make test` leaves to `make test-slow`, beside those that are marked in their files.
 
-Nothing is left out of both. Continuous integration runs both.
+Nothing is left out of both, and continuous integration runs both. `slow.txt` names tests that take
+long; of one that is asked for many cases, the first stays.
 """
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 import pytest
 
 __all__ = ["mark_slow"]
 
-#: Beginnings of node ids.
-SLOW = (
-    # Two processes, or the package in a copy of its own.
-    "tests/distributed/",
-    "tests/test_add_a_method.py",
-    "tests/modules/fine_tuning/test_tuning.py::test_two_processes",
-    "tests/callbacks/test_causal_tracing.py::test_two_processes",
-    # Parity with figures of the default model; those of tiny models stay.
-    "tests/callbacks/test_f_learning_goldens.py",
-    "tests/modules/locate_then_edit/test_attention_sink.py::test_the_default_model_is_left_sound",
-    "tests/modules/locate_then_edit/test_kn.py::test_the_capital_of_france",
-    "tests/modules/locate_then_edit/test_mass_edit.py::test_strengths_and_null_spaces",
-    "tests/modules/locate_then_edit/test_rome.py::test_figures_of_the_reference_implementation",
-    "tests/modules/fine_tuning/test_fine_tune.py::test_goldens[FT_all_layers",
-    "tests/modules/fine_tuning/test_tuning.py::test_goldens_of_full_and_lora_tuning",
-)
-#: Editors and their presets for whom another one of the family stands in what every editor is asked
-#: in tests/contract. A new editor is asked all of it.
-ALIKE = re.compile(
-    r"(?<![A-Za-z0-9])(?:"
-    r"RROME|PMET|EMMET|AlphaEdit|KN|UltraEdit|LocFT|LoRATuning|KE|MALMEN|RLEdit|IKE|SCR|WISE|"
-    r"CaliNET|TrainedEditor|RememberingEditor|"
-    r"r_rome|pmet|emmet|alpha_edit|kn|ultra_edit|loc_ft|lora_tuning|ke|malmen|rledit|ike|scr|wise|"
-    r"calinet|trained_editor|ft_l|ft_m"
-    r")(?![A-Za-z0-9_])"
-)
+#: Lines of `slow.txt`: a file or a test, and `*` behind a test of which no case stays.
+LONG = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").split())
 
 
-def mark_slow(item: pytest.Item) -> None:
-    """Marks a test that is left to `make test-slow`."""
-    _, _, case = item.nodeid.partition("[")
-    is_alike = item.nodeid.startswith("tests/contract/") and ALIKE.search(case)
-    if is_alike or item.nodeid.startswith(SLOW):
-        item.add_marker(pytest.mark.slow)
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Marks the tests that are left to `make test-slow`."""
+    seen: set[str] = set()
+    for item in items:
+        test, bracket, _ = item.nodeid.partition("[")
+        is_first = bool(bracket) and test not in seen
+        seen.add(test)
+        file = test.partition("::")[0]
+        is_whole = file in LONG or f"{test}*" in LONG
+        if is_whole or (test in LONG and not is_first):
+            item.add_marker(pytest.mark.slow)
