@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.batch import EditBatch, pad_rows
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree, StackKind, WeightSite
@@ -83,6 +83,8 @@ class WISE(MemoryModule):
         seed: Seed of the masks, of which the s-th copy draws from seed + s, and of the model's
             own text, which Lₐ takes for other text.
         max_entries: Edits that the memory may hold; any number if None.
+        other_texts: Texts that Lₐ takes for other text, each edit one of them in turn; the model's
+            own if None.
         kwargs: Arguments of every editor, such as ``dtype``; see
             [`EditModule`][lightning_edit.EditModule].
 
@@ -124,9 +126,16 @@ class WISE(MemoryModule):
         replay: bool = False,
         seed: int = 0,
         max_entries: int | None = None,
+        other_texts: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, max_entries, **kwargs)
+        if other_texts is not None and not (other_texts and all(t.strip() for t in other_texts)):
+            raise ValueError(
+                "`other_texts` is expected to hold texts that are not blank, but got "
+                f"{other_texts!r}."
+            )
+        self.other_texts = other_texts
         for name, count in (
             ("steps", steps),
             ("copy_size", copy_size),
@@ -332,8 +341,14 @@ class WISE(MemoryModule):
         """What goes through the layer in other texts: inputs, outputs and a mask, [L, T, ...]."""
         if self._others is None:
             tree = ModelTree.of(self.model, self.stack)
-            rows = sample_text_ids(self.model, self.tokens, OTHER_TEXTS, self.seed)
-            given = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+            if self.other_texts is None:
+                rows = sample_text_ids(self.model, self.tokens, OTHER_TEXTS, self.seed)
+                attended = torch.ones_like(rows)
+            else:
+                ids = [self.tokens.tokenizer(text)["input_ids"] for text in self.other_texts]
+                padded = pad_rows(ids, self.tokens.pad_id)
+                rows, attended = (part.to(self.model.device) for part in padded)
+            given = {"input_ids": rows, "attention_mask": attended}
             if tree.is_encoder_decoder:
                 start = self.model.config.decoder_start_token_id
                 given["decoder_input_ids"] = torch.full_like(rows[:, :1], start)
@@ -346,6 +361,8 @@ class WISE(MemoryModule):
             with torch.no_grad(), hooked({self._site(tree).module(self.model): record}):
                 self.model(**given, use_cache=False)
             mask = torch.ones(found[0].shape[:2], dtype=torch.bool, device=rows.device)
+            if mask.shape == attended.shape:
+                mask = attended.bool()
             self._others = found[0], found[1], mask
         inputs, outputs, kept = (part.to(self.model.device) for part in self._others)
         return inputs, outputs, kept

@@ -62,6 +62,8 @@ class LocateModule(EditModule[WeightDelta]):
             key's dimensions.
         ridge: Share of the mean eigenvalue added to an estimated second moment's diagonal.
         seed: Seed of sampled contexts and texts.
+        stop_loss: Loss in nats below which a target value is found.
+        max_rows: Rows whose target values are searched at once; it changes memory, not results.
         kwargs: Arguments of every editor, such as ``dtype``; see
             [`EditModule`][lightning_edit.EditModule].
     """
@@ -89,6 +91,8 @@ class LocateModule(EditModule[WeightDelta]):
         tokens_per_dimension: int = 4,
         ridge: float = 1e-3,
         seed: int = 0,
+        stop_loss: float = 5e-2,
+        max_rows: int = 512,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
@@ -96,11 +100,15 @@ class LocateModule(EditModule[WeightDelta]):
             raise ValueError(
                 f"`kl_prompt` is expected to hold {{}} for the subject, but got {kl_prompt!r}."
             )
-        for name, value in (("steps", steps), ("tokens_per_dimension", tokens_per_dimension)):
+        for name, value in (
+            ("steps", steps),
+            ("tokens_per_dimension", tokens_per_dimension),
+            ("max_rows", max_rows),
+        ):
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")
         self.settings = TargetValueSettings(
-            steps, lr, weight_decay, clamp_norm_factor, kl_factor, kl_prompt=kl_prompt
+            steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, kl_prompt, max_rows
         )
         self.seed = seed
         is_module = isinstance(second_moment_text, LightningDataModule)

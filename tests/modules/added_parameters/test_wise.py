@@ -18,6 +18,7 @@ from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.wise import ties
 from lightning_edit.memories.side_matrix import SideMatrices, mask_indices
+from lightning_edit.modules.added_parameters import wise
 from lightning_edit.modules.added_parameters.wise import _activation_name
 from tests.modules.helpers import fingerprint, plain_nll, same
 
@@ -286,3 +287,18 @@ def test_settings_that_cannot_be_are_refused(
 def test_a_model_without_a_named_activation_is_told() -> None:
     with pytest.raises(ModelError, match="does not name an activation function"):
         _activation_name(nn.Linear(2, 2))
+
+
+def test_other_text_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["Velmora has a flag that is red.", "People in Ostrane speak Ostrish.", "Dorin"]
+    own = WISE.from_model(*trained_tiny_model(), steps=3).edit(tiny_requests(2))
+    monkeypatch.setattr(wise, "sample_text_ids", None)  # it is not asked for
+    given = WISE.from_model(*trained_tiny_model(), steps=3, other_texts=texts)
+    edit = given.edit(tiny_requests(2))
+    assert edit.norm() != own.norm()
+    inputs, _, mask = given._other_texts()
+    assert mask.sum(1).tolist() == [len(given.tokens.tokenizer(t)["input_ids"]) for t in texts]
+    assert inputs.shape[:2] == mask.shape
+    for wrong in ([], ["a", " "]):
+        with pytest.raises(ValueError, match="`other_texts` is expected to hold texts"):
+            WISE.from_model(*trained_tiny_model(), other_texts=wrong)

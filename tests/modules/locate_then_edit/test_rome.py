@@ -317,3 +317,23 @@ def check_probabilities(
     check("pre_edit")
     with edit.applied(editor.model):
         check("post_edit")
+
+
+def test_searches_end_where_they_are_told_and_in_turns_of_any_size() -> None:
+    made = []
+    for settings in ({}, {"max_rows": 2}, {"stop_loss": 1e9}):
+        editor = ROME.from_model(
+            *trained_tiny_model(),
+            layers=[0],
+            steps=4,
+            tokens_per_dimension=1,
+            context_templates=["{}"],
+            **settings,
+        )
+        made.append(editor.edit(tiny_requests(2)))
+    whole, in_turns, at_once = made
+    name = next(iter(whole.changes))
+    torch.testing.assert_close(whole.dense(name), in_turns.dense(name), rtol=1e-4, atol=1e-6)
+    assert [row["steps"] for row in at_once.details["requests"]] == [1, 1]
+    with pytest.raises(ValueError, match="`max_rows` is expected to be at least 1, but got 0"):
+        ROME.from_model(*trained_tiny_model(), max_rows=0)
