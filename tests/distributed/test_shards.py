@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 import lightning_edit
 from lightning_edit import EditModule
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import EditError, ModelError
+from lightning_edit.demos import tiny_requests, tiny_tokenizer
 from lightning_edit.modules.locate_then_edit.base import LocateModule
-from lightning_edit.modules.sharded import prepare_strategy
+from lightning_edit.modules.sharded import prepare_strategy, shard_model
 from tests import zoo
 from tests.contract.enumeration import EDITORS, quick_editor
 from tests.distributed import shards
-from tests.modules.helpers import bare_trainer
+from tests.modules.helpers import bare_trainer, same, snapshot
 from tests.processes import run_pair
 from tests.runs import TinyWorld, metrics_of
 
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 
 # Cases in which `make test` tries a way; all others are slow.
-QUICK = {"FSDP2": ["rome_batches"], "TP": []}
+QUICK = {"FSDP2": ["memit"], "TP": []}
 # Partial sums of a product come in another order, to which each search reacts in its own way.
 CLOSE = {"FSDP2": 1e-6, "TP": 5e-3}
 
@@ -218,14 +219,34 @@ def test_flat_copies_of_weights_are_refused(strategy: type[Any]) -> None:
 
 def test_what_does_not_work_with_divided_weights_is_refused(subtests: pytest.Subtests) -> None:
     trainer: Any = bare_trainer()
-    for data, tensor in ((2, 1), (1, 2), (2, 2)):
-        ways = {"FSDP2"} if tensor == 1 else {"TP"} if data == 1 else {"FSDP2", "TP"}
-        trainer._accelerator_connector.strategy = strategies(data, tensor)
-        for cls in EDITORS.values():
+    for cls in EDITORS.values():
+        editor: EditModule[Any] = quick_editor(cls)
+        for data, tensor in ((2, 1), (1, 2), (2, 2)):
+            ways = {"FSDP2"} if tensor == 1 else {"TP"} if data == 1 else {"FSDP2", "TP"}
+            trainer._accelerator_connector.strategy = strategies(data, tensor)
             with subtests.test(cls.__name__, data=data, tensor=tensor):
-                editor: EditModule[Any] = quick_editor(cls)
                 if len(ways) == 1 and ways <= set(cls.edits_shards):
                     prepare_strategy(trainer, editor)
                     continue
                 with pytest.raises(EditError, match=cls.__name__):
                     prepare_strategy(trainer, editor)
+
+
+def test_a_model_that_cannot_be_divided_is_refused() -> None:
+    rows, columns = (strategies(*sizes)._device_mesh for sizes in ((2, 1), (1, 2)))
+    for kind, mesh, reason in (
+        ("t5", rows, "has an encoder"),
+        ("gpt2", columns, "does not say how to divide them"),
+    ):
+        model = zoo.build(kind)
+        kept = snapshot(model)
+        editor = lightning_edit.FineTune.from_model(model, tiny_tokenizer())
+        editor._device_mesh = mesh
+        with pytest.raises(ModelError, match=reason):
+            shard_model(editor)
+        assert same(model, kept)
+    editor = quick_editor(lightning_edit.FineTune)
+    editor.commit(editor.edit(tiny_requests(1)))
+    editor._device_mesh = rows
+    with pytest.raises(EditError, match="has committed edits to a whole model"):
+        shard_model(editor)
