@@ -126,8 +126,8 @@ def evaluator(model: Any) -> str:
     if not worst < 1e-4:
         return f"BAD log-probabilities differ by {worst:.1e}"
     texts = continuations(model, tokens, prompts, max_new_tokens=LONGEST)
-    for prompt, text in zip(prompts, texts, strict=True):
-        if list(text.ids) != _naive_text(model, ids[prompt], len(text.ids)):
+    for asked, text in zip(prompts, texts, strict=True):
+        if list(text.ids) != _naive_text(model, ids[asked], len(text.ids)):
             return "BAD text differs"
     return "ok"
 
