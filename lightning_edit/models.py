@@ -126,15 +126,15 @@ def _auto_of(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     import transformers
 
     kind = type(config)
+    auto: type[_BaseAutoModelClass] = transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    if kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return transformers.AutoModelForCausalLM
-    if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return transformers.AutoModelForImageTextToText  # a language model that sees, too
-    if kind in transformers.MODEL_FOR_MASKED_LM_MAPPING:
-        raise encoder_alone(transformers.MODEL_FOR_MASKED_LM_MAPPING[kind].__name__)
-    return transformers.AutoModelForCausalLM  # which tells what it knows
+        auto = transformers.AutoModelForSeq2SeqLM
+    elif kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            auto = transformers.AutoModelForImageTextToText  # a language model that sees, too
+        elif kind in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+            raise encoder_alone(transformers.MODEL_FOR_MASKED_LM_MAPPING[kind].__name__)
+    return auto
 
 
 def _recall(model: PreTrainedModel, name: str, revision: str | None) -> None:

@@ -461,8 +461,7 @@ class ModelTree:
                 return f"`{self.block_names[layer]}.{name}` of shape {list(parameter.shape)}"
         for name, module in block.named_modules():
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not in_attention(block, name):
-                parts = module.values() if isinstance(module, nn.ModuleDict) else module
-                kinds = [type(m) for m in parts if any(True for _ in linears(m))]
+                kinds = [type(m) for m in module.children() if any(True for _ in linears(m))]
                 if len(kinds) > 1 and len(set(kinds)) == 1:
                     return f"{len(kinds)} modules in `{self.block_names[layer]}.{name}`"
         return ""

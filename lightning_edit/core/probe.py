@@ -143,7 +143,9 @@ def _probe(
 def _running(model: nn.Module) -> Iterator[tuple[list[int], list[int], torch.device]]:
     """Context manager: a model in eval mode; gives two rows of tokens and where they go."""
     modes = [(module, module.training) for module in model.modules()]
-    get: Callable[[], nn.Module] = model.get_input_embeddings
+    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
+    if get is None:
+        raise TypeError("it names no token embedding")
     weight = cast(Tensor, get().weight)
     rows, device = weight.shape[0], weight.device
     start = rows // 3  # special tokens stand at the ends

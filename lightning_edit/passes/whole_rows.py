@@ -361,10 +361,9 @@ class WholeKeys:
         after: dict[nn.Module, Callable[..., object]],
         before: dict[nn.Module, Callable[..., object]],
     ) -> None:
+        model: PreTrainedModel = self.tree.model
         with hooked(after, before), suppress(StopPass):
-            self.tree.model.base_model(
-                input_ids=self.ids, attention_mask=self.mask, use_cache=False
-            )
+            model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False)
 
 
 def _at(states: Tensor, columns: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ def evaluator(model: Any) -> str:
     if not worst < 1e-4:
         return f"BAD log-probabilities differ by {worst:.1e}"
     texts = continuations(model, tokens, prompts, max_new_tokens=LONGEST)
-    for prompt, text in zip(prompts, texts, strict=True):
-        if list(text.ids) != _naive_text(model, ids[prompt], len(text.ids)):
+    for asked, text in zip(prompts, texts, strict=True):
+        if list(text.ids) != _naive_text(model, ids[asked], len(text.ids)):
             return "BAD text differs"
     return "ok"
 
@@ -171,11 +172,11 @@ def edited(model: Any, method: str, layer: int) -> str:
     return "ok"
 
 
-def _patched(editor: EditModule[Any], request: Any, layer: int, delta: Tensor) -> float:
+def _patched(editor: Any, request: Any, layer: int, delta: Tensor) -> float:
     """Mean probability of an answer over templates where the layer returns its target value."""
     model, tokens = editor.model, editor.tokens
-    templates: list[str] = editor.templates  # type: ignore[attr-defined]
-    place = editor.settings.place  # type: ignore[attr-defined]
+    templates: list[str] = editor.templates
+    place = editor.settings.place
     tree = ModelTree.of(model)
     module = tree.blocks[layer] if place == "block" else tree.mlp(layer)
     target = tokens.target(request.prompt, request.target_new, request.glued)
@@ -230,7 +231,7 @@ def measure(name: str, model: Any) -> Row:
         said = str(error)
     layer = next((i for i, place in enumerate(row.mlp_out) if place), 0)
     for method in METHODS:
-        row.cells[method] = _tried(lambda method=method: edited(model, method, layer))  # type: ignore[misc]
+        row.cells[method] = _tried(partial(edited, model, method, layer))
     row.cells["load_model"] = _tried(lambda: loaded(model))
     row.cells["said"] = said
     return row

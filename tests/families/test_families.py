@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_edit import GRACE, KN, ROME, SERAC, EditEvaluator, FineTune, LoRA, UltraEdit
+from lightning_edit import (
+    GRACE,
+    KN,
+    ROME,
+    SERAC,
+    EditEvaluator,
+    EditModule,
+    FineTune,
+    LoRA,
+    UltraEdit,
+)
 from lightning_edit.core.errors import EditError, LocatorError, ModelError
 from lightning_edit.core.locator import Locator, ModelTree
 from lightning_edit.core.probe import is_causal
@@ -110,7 +120,8 @@ def test_a_block_of_two_mlps_is_refused_with_their_names() -> None:
     block.more = type(block.mlp)(model.config)
 
     def forward(x: torch.Tensor, own: Any = block.mlp.forward) -> torch.Tensor:
-        return own(x) + block.more(x)
+        both: torch.Tensor = own(x) + block.more(x)
+        return both
 
     block.mlp.forward = forward
     message = r"Layer 1 .* has 2 MLPs: `mlp.down_proj`, `more.down_proj`.*`modules=\['mlp.down"
@@ -180,9 +191,10 @@ def test_a_second_model_needs_keys_and_values_to_go_with() -> None:
 
 
 def test_encoders_alone_are_refused_by_everything(subtests: pytest.Subtests) -> None:
+    editors: tuple[type[EditModule[Any]], ...] = (ROME, FineTune, GRACE, LoRA, KN)
     for name in ("bert", "distilbert"):
         model = build(name)
-        for editor in (ROME, FineTune, GRACE, LoRA, KN):
+        for editor in editors:
             refused = pytest.raises(ModelError, match="is an encoder alone")
             with subtests.test(f"{name}, {editor.__name__}"), refused:
                 editor.from_model(model, tiny_tokenizer())
@@ -208,7 +220,7 @@ def test_what_is_advised_for_mixtures_of_experts_works(subtests: pytest.Subtests
         message = f"Choose {plain}a method that needs none, such as LoRA, or GRACE with"
         with pytest.raises(LocatorError, match=message):
             Locator([1]).sites(model)
-        editors = (
+        editors: tuple[EditModule[Any], ...] = (
             LoRA.from_model(model, tiny_tokenizer(), layers=[1], steps=2),
             GRACE.from_model(model, tiny_tokenizer(), layers=[1], module="attention_out", steps=2),
         )
