@@ -297,12 +297,13 @@ def resumed_editor(
             "that none can make them again. Take out the last ones first (`to`)."
         )
     known = {k: v for k, v in first.settings.items() if k not in ("model", "cache_dir")}
+    known |= settings
     inner = unwrapped(model)
     roots = originals_of(ledger, lineage)
     named = {name: plain_parameters(inner)[name] for name in roots}
     with kept_weights(named) if named else nullcontext():
         restore(named, roots)
-        editor: EditModule[Edit] = cls.from_model(model, tokenizer, **{**known, **settings})
+        editor: EditModule[Edit] = cls.from_model(model, tokenizer, preset=None, **known)
     deltas = undo._changes(lineage.standing)
     optimizer = editor.edit_optimizer
     batches = tuple(RequestBatch(one.requests) for one in lineage.standing)

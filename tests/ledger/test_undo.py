@@ -150,12 +150,13 @@ def test_without_originals_nothing_is_guessed(tmp_path: Path) -> None:
 
 
 def test_blame_names_the_edit_that_changed_an_answer(tmp_path: Path) -> None:
-    settings = {"layers": [0], "weight_decay": 0.0, "cache_dir": str(tmp_path)}
     for name in ("ROME", "GRACE"):
         ledger = Ledger(tmp_path / f"{name}.db")
         editor = quick_editor(EDITORS[name])
         if name == "ROME":
-            editor = ROME.from_model(*trained_tiny_model(), **settings)
+            editor = ROME.from_model(
+                *trained_tiny_model(), layers=[0], weight_decay=0.0, cache_dir=str(tmp_path)
+            )
         with ledger.recording(editor):
             for request in REQUESTS[:2]:
                 editor.commit(editor.edit(request))
