@@ -153,6 +153,8 @@ def restored_logging() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:.*The number of training batches:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*`val_dataloader`:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning")
+# peft asks a model in a way that transformers is about to retire.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_code_runs(page: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space: dict[str, Any] = {"__name__": "page"}
