@@ -26,7 +26,6 @@ class Verb(NamedTuple):
 
     summary: str
     function: str = ""
-    function: str = ""
     own: str = ""
     verbs: Mapping[str, Verb] = MappingProxyType({})
 

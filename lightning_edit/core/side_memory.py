@@ -461,7 +461,7 @@ class EditMemory(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, object]:
         stale = frozenset(handle.id for handle in self._handles) | self._stale
-        made = {"_views": {}, "_viewed": ({}, {})}
+        made: dict[str, object] = {"_views": {}, "_viewed": ({}, {})}
         return {**self.__dict__, **made, "_handles": [], "_model": None, "_stale": stale}
 
     @override

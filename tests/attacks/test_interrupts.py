@@ -30,7 +30,7 @@ class TwoRows(EditMemory):
     fields = ("bias", "more")
 
     def hook(self, model: nn.Module) -> list[Any]:
-        return [model.register_forward_hook(lambda _, __, y: y + self.bias.sum(0))]
+        return [model.register_forward_hook(lambda _, __, y: y + self.get_buffer("bias").sum(0))]
 
 
 def _weights() -> tuple[nn.Module, WeightDelta]:

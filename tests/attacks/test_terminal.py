@@ -53,7 +53,7 @@ def test_logs_and_warnings_of_the_command_line_are_spelt_out(
     for name in ("lightning.pytorch", "lightning.fabric.utilities.rank_zero"):
         other = logging.getLogger(name)
         monkeypatch.setattr(other, "filters", other.filters[:])
-    trainer._quiet_down()
+    trainer.quiet_down()
     with caplog.at_level("INFO"):
         logger.info("edits of %s", NASTY)
     shown = caplog.text + warnings.formatwarning(f"not {NASTY}", UserWarning, "file", 1)

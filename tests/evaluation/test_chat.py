@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lightning_edit import ROME, EditDataModule, EditEvaluator, EditReport, RetentionCurve
 from lightning_edit.core.batch import PromptTokenizer
@@ -73,7 +73,11 @@ def test_an_edit_of_one_form_is_measured_in_the_other(in_chat: bool, tmp_path: P
         "enable_model_summary": False,
         "default_root_dir": tmp_path,
     }
-    callbacks = [evaluator, RetentionCurve(every_n_edits=1), EditReport(str(tmp_path))]
+    callbacks: list[Callback] = [
+        evaluator,
+        RetentionCurve(every_n_edits=1),
+        EditReport(str(tmp_path)),
+    ]
     trainer = Trainer(**quiet, max_epochs=1, limit_val_batches=0, callbacks=callbacks)
     trainer.fit(editor, EditDataModule(requests=tiny_requests(2)))
     asked = [text for text in texts if tiny_requests(1)[0].prompt in text]

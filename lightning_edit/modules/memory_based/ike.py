@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 from typing_extensions import override
@@ -163,7 +163,9 @@ class IKE(MemoryModule):
                 record = parse_json(line)
             except ValueError as error:
                 raise RequestError(f"{where}, line {number} is no JSON ({error}).") from None
-            facts.append(EditRequest.from_dict(record, f"{where}, line {number}"))
+            facts.append(
+                EditRequest.from_dict(cast("dict[str, object]", record), f"{where}, line {number}")
+            )
         if not facts:
             raise RequestError(f"{where} holds no facts to demonstrate with.")
         return facts
