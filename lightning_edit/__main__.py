@@ -65,12 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str) -> int:
     from lightning_edit.core.errors import EditError
+    from lightning_edit.rendering.escaping import visible
 
     module = "console" if VERBS[verb].function else "trainer"
     try:
         importlib.import_module(f"lightning_edit.cli.{module}").main()
     except EditError as error:
-        sys.stderr.write(f"lightning-edit {verb}: {error}\n")
+        sys.stderr.write(f"lightning-edit {verb}: {visible(error)}\n")
+        return 1
+    except OSError as error:  # such as a full disk
+        place = f"`{error.filename}`: " if error.filename else ""
+        reason = visible(f"{place}{error.strerror or error}")
+        sys.stderr.write(f"lightning-edit {verb}: {reason}. Mend that, and run it again.\n")
         return 1
     return 0
 

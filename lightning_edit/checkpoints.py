@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import re
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +20,26 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning.pytorch.strategies import Strategy
 
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.hashing import is_sharded, nested_hash
 
 __all__ = [
+    "FORMAT_VERSION",
     "PlainCheckpoints",
+    "check_editor",
+    "check_file",
     "check_hyper_parameters",
+    "check_seal",
     "load_plainly",
     "read_checkpoint",
     "read_plainly",
     "record_in",
+    "seal",
 ]
+
+#: 2: with a checksum of all that the checkpoint holds.
+FORMAT_VERSION = 2
 
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 # What a parser takes for the description of an object, not for an argument.
@@ -35,7 +47,7 @@ _SECTIONS = ("class_path", "dict_kwargs", "init_args")
 _UNSAFE = re.compile(r"GLOBAL ([\w.]+)")
 
 
-class PlainCheckpoints:
+class PlainCheckpoints(CheckedArguments):
     """Base of modules and data modules whose checkpoints hold tensors and plain values alone.
 
     Lightning loads checkpoints from an address such as ``https://…`` with pickles allowed, and
@@ -100,15 +112,57 @@ class _PlainLoading:
                 f"`{where}` is a folder, as sharded strategies write it, whose description is a "
                 "pickle. Give the file of a run on one device or under DDP."
             )
+        check_file(where)
+        loads = type(self.strategy).load_checkpoint
+        if loads is not Strategy.load_checkpoint:
+            # Puts weights into the model while it reads them.
+            read_checkpoint(where)
         with read_plainly(where):
             # By the class, since the instance has this very object in the method's place.
-            return type(self.strategy).load_checkpoint(
-                self.strategy, checkpoint_path, weights_only=True
-            )
+            found = loads(self.strategy, checkpoint_path, weights_only=True)
+        if loads is Strategy.load_checkpoint:
+            check_seal(found, where)
+        return found
+
+
+class _SealedSaving:
+    """A strategy's ``save_checkpoint`` that adds a checksum of all that an editor's holds."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def __call__(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: object = None,
+    ) -> None:
+        if self.strategy.is_global_zero and "lightning_edit" in checkpoint:
+            _count_epoch(checkpoint.get("loops", {}).get("fit_loop", {}))
+            seal(checkpoint)
+        type(self.strategy).save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
+
+
+def _count_epoch(loop: Mapping[str, Any]) -> None:
+    """Counts the epoch that is running as begun, where Lightning left it out.
+
+    Lightning 2.6 does after a run was resumed at the end of an epoch: a checkpoint of a later epoch
+    then reads as one between two epochs, so that resuming it makes the epoch's steps once more.
+
+    Args:
+        loop: State of the fit loop, which is set right.
+    """
+    if not {"epoch_progress", "epoch_loop.batch_progress"} <= loop.keys():
+        return
+    batches = loop["epoch_loop.batch_progress"]["current"]
+    for epochs in loop["epoch_progress"].values():
+        is_within = batches["processed"] > batches["completed"]
+        if is_within and epochs["ready"] <= epochs["processed"]:
+            epochs["ready"] = epochs["started"] = epochs["processed"] + 1
 
 
 def load_plainly(strategy: Strategy) -> None:
-    """Has a strategy load checkpoints of tensors and plain values alone.
+    """Has a strategy load checkpoints of tensors and plain values alone, and save them sealed.
 
     The Trainer's own ``weights_only`` does not reach every strategy, and allows pickles by default
     where a checkpoint has an address.
@@ -118,6 +172,97 @@ def load_plainly(strategy: Strategy) -> None:
     """
     if not isinstance(strategy.load_checkpoint, _PlainLoading):
         cast(Any, strategy).load_checkpoint = _PlainLoading(strategy)
+        cast(Any, strategy).save_checkpoint = _SealedSaving(strategy)
+
+
+def seal(checkpoint: Mapping[str, Any]) -> None:
+    """Adds the checksum of all that a checkpoint of an editor holds to its record.
+
+    One whose tensors lie on several processes, each its part, gets none.
+
+    Args:
+        checkpoint: As it is about to be written.
+    """
+    if is_sharded(checkpoint):
+        return
+    record = cast(dict[str, object], record_in(checkpoint))
+    record["format_version"] = FORMAT_VERSION
+    record.pop("sha256", None)
+    record["sha256"] = nested_hash(checkpoint)
+
+
+def check_seal(checkpoint: Mapping[str, Any], where: str) -> None:
+    """Checks that a checkpoint of an editor holds what was written, by its checksum.
+
+    Those of version 0.1.0 have none; of them the file's own checksums were looked at.
+
+    Args:
+        checkpoint: As it was read.
+        where: Its name, for errors.
+
+    Raises:
+        ArtifactError: If it does not, or is of a newer format.
+    """
+    record = checkpoint.get("lightning_edit")
+    if not isinstance(record, Mapping):
+        return
+    version, digest = record.get("format_version", 1), record.get("sha256")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"`{where}` was written in format {version!r}, newer than {FORMAT_VERSION}, which this "
+            "version of lightning_edit reads. Upgrade with `pip install -U lightning-edit`."
+        )
+    if version < 2 and digest is None:
+        return
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    if nested_hash({**checkpoint, "lightning_edit": rest}) != digest:
+        raise ArtifactError(
+            f"`{where}` is damaged: it does not hold what was written, by its checksum. Restore it "
+            "from a backup, or go on from an earlier checkpoint."
+        )
+
+
+def check_file(where: str) -> None:
+    """Checks the file of a checkpoint before it is read: its checksums, and the sizes it names.
+
+    Args:
+        where: A local file; others, such as addresses, are left to those who read them.
+
+    Raises:
+        ArtifactError: If a part of the file is damaged, missing, or said to be larger than it is.
+    """
+    path = Path(where)
+    _check_regular(path)
+    if not path.is_file():
+        return
+    with read_plainly(where), path.open("rb") as file:
+        _check_archive(file)
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses pipes and devices, which would be waited for without an end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ArtifactError(f"`{path}` is no regular file. Give one that a run has written.")
+
+
+def _check_archive(file: IO[bytes]) -> None:
+    """Checks what torch does not: the CRC-32 of each part, and that none is compressed.
+
+    Raises:
+        ValueError: If one is not as it was written.
+        zipfile.BadZipFile: If it is no archive.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        # Written as they are, so that they cannot ask for more memory than the file has bytes.
+        if any(p.compress_type for p in parts) or sum(p.file_size for p in parts) > size:
+            raise ValueError("its parts are said to be larger than the file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part `{damaged}` does not have the checksum it was written with")
+    file.seek(0)
 
 
 def record_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -133,6 +278,31 @@ def record_in(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     found: Mapping[str, Any] = checkpoint["lightning_edit"]
     return found
+
+
+def check_editor(record: Mapping[str, Any], editor: list[str]) -> None:
+    """Checks that a run goes on with the editor that it began with.
+
+    Args:
+        record: What an editor kept in the checkpoint; in version 0.1.0 that was not in it.
+        editor: Name of the editor that goes on, and of the parameters that it edits.
+
+    Raises:
+        ArtifactError: If it is another, or edits other parameters.
+    """
+    made_by, *names = record.get("made_by", editor)
+    method, *edited = editor
+    if made_by != method:
+        raise ArtifactError(
+            f"The checkpoint is of {made_by}, not of {method}, whose edits it would be said to "
+            f"hold. Resume with {made_by}, or begin a new run in another folder."
+        )
+    if names != edited:
+        raise ArtifactError(
+            f"The checkpoint holds edits of {', '.join(names) or 'no weights'}, but here "
+            f"{', '.join(edited) or 'no weights'} are to be edited. Resume with the `layers` and "
+            "`modules` that it was made with, or begin a new run in another folder."
+        )
 
 
 def read_checkpoint(source: str | Path | IO[bytes], where: str = "") -> dict[str, Any]:
@@ -152,17 +322,23 @@ def read_checkpoint(source: str | Path | IO[bytes], where: str = "") -> dict[str
         tensor([1., 1.])
     """
     where = where or str(source)
+    if isinstance(source, (str, Path)) and "://" not in where:
+        _check_regular(Path(where))
     with read_plainly(where):
         if isinstance(source, (str, Path)):
             with get_filesystem(where).open(where, "rb") as file:
-                saved = torch.load(file, map_location="cpu", weights_only=True)
+                held = io.BytesIO(file.read()) if "://" in where else file
+                _check_archive(held)
+                saved = torch.load(held, map_location="cpu", weights_only=True)
         else:
+            _check_archive(source)
             saved = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict):
         raise ArtifactError(
             f"`{where}` is no checkpoint: it holds {type(saved).__name__}, not a dict. Give a file "
             "that a run has written."
         )
+    check_seal(saved, where)
     return saved
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.errors import ArtifactError, EditError, ModelError
 from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory
 
 if TYPE_CHECKING:
@@ -356,8 +356,10 @@ def _explained(model: str, what: str) -> Iterator[None]:
     """Says in one family of errors what was looked for, and where, when transformers fails."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
+    except EditError:
+        raise
+    except Exception as error:  # transformers and gguf raise all kinds for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
         if not Path(model).expanduser().exists() and model != DEFAULT_MODEL:
             raise ModelError(_not_found(model, f"there is no such folder, and {reason}")) from error
         raise ModelError(

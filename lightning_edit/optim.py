@@ -143,17 +143,19 @@ class EditOptimizer(Optimizer, Generic[E]):
         result = closure() if closure is not None else None
         if self._staged is not None:
             self._staged.check_targets(self.model, self.originals)
+            self._staged.check_finite()
             self.check()
             total = self.delta + self._staged
             parts = self._staged.parts
             # Edits that were added up were not made after one another, so not of these requests.
             total.batches = (*self.delta.parts, *(parts if len(parts) < 2 else (None,)))
+            before = self.delta
             try:
                 total.write_(self.model, self.originals)
+                self.take_over(total)
             except BaseException:  # an interruption, too, leaves the last committed state
-                self.delta.reset_(self.model, self.originals)
+                self.rewind(before)
                 raise
-            self.take_over(total)
             self._staged = None
         return result
 

@@ -9,6 +9,7 @@ import locale
 from pathlib import Path
 from typing import TypedDict
 
+from lightning_edit.core.documents import parse_yaml, read_text
 from lightning_edit.core.errors import EditError
 
 __all__ = ["config_folder", "find_config", "load_preset", "presets_of"]
@@ -35,13 +36,15 @@ def find_config(name: str) -> str:
         name: A path, or a packaged configuration such as ``method/rome.yaml``.
 
     Raises:
-        EditError: If the file holds characters that would be read as others on this system.
+        EditError: If the file holds characters that would be read as others on this system, is no
+            regular file, or is nested too deeply or comes to too much to be read.
 
     Examples:
         >>> Path(find_config("method/rome.yaml")).name
         'rome.yaml'
     """
-    if Path(name).is_file():
+    if Path(name).exists() and not Path(name).is_dir():
+        _check_config(Path(name))
         _check_encoding(Path(name))
         return name
     folder = config_folder()
@@ -110,6 +113,21 @@ def _editor_in(path: Path) -> _Editor:
 
     section: _Editor = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     return section
+
+
+def _check_config(file: Path) -> None:
+    """Checks that a file can be read within bounds; whether it is YAML, the parser says."""
+    from yaml import YAMLError
+
+    try:
+        parse_yaml(read_text(file))
+    except YAMLError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EditError(
+            f"`{file}` cannot be read as a configuration: {reason}. Give a file of YAML."
+        ) from None
 
 
 def _check_encoding(file: Path) -> None:

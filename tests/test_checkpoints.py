@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_edit import MEND, EditModule, FineTune, FullTuning, TrainedEditor
-from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint
+from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint, seal
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.data import EditDataModule, HeldOut, OldThenNew, TextDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -267,6 +267,7 @@ def test_a_run_of_the_command_line_is_loaded_and_resumed(tmp_path: Path) -> None
     [file] = (tmp_path / "run").rglob("last.ckpt")
     saved = read_checkpoint(file)
     saved["hyper_parameters"]["_class_path"] = "lightning_edit.some.earlier.file.FineTune"
+    seal(saved)
     torch.save(saved, file)
     for source in (file, io.BytesIO(file.read_bytes()), f"file://{file}"):
         editor = FineTune.load_from_checkpoint(source)

@@ -15,9 +15,10 @@ import torch
 from lightning_edit.artifacts.cards import adapter_card
 from lightning_edit.artifacts.folders import check_ours, list_files
 from lightning_edit.core.errors import ArtifactError, ModelError
+from lightning_edit.core.files import atomic_folder
 from lightning_edit.core.lora import LoRAFactors
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.storage import CARD, atomic_folder
+from lightning_edit.core.storage import CARD
 from lightning_edit.models import resolve_model
 
 if TYPE_CHECKING:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.files import atomic_folder, file_hash
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
@@ -20,17 +22,25 @@ from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.core.storage import (
     CARD,
     CONFIG,
-    atomic_folder,
     foreign_entries,
     provenance_of,
     read_config,
 )
 from lightning_edit.models import MEMORY_FOLDER, resolve_model
+from lightning_edit.rendering.card import CARD_TAG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MANIFEST", "check_ours", "check_output", "held_memory", "list_files", "save_model"]
+__all__ = [
+    "MANIFEST",
+    "check_ours",
+    "check_output",
+    "held_memory",
+    "list_files",
+    "manifest_of",
+    "save_model",
+]
 
 # The memory is a submodule of the model.
 _OF_MEMORY = f"{MEMORY_FOLDER}."
@@ -86,7 +96,8 @@ def check_ours(folder: Path) -> None:
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    ours = _listed(folder) or {
+    listed = _listed(folder)
+    ours = listed or {
         name
         for path in folder.iterdir()
         if _FILES.fullmatch(name := path.name) or _WEIGHTS.fullmatch(name)
@@ -105,15 +116,47 @@ def check_ours(folder: Path) -> None:
             f"the folder would delete it: {', '.join(foreign[:5])}{more}. Give another `output`, "
             "or move that elsewhere."
         )
+    if not listed and not _has_our_card(folder):  # version 0.1.0 kept no list
+        raise ArtifactError(
+            f"`{folder}` holds a model or an adapter that was not written here, as far as anything "
+            f"in it says (`{MANIFEST}`), so `force` does not replace it. Give another `output`, or "
+            "empty the folder yourself."
+        )
 
 
 def _listed(folder: Path) -> set[str]:
-    """The files that were written here; none if there is no list of them."""
+    """The files that were written here and are as they were written; none without a list."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = manifest_of(folder)
+        listed, hashes = found["files"], found.get("sha256", {})
+    except (OSError, ValueError, KeyError):
         return set()
-    return {MANIFEST, *map(str, listed)} if isinstance(listed, list) else set()
+    if not isinstance(listed, list) or not isinstance(hashes, dict):
+        return set()
+    ours = {MANIFEST, *map(str, listed)}
+    return ours - {n for n in ours & hashes.keys() if _is_changed(folder / n, hashes[n])}
+
+
+def _is_changed(path: Path, digest: object) -> bool:
+    return path.is_file() and file_hash(path) != digest
+
+
+def manifest_of(folder: Path) -> dict[str, object]:
+    """The list of the files that were written into a folder, with what else it says.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is damaged.
+    """
+    found = parse_json(read_text(folder / MANIFEST))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
+def _has_our_card(folder: Path) -> bool:
+    card = folder / CARD
+    return card.is_file() and CARD_TAG in card.read_text("utf-8", errors="replace")
 
 
 def list_files(folder: Path, **more: object) -> None:
@@ -123,8 +166,9 @@ def list_files(folder: Path, **more: object) -> None:
         folder: The folder.
         more: What else is to be known of it, as JSON types.
     """
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    listed = {"format_version": 1, "files": sorted(files), **more}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    listed = {"format_version": 1, "files": list(hashes), "sha256": hashes, **more}
     text = json.dumps(listed, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -4,17 +4,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_edit.artifacts.folders import MANIFEST
+from lightning_edit.artifacts.folders import manifest_of
 from lightning_edit.core.change import LowRank, tensors_of
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError
@@ -57,7 +56,7 @@ def applied_to(model: str) -> list[Path]:
     """
     folder = Path(model).expanduser()
     try:
-        records: list[Applied] = json.loads((folder / MANIFEST).read_text("utf-8"))["edits"]
+        records = cast(list[Applied], manifest_of(folder)["edits"])
         found = [(folder / record["folder"], record["tensors_sha256"]) for record in records]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import find_requests, model_and_tokens
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest, check_requests
@@ -40,7 +41,7 @@ SITES: tuple[tuple[Kind, str, str], ...] = (
 )
 
 
-class CausalTracing(Callback):
+class CausalTracing(CheckedArguments, Callback):
     """Traces the known facts before ``fit``'s first step or ``validate``, and proposes layers.
 
     Works with an editor and with any LightningModule that holds a Hugging Face model and its

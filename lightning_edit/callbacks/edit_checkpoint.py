@@ -18,12 +18,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-from lightning_edit.callbacks.run_folder import is_dry
+from lightning_edit.callbacks.run_folder import hold, is_dry, release
+from lightning_edit.core.arguments import CheckedArguments
+from lightning_edit.core.errors import EditError
+from lightning_edit.core.files import explained, sync, sync_folder, umask
 
 __all__ = ["EditCheckpoint"]
 
 
-class EditCheckpoint(ModelCheckpoint):
+class EditCheckpoint(CheckedArguments, ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date, so that a run goes on at the very edit it was stopped at.
 
     An editor's checkpoint holds only what the edits changed. After an interruption it says
@@ -36,6 +39,8 @@ class EditCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_edits: int = 1) -> None:
+        if every_n_edits < 1:
+            raise EditError(f"`every_n_edits` is expected to be at least 1, got {every_n_edits}.")
         super().__init__(
             dirpath=dirpath,
             save_last=True,
@@ -74,8 +79,12 @@ class EditCheckpoint(ModelCheckpoint):
         self._has_begun = True
         # What a resumed run begins with is in the checkpoint that it read.
         self._last_global_step_saved = trainer.global_step
-        is_fresh = trainer.ckpt_path is None and not is_dry(trainer)
-        if is_fresh and trainer.is_global_zero and self.dirpath is not None:
+        if is_dry(trainer) or not trainer.is_global_zero or self.dirpath is None:
+            return
+        hold(trainer, Path(self.dirpath))
+        for left in Path(self.dirpath).glob(f"*{self.FILE_EXTENSION}.part"):  # of a killed run
+            _remove(left)
+        if trainer.ckpt_path is None:
             _move_aside(Path(self.dirpath))
 
     @override
@@ -84,9 +93,15 @@ class EditCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        release(trainer)
+
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        release(trainer)
         if not self._has_begun:
             return
         # Saving now could keep half a step: the last committed one is on disk already.
@@ -106,7 +121,12 @@ class EditCheckpoint(ModelCheckpoint):
         # systems is a copy: a run killed meanwhile would lose the earlier checkpoint, too.
         part = Path(f"{filepath}.part")
         own = {self._last_checkpoint_saved, str(trainer.ckpt_path)}
-        super()._save_checkpoint(trainer, str(part))
+        with explained(Path(filepath)):
+            super()._save_checkpoint(trainer, str(part))
+            if trainer.is_global_zero and part.exists():
+                if part.is_file():
+                    part.chmod(0o666 & ~umask())  # fsspec makes it private
+                sync(part)
         if trainer.is_global_zero:
             if Path(filepath).is_dir():  # of a sharded strategy
                 if str(filepath) in own:
@@ -114,8 +134,16 @@ class EditCheckpoint(ModelCheckpoint):
                 else:  # not this run's to delete
                     _move_aside(Path(filepath).parent)
             os.replace(part, filepath)
+            sync_folder(part.parent)
         self._last_checkpoint_saved = filepath
         trainer.strategy.barrier("EditCheckpoint")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _move_aside(folder: Path) -> None:

@@ -19,6 +19,7 @@ from lightning_edit.callbacks.model_access import (
     model_and_tokens,
     unedited,
 )
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.request import EditRequest, check_requests
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator, ScoredProbe
 from lightning_edit.evaluation.measured import gathered, metric_values
@@ -30,7 +31,7 @@ from lightning_edit.report.results import MetricRow
 __all__ = ["EditEvaluator", "metric_rows"]
 
 
-class EditEvaluator(Callback):
+class EditEvaluator(CheckedArguments, Callback):
     """Measures reliability, generality, locality and portability before and after ``fit``.
 
     Works with an editor, whose unedited weights it knows at any time, and with any

@@ -26,11 +26,13 @@ from typing_extensions import override
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator, metric_rows
 from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.retention_curve import RetentionCurve
-from lightning_edit.callbacks.run_folder import is_dry, run_folder
+from lightning_edit.callbacks.run_folder import hold, is_dry, release, run_folder
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.figures import RequestFigures, not_taken
+from lightning_edit.core.files import clean_up
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.side_memory import EditMemory
@@ -53,7 +55,7 @@ PACKAGES = ("lightning-edit", "torch", "lightning", "transformers", "torchmetric
 FILES = ("delta", *REPORT_FILES)
 
 
-class EditReport(Callback):
+class EditReport(CheckedArguments, Callback):
     """Writes the run folder at the end of a verb and prints the table of the metrics.
 
     The folder holds the edit (``delta/``), ``results.json``, ``edits.jsonl``, ``report.html``,
@@ -95,6 +97,9 @@ class EditReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what is about to be edited, and moves an earlier run's files aside."""
         folder = run_folder(trainer, self.dirpath)
+        hold(trainer, folder)
+        if trainer.is_global_zero and not is_dry(trainer):
+            clean_up(folder / "delta")
         if isinstance(pl_module, EditModule):
             rank_zero_info(_banner(pl_module, trainer))
         if trainer.is_global_zero and not is_dry(trainer) and trainer.ckpt_path is None:
@@ -164,6 +169,18 @@ class EditReport(Callback):
         self._show(folder, saved)
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets other runs write into the folder."""
+        release(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Lets other runs write into the folder."""
+        release(trainer)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what ``validate`` has measured."""
         if trainer.state.fn == "validate":  # not one inside of `fit`
@@ -181,6 +198,7 @@ class EditReport(Callback):
         measured = pl_module.measured.whole()
         if not trainer.is_global_zero:
             return
+        hold(trainer, folder)
         _move_aside(folder)
         before, after = Evaluation(measured.before), Evaluation(measured.after)
         readings = pl_module.evaluator.readings

@@ -8,10 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
+from lightning_edit.core.arguments import CheckedArguments
+
 __all__ = ["EditProgressBar"]
 
 
-class EditProgressBar(TQDMProgressBar):
+class EditProgressBar(CheckedArguments, TQDMProgressBar):
     """Lightning's progress bar with an edit as its unit, beside p(target) and ‖Δ‖/‖W‖.
 
     Args:

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import model_and_tokens, unedited
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import EditError, MissingDependencyError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.evaluation.prose import perplexity, read_prose
@@ -35,7 +36,7 @@ from lightning_edit.modules.base import EditModule
 __all__ = ["RetentionCurve"]
 
 
-class RetentionCurve(Callback):
+class RetentionCurve(CheckedArguments, Callback):
     """Follows a sequence of edits: which earlier ones still hold, and what all of them cost.
 
     After every so many edits of ``fit``, or of ``test`` with the sequential protocol, all edits

@@ -13,12 +13,13 @@ from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.run_folder import is_dry
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.forgetting.base_weights import BaseWeights
 
 __all__ = ["SaveTaskVector"]
 
 
-class SaveTaskVector(Callback):
+class SaveTaskVector(CheckedArguments, Callback):
     """τ = θ_after − θ_before of a fit, saved as a `WeightDelta` when it ends.
 
     Of a LoRA run the vector is (alpha/r) B A of each target, as factors. The weights before the

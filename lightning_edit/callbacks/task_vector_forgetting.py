@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_edit.callbacks.model_access import find_model, find_tokenizer
 from lightning_edit.callbacks.run_folder import is_dry
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, RequestError
@@ -31,7 +32,7 @@ __all__ = ["TaskVectorForgetting"]
 _MEASURED = 256
 
 
-class TaskVectorForgetting(Callback):
+class TaskVectorForgetting(CheckedArguments, Callback):
     """F-Learning: θ' = θ − λ τ before the Trainer's own fit learns the new knowledge.
 
     τ, the task vector of the old knowledge, comes from a folder or is learned in the first epochs

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_edit.modules.base import EditModule
 from lightning_edit.presets import config_folder
+from lightning_edit.rendering.escaping import visible
 
 __all__ = ["EditParser"]
 
@@ -41,7 +42,7 @@ class EditParser(LightningArgumentParser):
         # The usage of a verb lists some hundred options and would hide the message.
         verb = getattr(ex, "subcommand_parser", None) or self
         program = verb.prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: {message}\nAll options: {program} --help\n")
+        sys.stderr.write(f"{program}: {visible(message)}\nAll options: {program} --help\n")
         self.exit(2)
 
 

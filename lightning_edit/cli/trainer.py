@@ -10,10 +10,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
@@ -27,13 +27,16 @@ from typing_extensions import override
 
 import lightning_edit
 from lightning_edit.__about__ import __version__
+from lightning_edit.callbacks.run_folder import hold, release
 from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint
 from lightning_edit.cli.parsing import EditParser
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import not_taken
+from lightning_edit.core.files import replacing
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.meta_learning.training import EditorTraining
 from lightning_edit.presets import find_config
+from lightning_edit.rendering.escaping import visible
 
 __all__ = ["EditCLI", "main"]
 
@@ -56,15 +59,34 @@ class SaveConfig(SaveConfigCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder = trainer.log_dir or trainer.default_root_dir  # the same on all processes
+        hold(trainer, Path(self.folder))
         super().setup(trainer, pl_module, "fit")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets other runs write into the folder."""
+        release(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Lets other runs write into the folder."""
+        release(trainer)
 
     @override
     def save_config(self, trainer: Trainer, *args: object) -> None:
         """Called on the first process alone."""
-        files = get_filesystem(self.folder)
-        files.makedirs(self.folder, exist_ok=True)
-        with files.open(os.path.join(self.folder, "config.yaml"), "w", encoding="utf-8") as file:
-            file.write(self.parser.dump(self.config, skip_unset=False))
+        text = self.parser.dump(self.config, skip_unset=False)
+        path = Path(self.folder) / "config.yaml"
+        if path.exists() and path.read_bytes() != text.encode():
+            # Of an earlier run, or somebody's own.
+            stamp = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            earlier = path.parent / "earlier" / f"config-{stamp:%Y%m%d-%H%M%S-%f}.yaml"
+            earlier.parent.mkdir(exist_ok=True)
+            os.replace(path, earlier)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 class ReliabilityGate(Callback):
@@ -202,7 +224,7 @@ class EditCLI(LightningCLI):
     def after_fit(self) -> None:
         """Exits with a status that says so where fewer edits took than were asked for."""
         if self._gate is not None and self._gate.verdict:
-            sys.stderr.write(f"lightning-edit fit: {self._gate.verdict}\n")
+            sys.stderr.write(f"lightning-edit fit: {visible(self._gate.verdict)}\n")
             sys.exit(2)
 
     def before_validate(self) -> None:
@@ -215,7 +237,8 @@ class EditCLI(LightningCLI):
         for batch in self.trainer.predict_loop.predictions:
             for row in batch:
                 before, after = row["before"], row["after"]
-                sys.stdout.write(f"{row['prompt']}\n  before  {before}\n  after   {after}\n")
+                text = f"{row['prompt']}\n  before  {before}\n  after   {after}\n"
+                sys.stdout.write(visible(text))
 
 
 def main(args: ArgsType = None) -> EditCLI:
@@ -275,8 +298,24 @@ def _quiet_down() -> None:
         warnings.filterwarnings("ignore", message=message)
 
     def concerns(record: logging.LogRecord) -> bool:
+        """Whether to show it; what is shown may name ids and paths that steer a terminal."""
         text = record.getMessage()
+        record.msg, record.args = visible(text), ()
         return not any(words in text for words in _CHATTER)
+
+    shown = warnings.formatwarning
+
+    def visibly(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        return shown(visible(message), category, filename, lineno, line)
+
+    if shown.__name__ != visibly.__name__:
+        warnings.formatwarning = visibly
 
     for name in (
         "lightning.pytorch",

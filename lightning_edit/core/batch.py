@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from lightning_edit.core.documents import check_text
 from lightning_edit.core.errors import FailedRequestsError, ModelError, RequestError
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
@@ -307,7 +308,8 @@ class PromptTokenizer:
 
     def _plain(self, text: str) -> list[int]:
         """Token ids of a text by itself, without special tokens."""
-        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        encoded = self.tokenizer(_readable(text), add_special_tokens=False)
+        return [int(i) for i in encoded["input_ids"]]
 
     def _running(self, text: str) -> list[int]:
         """Token ids of a text within a longer one: without what a tokenizer begins texts with."""
@@ -320,7 +322,7 @@ class PromptTokenizer:
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         # A chat template writes its own special tokens.
         encoded = self.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=not self.chat_template
+            _readable(text), return_offsets_mapping=True, add_special_tokens=not self.chat_template
         )
         ids = [int(i) for i in encoded["input_ids"]]
         offsets = list(encoded["offset_mapping"])
@@ -461,3 +463,13 @@ def pad_rows(
         ids[i, columns] = torch.tensor(list(row), dtype=torch.long)
         mask[i, columns] = 1
     return ids, mask
+
+
+def _readable(text: str) -> str:
+    """A text, if tokenizers can read it."""
+    try:
+        return check_text(text)
+    except ValueError as error:
+        raise RequestError(
+            f"A text cannot be read by a tokenizer: {error}. Write the whole character."
+        ) from None

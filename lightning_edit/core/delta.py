@@ -23,6 +23,7 @@ from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
 from lightning_edit.core.plain_model import check_weight
 from lightning_edit.core.provenance import Provenance
+from lightning_edit.core.schema import DTYPES, check_factors
 from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.core.storage import (
     CONFIG,
@@ -182,6 +183,10 @@ class WeightDelta(Edit):
         """The change of one parameter as a dense float32 tensor of its shape."""
         return dense_change(self.changes[name])
 
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Factors and dense tensors by name."""
+        yield from self.state_dict().items()
+
     def norm(self) -> float:
         """Frobenius norm over all changed parameters."""
         return math.hypot(*self.norms().values())
@@ -217,19 +222,22 @@ class WeightDelta(Edit):
         parameters = self._parameters(model)
         if check:
             self.check_base(model)
+        self.check_finite()
         originals = {name: p.detach().clone() for name, p in parameters.items()}
+        known = self.originals, self.hashes
         try:
             self.write_(model, originals)
-        except BaseException:
+            self.originals = originals
+            if known[1]:
+                # Those in a file are of the model it was saved from, perhaps of another machine.
+                self.hashes = {
+                    name: (tensor_hash(originals[name]), tensor_hash(p))
+                    for name, p in parameters.items()
+                }
+        except BaseException:  # an interruption, too
             _restore(parameters, originals)
+            self.originals, self.hashes = known
             raise
-        self.originals = originals
-        if self.hashes:
-            # Those in a file are of the model it was saved from, perhaps of another machine.
-            self.hashes = {
-                name: (tensor_hash(originals[name]), tensor_hash(p))
-                for name, p in parameters.items()
-            }
 
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Sets each changed parameter to original + change, without checks or copies.
@@ -244,6 +252,12 @@ class WeightDelta(Edit):
                 change = self.dense(name).to(parameter.device)
                 original = _full(originals[name]).to(parameter.device)
                 rounded = (original.float() + change).to(parameter.dtype)
+                if not _is_finite(rounded) and _is_finite(original):
+                    raise EditError(
+                        f"The edit would leave values in `{name}` that are not finite in "
+                        f"{str(rounded.dtype).removeprefix('torch.')}: it is too large. Nothing "
+                        "was written. Make it anew with smaller steps, or another precision."
+                    )
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     _warn_of_rounding(name, original, rounded, change)
                 _copy_(parameter, rounded)
@@ -307,16 +321,17 @@ class WeightDelta(Edit):
         _restore(parameters, self.originals)
 
     @contextmanager
-    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Has the edit out of the (edited) model inside a ``with`` block only."""
+    def kept(self, model: nn.Module) -> Iterator[None]:
+        """Context manager: puts what the edit changes back after it, whatever happens in it."""
         parameters = self._parameters(model)
-        # Other edits may stand beside this one, so the model need not be its base in between.
-        edited = {name: p.detach().clone() for name, p in parameters.items()}
-        self.revert_(model)
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
         try:
-            yield model
+            try:
+                yield
+            finally:
+                _restore(parameters, kept)
         finally:
-            _restore(parameters, edited)
+            _restore(parameters, kept)  # if the first time was interrupted before it began
 
     def wrote(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor is what this edit made of the original that it keeps.
@@ -463,13 +478,20 @@ class WeightDelta(Edit):
         changes = {
             name: _read_change(name, entry, tensors, folder) for name, entry in parameters.items()
         }
-        kept = [name for name in parameters if f"{name}.original" in tensors]
+        kept = {n: tensors[f"{n}.original"] for n in parameters if f"{n}.original" in tensors}
+        for name, original in kept.items():
+            if original.shape != changes[name].shape or original.dtype not in DTYPES:
+                raise ArtifactError(
+                    f"`{folder / TENSORS}`: the original of `{name}` is {original.dtype} "
+                    f"{list(original.shape)}, but the change is {list(changes[name].shape)}. The "
+                    "files do not belong together."
+                )
         return cls(
             changes,
             provenance_of(config),
-            {name: tensors[f"{name}.original"] for name in kept},
+            kept,
             {
-                name: (entry["original_sha256"], entry["edited_sha256"])
+                name: (entry.get("original_sha256", ""), entry["edited_sha256"])
                 for name, entry in parameters.items()
                 if entry.get("edited_sha256")
             },
@@ -483,9 +505,21 @@ def _read_change(
     if f"{name}.dense" in tensors:
         change = tensors[f"{name}.dense"]
     elif f"{name}.u" in tensors and f"{name}.v" in tensors:
-        change = LowRank(tensors[f"{name}.u"], tensors[f"{name}.v"])
+        u, v = tensors[f"{name}.u"], tensors[f"{name}.v"]
+        try:
+            check_factors(name, u, v, entry.get("rank"))
+        except ValueError as error:
+            raise ArtifactError(
+                f"`{folder / TENSORS}` is damaged: {error}. Make the edit again."
+            ) from None
+        change = LowRank(u, v)
     else:
         raise ArtifactError(f"`{folder / TENSORS}` lacks the change of `{name}`.")
+    if any(tensor.dtype not in DTYPES for tensor in tensors_of(change)):
+        raise ArtifactError(
+            f"`{folder / TENSORS}`: the change of `{name}` is {tensors_of(change)[0].dtype}, but "
+            "changes are float32. Make the edit again."
+        )
     if list(change.shape) != entry.get("shape"):
         raise ArtifactError(
             f"`{folder}`: `{CONFIG}` gives `{name}` the shape {entry.get('shape')}, but "
@@ -515,9 +549,21 @@ def _copy_(parameter: Tensor, value: Tensor) -> None:
 
 
 def _restore(parameters: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            _copy_(parameter, originals[name])
+    try:
+        _copy_all_(parameters, originals)
+    except BaseException:  # an interruption, too, finds all of them put back
+        _copy_all_(parameters, originals)
+        raise
+
+
+@torch.no_grad()
+def _copy_all_(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        _copy_(parameter, values[name])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(local_shard(tensor)).all())
 
 
 def _warn_of_rounding(name: str, original: Tensor, rounded: Tensor, change: Tensor) -> None:

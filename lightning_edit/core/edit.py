@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.committed import Batches
-from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import Provenance
@@ -134,16 +135,40 @@ class Edit(ABC):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Has the edit in the model inside a ``with`` block only."""
-        self.apply_(model)
-        try:
+        """Context manager: the model with the edit; after it, as it was, whatever happened."""
+        with self.kept(model):
+            self.apply_(model)
             yield model
-        finally:
+
+    @contextmanager
+    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Context manager: the (edited) model without the edit; after it, as it was."""
+        # Other edits may stand beside this one, so the model need not be its base in between.
+        with self.kept(model):
             self.revert_(model)
+            yield model
 
     @abstractmethod
-    def reverted(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Context manager: the (edited) model without the edit."""
+    def kept(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context manager: puts what the edit touches back after it, whatever happens in it."""
+
+    @abstractmethod
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors that the edit consists of, by name."""
+
+    def check_finite(self) -> None:
+        """Checks that no value of the edit is infinite or no number.
+
+        Raises:
+            EditError: If one is.
+        """
+        for name, tensor in self.values():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise EditError(
+                    f"The edit holds values that are not finite in `{name}`, which would destroy "
+                    "the model. Nothing was written. Make it anew with smaller steps (`lr`) and "
+                    "settings that are finite."
+                )
 
     def check_base(self, model: nn.Module) -> None:
         """Checks that a model has the weights that the edit belongs to, where it records them.

@@ -11,9 +11,12 @@ __all__ = [
     "EditError",
     "FailedRequestsError",
     "LocatorError",
+    "LockedError",
     "MissingDependencyError",
     "ModelError",
     "RequestError",
+    "SettingError",
+    "StorageError",
 ]
 
 
@@ -47,6 +50,18 @@ class ModelError(EditError, ValueError):
 
 class ArtifactError(EditError, ValueError):
     """A saved edit or a given statistic is damaged, or belongs to another base model."""
+
+
+class StorageError(EditError, OSError):
+    """A file or folder cannot be written: the disk is full or may not be written to."""
+
+
+class LockedError(EditError):
+    """A folder is in use by another run."""
+
+
+class SettingError(EditError, TypeError):
+    """An argument of a class has another type than the class takes."""
 
 
 class MissingDependencyError(EditError, ImportError):

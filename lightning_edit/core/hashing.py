@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_edit.core.sharding import local_shard
 from lightning_edit.core.wrappers import plain_parameters
 
-__all__ = ["WeightHashes", "quick_hash", "tensor_hash", "weight_hash"]
+__all__ = ["WeightHashes", "is_sharded", "nested_hash", "quick_hash", "tensor_hash", "weight_hash"]
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -88,6 +88,61 @@ def quick_hash(tensor: Tensor) -> tuple[object, ...]:
     # Weighted by place, so that a permutation has another sum.
     weighted = [(s * torch.arange(1, 2 * len(s) + 1, 2, device=s.device)).sum() for s in sums]
     return part.dtype, tuple(part.shape), *torch.stack(weighted).tolist()
+
+
+def nested_hash(value: object) -> str:
+    """SHA-256 over what a checkpoint holds: mappings and lists of tensors and primitives.
+
+    Of anything else, of which a checkpoint without pickles holds nothing, the type alone counts.
+
+    Args:
+        value: However deep; tensors on any device, none of them sharded.
+
+    Examples:
+        >>> nested_hash({"a": [1, True]}) == nested_hash({"a": [1, True]})
+        True
+        >>> nested_hash({"a": [1, True]}) == nested_hash({"a": [1, 1]})
+        False
+    """
+    parts = list(_parts(value))
+    found = _hashes({str(i): part for i, part in enumerate(parts) if isinstance(part, Tensor)})
+    lines = [found.get(str(i), part) for i, part in enumerate(parts)]
+    text = "\n".join(map(str, lines))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a nested value holds tensors of which this process has but a part."""
+    return any(hasattr(part, "full_tensor") for part in _parts(value))
+
+
+def _parts(value: object) -> Iterator[str | Tensor]:
+    """What a nested value consists of, in order: its tensors, and a line for all else."""
+    pending: list[tuple[str, object]] = [("", value)]
+    while pending:
+        key, one = pending.pop()
+        if isinstance(one, Tensor) and one.layout == torch.strided:
+            yield f"{key} tensor"
+            yield one.detach()
+        elif isinstance(one, Mapping):
+            yield f"{key} mapping {len(one)}"
+            inner = ((_key(name), item) for name, item in one.items())
+            pending += reversed(list(inner))
+        elif isinstance(one, (list, tuple)):
+            yield f"{key} list {len(one)}"
+            pending += (("", item) for item in reversed(one))
+        elif isinstance(one, str):
+            yield f"{key} text {str.__str__(one)!r}"  # of an enumeration, too
+        elif one is None or isinstance(one, (bool, int, float, bytes)):
+            yield f"{key} {type(one).__name__} {one!r}"
+        else:
+            yield f"{key} {type(one).__name__}"
+
+
+def _key(name: object) -> str:
+    if isinstance(name, str):
+        return f"text {str.__str__(name)!r}"
+    return f"{type(name).__name__} {name!r}"
 
 
 class WeightHashes:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -202,6 +202,7 @@ class MemoryWrite(Edit):
             ArtifactError: If the model is not the recorded base, has a memory of another kind, or
                 lacks an entry that is to be taken away. Nothing has been written then.
         """
+        self.check_finite()
         if check:
             self.check_base(model)
         found = EditMemory.find(model)
@@ -215,17 +216,22 @@ class MemoryWrite(Edit):
                 "made for another one, or has been applied already."
             )
         after = {n: e for n, e in {**before, **self.entries}.items() if e is not None}
-        if found is None:
-            memory.is_temporary = True
-            memory.attach_(model)
-            try:
+        known = self.replaced, self.order
+        try:
+            if found is None:
+                memory.is_temporary = True
+                memory.attach_(model)
                 memory.take_shared(self.shared)
-            except ArtifactError:
+            memory.write(after)
+            self.replaced = {name: before.get(name) for name in self.entries}
+            self.order = tuple(before)
+        except BaseException:  # an interruption, too, leaves the model as it was
+            self.replaced, self.order = known
+            if found is None:
                 memory.detach_()
-                raise
-        memory.write(after)
-        self.replaced = {name: before.get(name) for name in self.entries}
-        self.order = tuple(before)
+            else:
+                memory.write(before)
+            raise
 
     def revert_(self, model: nn.Module) -> None:
         """Puts the memory back, bit for bit and in its order.
@@ -254,18 +260,43 @@ class MemoryWrite(Edit):
         back = {**now, **self.replaced}
         # What came later stands behind what was there before.
         order = dict.fromkeys((*self.order, *now, *self.replaced))
-        memory.write({name: e for name in order if (e := back.get(name)) is not None})
-        if memory.is_temporary and not len(memory):
-            memory.detach_()
+        left = {name: e for name in order if (e := back.get(name)) is not None}
+        try:
+            memory.write(left)
+            if memory.is_temporary and not len(memory):
+                memory.detach_()
+        except BaseException:  # an interruption, too, leaves the edit where it was
+            if EditMemory.find(model) is None:
+                memory.attach_(model)
+            memory.write(now)
+            raise
 
     @contextmanager
-    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Context manager: the (edited) model without the edit."""
-        self.revert_(model)
-        try:
-            yield model
-        finally:
-            self.apply_(model)
+    def kept(self, model: nn.Module) -> Iterator[None]:
+        """Context manager: puts the memory back after it, with its entries, or takes it off."""
+        before = EditMemory.find(model)
+
+        def put_back() -> None:
+            now = EditMemory.find(model)
+            if now is not None and now is not before:
+                now.detach_()
+            if before is not None and now is not before:
+                before.attach_(model)
+
+        with nullcontext() if before is None else before.kept():
+            try:
+                try:
+                    yield
+                finally:
+                    put_back()
+            finally:
+                put_back()  # if the first time was interrupted
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the entries that the edit adds or puts in place of others."""
+        for name, entry in self.entries.items():
+            for field, tensor in (entry.tensors if entry is not None else {}).items():
+                yield f"{name}.{field}", tensor
 
     def check_targets(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Checks that the model has the memory that the entries belong to.
@@ -310,7 +341,13 @@ class MemoryWrite(Edit):
                 f"The edit belongs to a memory of the kind {self.kind!r}, which is not known. "
                 "Import the package that defines it, or upgrade lightning_edit."
             )
-        return kind(**self.settings)
+        try:
+            return kind(**self.settings)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise ArtifactError(
+                f"A {self.kind} cannot be built from the settings {self.settings!r:.200} of the "
+                f"edit: {error}. Make the edit again."
+            ) from error
 
     # -- files -----------------------------------------------------------------------------
 

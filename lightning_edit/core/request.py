@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
+from lightning_edit.core.documents import check_text
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.spacing import is_inside_word, word_starts
 
@@ -174,7 +175,13 @@ class EditRequest:
             raise RequestError(f"{self._name()}: `rephrases` is expected to be a list of texts.")
         object.__setattr__(self, "rephrases", rephrases)
         for name, kinds in (("locality", LOCALITY_KINDS), ("portability", PORTABILITY_KINDS)):
-            probes = tuple(getattr(self, name))
+            given = getattr(self, name)
+            if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+                raise RequestError(
+                    f"{self._name()}: `{name}` is expected to be a list of probes, but got "
+                    f"{given!r:.80}."
+                )
+            probes = tuple(given)
             for probe in probes:
                 if not isinstance(probe, Probe):
                     raise RequestError(
@@ -203,7 +210,7 @@ class EditRequest:
             if not isinstance(self.metadata, Mapping):
                 raise TypeError("it is no mapping")
             plain = json.loads(json.dumps(dict(self.metadata), allow_nan=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(
                 f"{self._name()}: `metadata` is expected to be a mapping of names to JSON types, "
                 f"but got {self.metadata!r:.80} ({error}). Write texts, numbers and lists of them."
@@ -332,13 +339,14 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
 
     Raises:
         RequestError: If the set is empty, two requests share an id, or two of them demand
-            different answers to one prompt.
+            different answers to one prompt, or a text holds half of a character.
     """
     if not requests:
         raise RequestError("There are no edit requests. Give at least one.")
     by_id: dict[str, EditRequest] = {}
     by_prompt: dict[str, EditRequest] = {}
     for request in requests:
+        _check_whole(request)
         other = by_prompt.setdefault(request.prompt.strip(), request)
         if other.target_new.strip() != request.target_new.strip():
             raise RequestError(
@@ -408,6 +416,22 @@ def _check_glued(value: object, owner: str) -> None:
         raise RequestError(
             f"`glued` of {owner} is expected to be true, false or null, but got {value!r}."
         )
+
+
+def _check_whole(request: EditRequest) -> None:
+    """Checks that tokenizers can read the texts of a request."""
+    probes = [
+        text for p in (*request.locality, *request.portability) for text in (p.prompt, *p.answers)
+    ]
+    texts = (request.prompt, request.subject, request.target_new, request.target_old or "")
+    for text in (*texts, *request.rephrases, *probes):
+        try:
+            check_text(text)
+        except ValueError as error:
+            raise RequestError(
+                f"Request {request.id!r} cannot be read by a tokenizer: {error}. Write the whole "
+                "character."
+            ) from None
 
 
 def _filled(record: Mapping[str, object]) -> dict[str, object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
@@ -58,6 +58,10 @@ class MemoryEntry:
             and self.tensors.keys() == other.tensors.keys()
             and all(torch.equal(t.cpu(), other.tensors[n].cpu()) for n, t in self.tensors.items())
         )
+
+
+#: The buffers of a memory, and its entries without their tensors.
+Held: TypeAlias = tuple[dict[str, Tensor], dict[str, MemoryEntry]]
 
 
 class Routes(Protocol):
@@ -125,6 +129,9 @@ class EditMemory(nn.Module, ABC):
         #: Whether the memory came with an edit and goes with the last of its entries.
         self.is_temporary = False
         self._records: dict[str, MemoryEntry] = {}  # without tensors
+        # Entries with views of the buffers, and what they were made of.
+        self._views: dict[str, MemoryEntry] = {}
+        self._viewed: Held = {}, {}
         self._handles: list[RemovableHandle] = []
         self._stale: frozenset[int] = frozenset()  # numbers of hooks that a copy came with
         self._model: weakref.ref[nn.Module] | None = None
@@ -191,10 +198,15 @@ class EditMemory(nn.Module, ABC):
     @property
     def entries(self) -> dict[str, MemoryEntry]:
         """All entries by id, in order; their tensors are views of the buffers."""
-        return {
-            name: replace(record, tensors={f: self.get_buffer(f)[i] for f in self.fields})
-            for i, (name, record) in enumerate(self._records.items())
-        }
+        held = self._held()
+        if not _is_same(held, self._viewed):
+            rows, records = held
+            self._views = {
+                name: replace(record, tensors={f: rows[f][i] for f in self.fields})
+                for i, (name, record) in enumerate(records.items())
+            }
+            self._viewed = held
+        return dict(self._views)
 
     @property
     def requests(self) -> dict[str, MemoryRecord]:
@@ -251,18 +263,57 @@ class EditMemory(nn.Module, ABC):
         Args:
             entries: All entries by id, in order.
         """
-        rows = {
-            name: torch.stack(
-                [e.tensors[name].detach().to(self._device()) for e in entries.values()]
-            )
-            if entries
-            else torch.zeros(0, device=self._device())
-            for name in self.fields
+        before, now, device = self._held(), self.entries, self._device()
+        pairs = enumerate(zip(entries.items(), now.items(), strict=False))
+        # Entries that stay where they were are not put together anew: an edit adds but few.
+        same = next((i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1]), None)
+        same = min(len(now), len(entries)) if same is None else same
+        new = list(entries.values())[same:]
+        if any(e.tensors[n].shape != t.shape[1:] for n, t in before[0].items() for e in new):
+            same, new = 0, list(entries.values())
+        rows: dict[str, Tensor] = {}
+        for name in self.fields:
+            parts = [before[0][name][:same].to(device)] if same else []
+            if new:
+                added = torch.stack([e.tensors[name].detach().to(device) for e in new])
+                parts = [*parts, added]
+            rows[name] = torch.cat(parts) if parts else torch.zeros(0, device=device)
+        kept = before[1]
+        records = {
+            name: kept[name] if i < same else replace(entry, tensors={})
+            for i, (name, entry) in enumerate(entries.items())
         }
+        try:
+            self._set((rows, records))
+        except BaseException:  # an interruption, too, leaves what it held
+            self._set(before)
+            raise
+
+    def _held(self) -> Held:
+        return {name: self.get_buffer(name) for name in self.fields}, self._records
+
+    def _set(self, held: Held) -> None:
+        rows, self._records = held
         for name, tensor in rows.items():
             setattr(self, name, tensor)
-        self._records = {name: replace(entry, tensors={}) for name, entry in entries.items()}
         self._settle()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Context manager: the memory holds after it what it held before, whatever happens."""
+        left = [self._held()]
+        try:
+            try:
+                yield
+            finally:
+                self._put_back(left)
+        finally:
+            self._put_back(left)  # if the first time was interrupted
+
+    def _put_back(self, left: list[Held]) -> None:
+        if left:
+            self._set(left[0])
+            left.clear()
 
     def _device(self) -> torch.device:
         model = self._model() if self._model is not None else None
@@ -299,19 +350,24 @@ class EditMemory(nn.Module, ABC):
                 "entries), and can have but one. Take it off with "
                 "`EditMemory.find(model).detach_()`, or load the model again."
             )
-        model.add_module(_ATTRIBUTE, self)
         self._model = weakref.ref(model)
-        self.to(self._device())
-        self._settle()
+        try:
+            model.add_module(_ATTRIBUTE, self)
+            self.to(self._device())
+            self._settle()
+        except BaseException:  # an interruption, too
+            if found is None:
+                self.detach_()
+            raise
         return self
 
     def detach_(self) -> None:
         """Takes the memory off its model, which is then the base again."""
         model = self._model() if self._model is not None else None
         self._unhook()
-        self._model = None
-        if model is not None and EditMemory.find(model) is self:
+        if model is not None and getattr(model, _ATTRIBUTE, None) is self:
             delattr(model, _ATTRIBUTE)
+        self._model = None
 
     @property
     def is_off(self) -> bool:
@@ -337,16 +393,29 @@ class EditMemory(nn.Module, ABC):
         self.derive()
         model = self._model() if self._model is not None else None
         if len(self) and not self._handles and model is not None:
-            # First, since it must run before the others of the model itself.
-            first = model.register_forward_pre_hook(_find_before_a_pass)
-            self._handles = [first, *self.hook(model)]
+            begun = RemovableHandle.next_id
+            try:
+                # First, since it must run before the others of the model itself.
+                first = model.register_forward_pre_hook(_find_before_a_pass)
+                self._handles = [first, *self.hook(model)]
+            except BaseException:  # an interrupt may come before a handle has been kept
+                _remove_hooks(model, lambda number: number >= begun)
+                self._handles = []
+                raise
         elif not len(self):
             self._unhook()
 
     def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        handles = self._handles
+        try:
+            for handle in handles:
+                handle.remove()
+            self._handles = []
+        except BaseException:  # an interruption, too, leaves none or all of them
+            for handle in handles:
+                handle.remove()
+            self._handles = []
+            raise
 
     def _move_in(self, model: nn.Module) -> None:
         """Takes the place of the memory of which it is a copy, in a copy of the model.
@@ -354,15 +423,8 @@ class EditMemory(nn.Module, ABC):
         Hooks are functions, which a deep copy shares with what it is a copy of: those that came
         with it look into the other memory.
         """
-        for module in model.modules():
-            for table in (
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_pre_hooks,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                for number in self._stale & table.keys():
-                    del table[number]
+        stale = self._stale
+        _remove_hooks(model, lambda number: number in stale)
         self._stale = frozenset()
         self._model = weakref.ref(model)
         self._settle()
@@ -371,7 +433,8 @@ class EditMemory(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, object]:
         stale = frozenset(handle.id for handle in self._handles) | self._stale
-        return {**self.__dict__, "_handles": [], "_model": None, "_stale": stale}
+        made: dict[str, object] = {"_views": {}, "_viewed": ({}, {})}
+        return {**self.__dict__, **made, "_handles": [], "_model": None, "_stale": stale}
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -428,6 +491,28 @@ class EditMemory(nn.Module, ABC):
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
+
+
+def _is_same(one: Held, other: Held) -> bool:
+    """Whether the very same tensors and records are held."""
+    return (
+        one[1] is other[1]
+        and one[0].keys() == other[0].keys()
+        and all(tensor is other[0][name] for name, tensor in one[0].items())
+    )
+
+
+def _remove_hooks(model: nn.Module, is_one: Callable[[int], bool]) -> None:
+    """Takes hooks out of a model by their numbers."""
+    for module in model.modules():
+        for table in (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_pre_hooks,
+            module._forward_pre_hooks_with_kwargs,
+        ):
+            for number in [number for number in table if is_one(number)]:
+                del table[number]
 
 
 def _find_before_a_pass(model: nn.Module, _: tuple[object, ...]) -> None:

@@ -4,13 +4,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
@@ -18,9 +13,12 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
+from lightning_edit.core.documents import parse_json
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.files import atomic_folder, content_hash, file_hash
 from lightning_edit.core.provenance import BaseModelInfo, Provenance, utc_now
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.schema import DTYPES, check_description, check_header, version_of
 from lightning_edit.rendering.card import CARD_TAG, make_card
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ __all__ = [
     "EntryRecord",
     "MemoryKind",
     "ParameterRecord",
-    "atomic_folder",
     "foreign_entries",
     "provenance_of",
     "read_config",
@@ -44,7 +41,8 @@ __all__ = [
     "save_artifact",
 ]
 
-FORMAT_VERSION = 1
+#: 2: the description has a hash of its own, and that of the tensors is never left out.
+FORMAT_VERSION = 2
 CONFIG = "delta_config.json"
 TENSORS = "delta.safetensors"
 CARD = "README.md"
@@ -103,40 +101,6 @@ class EditConfig(EditAbout):
     tensors_sha256: NotRequired[str]
 
 
-@contextmanager
-def atomic_folder(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the place of ``folder`` only when all went well.
-
-    What stood there before is deleted then, and is as it was when anything fails.
-
-    Args:
-        folder: Made if it is missing.
-        check: Raises if what stands there must not be deleted; called before and after the work.
-    """
-    check(folder)
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            check(folder)  # something may have been put there meanwhile
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            os.replace(folder, retired / folder.name)
-            try:
-                os.replace(staging, folder)
-            except BaseException:
-                os.replace(retired / folder.name, folder)
-                retired.rmdir()
-                raise
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def save_artifact(edit: Edit, folder: Path, tensors: dict[str, Tensor], about: EditAbout) -> Path:
     """Writes an edit's folder: description, tensors and card.
 
@@ -150,12 +114,13 @@ def save_artifact(edit: Edit, folder: Path, tensors: dict[str, Tensor], about: E
         The folder.
 
     Raises:
-        ArtifactError: If the folder is a file, or holds other things.
+        ArtifactError: If the folder is a file, or holds other things, or a value is not finite.
     """
     from safetensors.torch import save_file
 
     # Factors of several sites may share storage, which safetensors refuses.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    _check_finite(folder, tensors, "Nothing was saved")
     norm = edit.norm()
     provenance = replace(edit.provenance, created=edit.provenance.created or utc_now())
     config: dict[str, object] = {
@@ -168,7 +133,8 @@ def save_artifact(edit: Edit, folder: Path, tensors: dict[str, Tensor], about: E
     }
     with atomic_folder(folder, _check_place) as staging:
         save_file(tensors, staging / TENSORS, metadata={"format": "pt"})
-        config["tensors_sha256"] = _file_hash(staging / TENSORS)
+        config["tensors_sha256"] = file_hash(staging / TENSORS)
+        config["sha256"] = content_hash(config)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         # Half of a surrogate pair, which an id may hold, has no UTF-8; JSON reads \udxxx back.
         (staging / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -197,15 +163,16 @@ def read_tensors(folder: Path, config: EditConfig) -> dict[str, Tensor]:
         )
     try:
         expected = config.get("tensors_sha256")
-        if expected and _file_hash(folder / TENSORS) != expected:
+        if expected and file_hash(folder / TENSORS) != expected:
             raise ValueError(f"its hash is not {str(expected)[:12]}…, as `{CONFIG}` says")
+        check_header(folder / TENSORS)
         tensors: dict[str, Tensor] = load_file(folder / TENSORS)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(
             f"`{folder / TENSORS}` is damaged ({error}). Restore the file from a backup, or make "
             "the edit again."
         ) from None
-    _check_finite(folder, tensors)
+    _check_finite(folder, tensors, "Applying it would destroy the model")
     return tensors
 
 
@@ -235,26 +202,33 @@ def read_config(folder: Path) -> EditConfig:
             f"that has `{CONFIG}` and `{TENSORS}` in it."
         )
     try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-        version = int(config["format_version"])
+        found = parse_json(path.read_text(encoding="utf-8"))
+        version = version_of(found)
         if version <= FORMAT_VERSION:
-            config["parameters"] = {str(k): dict(v) for k, v in config["parameters"].items()}
-            entries = config.get("entries", ())
-            config["entries"] = [{**entry, "id": str(entry["id"])} for entry in entries]
-            config["base"] = BaseModelInfo(**config.get("base", {}))
-            config["request_ids"] = tuple(str(i) for i in config.get("request_ids", ()))
-            config["requests"] = tuple(map(EditRequest.from_dict, config.get("requests", ())))
-            config["created"] = str(config.get("created", ""))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            described = check_description(found)
+            is_sealed = version > 1 or "sha256" in described
+            if is_sealed and described.get("sha256") != content_hash(described):
+                raise ValueError("its content is not that of which its `sha256` is")
+            if version > 1 and not described.get("tensors_sha256"):
+                raise ValueError("the hash of the tensors, `tensors_sha256`, is missing")
+            read: dict[str, object] = {
+                **described,
+                "base": BaseModelInfo(**described.get("base", {})),
+                "entries": described.get("entries", []),
+                "request_ids": tuple(described.get("request_ids", ())),
+                "requests": tuple(map(EditRequest.from_dict, described.get("requests", ()))),
+                "created": described.get("created", ""),
+            }
+    except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(
-            f"`{path}` is damaged ({error!r}). Restore the file from a backup."
+            f"`{path}` is damaged ({error}). Restore the file from a backup."
         ) from None
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"`{folder}` was written in format {version}, newer than {FORMAT_VERSION}, which this "
             "version of lightning_edit reads. Upgrade with `pip install -U lightning-edit`."
         )
-    return cast(EditConfig, config)
+    return cast(EditConfig, read)
 
 
 def _check_place(folder: Path) -> None:
@@ -267,6 +241,20 @@ def _check_place(folder: Path) -> None:
             f"`{folder}` holds other files ({', '.join(others[:3])}), which saving would "
             f"delete. Give the edit a folder of its own, such as `{folder / 'delta'}`."
         )
+    if (folder / TENSORS).exists() and not _is_edit(folder):
+        raise ArtifactError(
+            f"`{folder}` holds a `{TENSORS}` without the description of a saved edit, so that it "
+            "may be somebody else's. Give the edit another folder, or empty this one yourself."
+        )
+
+
+def _is_edit(folder: Path) -> bool:
+    """Whether a folder's description is one of ours, be its content damaged or not."""
+    try:
+        found = parse_json((folder / CONFIG).read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"format_version", "parameters"} <= found.keys()
 
 
 def foreign_entries(folder: Path, ours: Collection[str]) -> list[str]:
@@ -291,17 +279,14 @@ def foreign_entries(folder: Path, ours: Collection[str]) -> list[str]:
     return sorted(foreign)
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _check_finite(folder: Path, tensors: Mapping[str, Tensor], why: str) -> None:
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            continue
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(
-                f"`{folder / TENSORS}`: `{name}` holds values that are not finite. Applying it "
-                "would destroy the model; make the edit again."
+                f"`{folder / TENSORS}`: `{name}` holds values that are not finite. {why}; make "
+                "the edit again."
             )
 
 

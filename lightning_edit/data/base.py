@@ -187,9 +187,9 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
         """All requests, on every rank; resumes within an epoch."""
         return ResumableRequestLoader(self.requests, self.batch_size, self._batches_done)
 
-    def old_dataloader(self) -> RequestLoader:
-        """The old answers in the batches of ``fit``, on every rank: for forgetting first."""
-        return RequestLoader(self.old_requests, self.batch_size)
+    def old_dataloader(self) -> ResumableRequestLoader:
+        """The old answers as ``fit`` has the new ones, on every rank: for forgetting first."""
+        return ResumableRequestLoader(self.old_requests, self.batch_size, self._batches_done)
 
     def val_dataloader(self) -> RequestLoader:
         """This rank's share of the requests."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from lightning_edit.core.documents import parse_json, parse_yaml, read_text
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import EditRequest
 from lightning_edit.data.records import Record, without_nones
@@ -41,14 +42,16 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
             f"but got {path.suffix or 'no suffix'!r}."
         )
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
+        content = read_text(path, "utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise RequestError(
+                f"{path}: expected UTF-8 text, but {error}. Save it as UTF-8."
+            ) from None
         raise RequestError(
-            f"{path}: the file cannot be read ({error.strerror}). "
+            f"{path}: the file cannot be read ({getattr(error, 'strerror', None) or error}). "
             f"`path` counts from {Path.cwd()}; check the spelling."
         ) from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: expected UTF-8 text, but {error}. Save it as UTF-8.") from None
     if path.suffix.lower() == ".jsonl":
         lines = ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
         placed = [(f"{path.name}, line {n}", _parse_json(line, path, n)) for n, line in lines]
@@ -143,21 +146,26 @@ def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
 
 def _parse_json(content: str, path: Path, line: int | None = None) -> object:
     try:
-        return json.loads(content)
+        return parse_json(content)
     except json.JSONDecodeError as error:
         raise RequestError(
             f"{path}, line {line or error.lineno}, column {error.colno}: not JSON: {error.msg}."
         ) from None
+    except ValueError as error:
+        where = f"{path}, line {line}" if line else f"{path}"
+        raise RequestError(f"{where}: cannot be read as JSON: {error}.") from None
 
 
 def _parse_yaml(content: str, path: Path) -> object:
     try:
-        return yaml.safe_load(content)
+        return parse_yaml(content)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RequestError(f"{path}{place}: not YAML: {problem}.") from None
+    except ValueError as error:
+        raise RequestError(f"{path}: cannot be read as YAML: {error}.") from None
 
 
 def _check_texts(value: object, name: str, where: str) -> None:

@@ -76,8 +76,13 @@ class TextDataModule(PlainCheckpoints, LightningDataModule):
             file = Path(self.path)
             if not file.is_file():
                 raise RequestError(f"`path`: there is no text file `{self.path}`.")
-            with file.open(encoding="utf-8") as stream:
-                yield from (line.strip() for line in stream if line.strip())
+            try:
+                with file.open(encoding="utf-8") as stream:
+                    yield from (line.strip() for line in stream if line.strip())
+            except (OSError, UnicodeDecodeError) as error:
+                raise RequestError(
+                    f"`path`: `{self.path}` cannot be read as UTF-8 text ({error})."
+                ) from None
             return
         for i, record in enumerate(self._rows(self.hub or "")):
             text = record.get(self.column)

@@ -44,7 +44,10 @@ def read_prose(path: str | Path | None = None) -> str:
         return (files("lightning_edit.evaluation") / "prose.txt").read_text(encoding="utf-8")
     if not Path(path).is_file():
         raise EditError(f"There is no text file `{path}` to measure perplexity on. Give another.")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EditError(f"`{path}` cannot be read as UTF-8 text ({error}). Give another.") from None
 
 
 @torch.no_grad()

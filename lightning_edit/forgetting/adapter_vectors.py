@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Required, TypedDict
+from typing import TYPE_CHECKING, Required, TypedDict, cast
 
 from torch import Tensor, nn
 
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.sharding import whole_tensor
@@ -143,7 +143,7 @@ def load_adapter(folder: str | Path, model: nn.Module) -> WeightDelta:
 
 def _read_config(folder: Path) -> _Config:
     try:
-        config: _Config = json.loads((folder / CONFIG).read_text("utf-8"))
+        config: _Config = cast(_Config, parse_json(read_text(folder / CONFIG)))
         kind, moves = config["peft_type"], str(config.get("init_lora_weights")).lower()
         _ = config["lora_alpha"] if kind == "LORA" else None
     except (OSError, ValueError, KeyError, TypeError) as error:

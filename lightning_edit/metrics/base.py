@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import MissingDependencyError
 from lightning_edit.functional.intervals import wilson_interval
 
@@ -30,7 +31,7 @@ __all__ = ["CountingMetric", "EditMetric"]
 _ONE = 2**32
 
 
-class CountingMetric(Metric):
+class CountingMetric(CheckedArguments, Metric):
     """Means of scores in [0, 1], each kept as an integer sum and an integer number of rows.
 
     Subclasses call ``add_counter`` in their constructor, ``count_scores`` in ``update`` and

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_edit.checkpoints import PlainCheckpoints, load_plainly, record_in
+from lightning_edit.checkpoints import PlainCheckpoints, check_editor, load_plainly, record_in
 from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.figures import RequestFigures
@@ -580,6 +580,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         checkpoint["state_dict"] = self.fitting.kept(self, checkpoint["state_dict"])
         checkpoint["lightning_edit"] = {
             "base_sha256": self.base.sha256,
+            "made_by": [type(self).__name__, *self.edit_optimizer.originals],
             "edit_state": self.edit_state(),
         }
         self.fitting.on_save_checkpoint(self.trainer, self, checkpoint)
@@ -589,6 +590,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         saved = record_in(checkpoint)
         self.configure_model()
         self.session.check_base(saved["base_sha256"])
+        check_editor(saved, [type(self).__name__, *self.edit_optimizer.originals])
         self.target.load_kept(checkpoint["state_dict"])
         self.load_edit_state(saved["edit_state"])
         self.fitting.on_load_checkpoint(cast(Trainer, self._trainer), self, checkpoint)

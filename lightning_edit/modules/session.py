@@ -138,6 +138,7 @@ class EditSession(Generic[E]):
                 pass_dtype=found if found == torch.bfloat16 else None,
             )
             edit = compute(batch)
+            edit.check_finite()
         failed = edit.details.get("failed", {})
         asked = {request.id: request for request in batch.requests}
         edit.provenance = provenance.answering((i for i in asked if i not in failed), asked)
@@ -241,12 +242,10 @@ class EditSession(Generic[E]):
     @contextmanager
     def written(self, edit: E) -> Iterator[None]:
         """Context manager: the model with an edit that was just made of it."""
-        # Hashing all weights again would only take time.
-        edit.apply_(self.model, check=False)
-        try:
+        with edit.kept(self.model):
+            # Hashing all weights again would only take time.
+            edit.apply_(self.model, check=False)
             yield
-        finally:
-            edit.revert_(self.model)
 
     @contextmanager
     def _tried(self, edit: E) -> Iterator[None]:

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 
+from lightning_edit.core.documents import parse_json
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.files import replacing
 from lightning_edit.report.card import render_card
 from lightning_edit.report.markdown import render_markdown
 from lightning_edit.report.page import render_html
@@ -140,7 +141,7 @@ def _json(value: object, indent: int | None = None) -> str:
 
 def _parse(text: bytes, where: str) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ArtifactError(
             f"`{where}` is damaged: it is not JSON ({error}). Restore the file from a backup, or "
@@ -149,13 +150,9 @@ def _parse(text: bytes, where: str) -> object:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # Half of a surrogate pair, which a request may hold, has no UTF-8; JSON reads \udxxx back.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Half of a surrogate pair, which a request may hold, has no UTF-8; JSON reads \udxxx back.
+    with (
+        replacing(path) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
+        file.write(text)

@@ -11,9 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Self
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from lightning_edit.core.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = ["EditRow", "MetricRow", "ProbeRow", "RunReport", "plain"]
 
@@ -194,9 +198,14 @@ class RunReport:
             str(name): _metric(row, f"{where}, metrics[{name!r}]")
             for name, row in _items(data, "metrics", where)
         }
-        data["edits"] = tuple(
-            _edit(row, f"{where}, edits[{i}]") for i, row in enumerate(data.get("edits") or ())
-        )
+        edits = data.get("edits") or ()
+        if not isinstance(edits, (list, tuple)):
+            raise ArtifactError(
+                f"{where}: `edits` is expected to be a list, but got {edits!r:.80}. Write the "
+                "results again."
+            )
+        data["edits"] = tuple(_edit(row, f"{where}, edits[{i}]") for i, row in enumerate(edits))
+        _check(cls, data, where, but=("metrics", "edits"))
         return cls(**data)
 
 
@@ -226,17 +235,21 @@ def plain(value: object) -> object:
 
 
 def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+    try:
+        return None if value is None or not math.isfinite(value) else float(value)
+    except OverflowError:  # a whole number beyond all floating ones
+        return None
 
 
 def _metric(record: object, where: str) -> MetricRow:
     data = _fields(MetricRow, record, where)
     try:
+        _check(MetricRow, data, where, but=("ci",))
         if data.get("ci") is not None:
             low, high = data["ci"]
             data["ci"] = (float(low), float(high))
         return MetricRow(**data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(
             f"{where}: expected numbers `before`, `after`, `n` and a pair `ci`, but got "
             f"{record!r} ({error}). Write the results again."
@@ -245,11 +258,50 @@ def _metric(record: object, where: str) -> MetricRow:
 
 def _edit(record: object, where: str) -> EditRow:
     data = _fields(EditRow, record, where)
-    data["probes"] = tuple(
-        ProbeRow(**_fields(ProbeRow, probe, f"{where}, probes[{i}]"))
-        for i, probe in enumerate(data.get("probes") or ())
-    )
+    _check(EditRow, data, where, but=("probes",))
+    probes = data.get("probes") or ()
+    if not isinstance(probes, (list, tuple)):
+        raise ArtifactError(
+            f"{where}: `probes` is expected to be a list, but got {probes!r:.80}. Write the "
+            "results again."
+        )
+    data["probes"] = tuple(_probe(probe, f"{where}, probes[{i}]") for i, probe in enumerate(probes))
     return EditRow(**data)
+
+
+def _probe(record: object, where: str) -> ProbeRow:
+    data = _fields(ProbeRow, record, where)
+    _check(ProbeRow, data, where)
+    return ProbeRow(**data)
+
+
+def _check(cls: type, data: Mapping[str, object], where: str, but: Sequence[str] = ()) -> None:
+    """Checks fields that were read by the types that they are annotated with.
+
+    Raises:
+        ArtifactError: If one has another.
+    """
+    from pydantic import ValidationError
+
+    for name, adapter in _adapters(cls).items():
+        if name not in data or name in but:
+            continue
+        try:
+            adapter.validate_python(data[name], strict=True)
+        except (ValidationError, RecursionError) as error:
+            is_deep = isinstance(error, RecursionError)
+            words = "nested too deeply" if is_deep else str(error).splitlines()[-2].strip()
+            raise ArtifactError(
+                f"{where}: `{name}` is not what a report holds there ({words}). Write the results "
+                "again."
+            ) from None
+
+
+@cache
+def _adapters(cls: type) -> dict[str, TypeAdapter[object]]:
+    from pydantic import TypeAdapter
+
+    return {name: TypeAdapter(hint) for name, hint in get_type_hints(cls).items()}
 
 
 def _items(data: Mapping[str, object], name: str, where: str) -> list[tuple[object, object]]:

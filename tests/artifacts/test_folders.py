@@ -144,6 +144,9 @@ def test_output_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "old" / "model.safetensors").write_text("")
     with pytest.raises(ArtifactError, match=r"is not empty. Give another `output`, or `force`"):
         check_output(tmp_path / "old", force=False)
+    with pytest.raises(ArtifactError, match="a model or an adapter that was not written here"):
+        check_output(tmp_path / "old", force=True)
+    (tmp_path / "old" / "README.md").write_text(CARD)
     check_output(tmp_path / "old", force=True)
     (tmp_path / "old" / "config.json").rename(tmp_path / "old" / "thesis.tex")
     with pytest.raises(ArtifactError, match="neither a model nor an adapter, so `force` does not"):

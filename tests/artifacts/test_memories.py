@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.demos import tiny_model, tiny_tokenizer
 from lightning_edit.models import load_model
 from tests.artifacts.helpers import same_weights, weights
+from tests.sealed import rewrite
 
 SETTINGS = {"module": "model.layers.2.mlp.down_proj", "stack": "decoder", "replacement": "last"}
 NORM = (2 + 2 + 0.25) ** 0.5  # of each entry here
@@ -304,9 +304,7 @@ def test_list(base: BaseModelInfo) -> None:
     [held] = list_("edited")
     assert isinstance(held, SavedEdit)
     assert (held.path, held.entries) == (Path("edited/edit_memory"), ("velmora",))
-    path = Path("run/delta/delta_config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "entries": [{}]}), encoding="utf-8")
+    rewrite(Path("run/delta"), entries=[{}])
     [damaged] = list_("run")
     assert isinstance(damaged, SavedEdit)
     assert "is damaged" in damaged.problem

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from lightning_edit import Edit, MemoryWrite, WeightDelta
 from lightning_edit.core.errors import ArtifactError
+from tests.sealed import rewrite
 
 
 def _saved(folder: Path) -> tuple[Path, Path]:
@@ -47,18 +47,13 @@ def test_a_kind_has_a_door_of_its_own(tmp_path: Path) -> None:
 
 def test_a_folder_that_names_no_kind_holds_weights(tmp_path: Path) -> None:
     delta, _ = _saved(tmp_path)
-    path = delta / "delta_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    del config["kind"]
-    path.write_text(json.dumps(config), encoding="utf-8")
+    rewrite(delta, "kind")
     assert isinstance(Edit.load(delta), WeightDelta)
 
 
 @pytest.mark.parametrize("cls", [Edit, WeightDelta, MemoryWrite])
 def test_an_unknown_kind_is_told(cls: type[Edit], tmp_path: Path) -> None:
     delta, _ = _saved(tmp_path)
-    path = delta / "delta_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "kind": "prompt"}), encoding="utf-8")
+    rewrite(delta, kind="prompt")
     with pytest.raises(ArtifactError, match=r"of the kind 'prompt', which .* does not know.*-U"):
-        cls.load(path.parent)
+        cls.load(delta)

@@ -18,6 +18,7 @@ from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.side_memory import MemoryEntry
+from tests.sealed import rewrite
 
 
 class Biases(EditMemory):
@@ -152,14 +153,13 @@ def test_files_hold_all_of_it(tmp_path: Path) -> None:
 
 def test_damaged_files_are_told(tmp_path: Path) -> None:
     folder = _write(a=_entry(1, "a"), b=_entry(2, "b")).save(tmp_path / "edit")
-    path = folder / "delta_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads((folder / "delta_config.json").read_text())
     broken: dict[str, Any]
     for broken in ({"entries": config["entries"][:1]}, {"memory": {}}, {"entries": [{}]}):
-        path.write_text(json.dumps({**config, **broken}))
+        rewrite(folder, **broken)
         with pytest.raises(ArtifactError, match="is damaged"):
             MemoryWrite.load(folder)
-    path.write_text(json.dumps({**config, "memory": {"kind": "Unknown", "settings": {}}}))
+    rewrite(folder, **{**config, "memory": {"kind": "Unknown", "settings": {}}})
     with pytest.raises(ArtifactError, match="a memory of the kind 'Unknown', which is not known"):
         MemoryWrite.load(folder).apply_(nn.Linear(2, 2))
 

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.files import atomic_folder, file_hash
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest
-from lightning_edit.core.storage import atomic_folder, foreign_entries, read_config
+from lightning_edit.core.storage import foreign_entries, read_config
+from tests.sealed import rewrite
 
 
 def _delta() -> WeightDelta:
@@ -45,12 +47,6 @@ def _delta() -> WeightDelta:
 
 def _saved(folder: Path) -> Path:
     return _delta().save(folder / "delta")
-
-
-def _rewrite(folder: Path, **values: Any) -> None:
-    path = folder / "delta_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, **values}), encoding="utf-8")
 
 
 # -- round trip ------------------------------------------------------------------------------
@@ -90,9 +86,9 @@ def test_texts_and_the_time_are_kept(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text("utf-8")
     assert "| france | The capital of France is | Paris | Rome | ticket: KB-7; reviewers:" in card
     # An edit of before holds neither, and is none the worse for it.
-    _rewrite(folder, requests=[], created="")
+    rewrite(folder, requests=[], created="")
     assert WeightDelta.load(folder).provenance.requests == ()
-    _rewrite(folder, requests=[{"prompt": "x"}])
+    rewrite(folder, requests=[{"prompt": "x"}])
     with pytest.raises(ArtifactError, match="is damaged"):
         WeightDelta.load(folder)
 
@@ -131,7 +127,7 @@ def test_shared_memory_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_the_description(tmp_path: Path) -> None:
     config = json.loads((_saved(tmp_path) / "delta_config.json").read_text(encoding="utf-8"))
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     assert config["kind"] == "weight_delta"
     assert config["parameters"]["a.weight"] == {
         "shape": [4, 3],
@@ -216,8 +212,8 @@ def test_damaged_description(text: str, tmp_path: Path) -> None:
 def test_newer_format(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     # A later version may describe its parameters in another way.
-    _rewrite(folder, format_version=2, parameters=["a.weight"])
-    with pytest.raises(ArtifactError, match=r"format 2, newer than 1.*pip install -U"):
+    rewrite(folder, format_version=3, parameters=["a.weight"])
+    with pytest.raises(ArtifactError, match=r"format 3, newer than 2.*pip install -U"):
         WeightDelta.load(folder)
 
 
@@ -228,7 +224,7 @@ def test_values_that_are_not_finite(name: str, value: float, tmp_path: Path) -> 
     tensors = load_file(folder / "delta.safetensors")
     tensors[name].view(-1)[1] = value
     save_file(tensors, folder / "delta.safetensors")
-    _rewrite(folder, tensors_sha256="")
+    rewrite(folder, tensors_sha256=file_hash(folder / "delta.safetensors"))
     with pytest.raises(ArtifactError, match=rf"`{name}` holds values that are not finite"):
         WeightDelta.load(folder)
 
@@ -237,10 +233,10 @@ def test_files_of_two_edits(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     config = json.loads((folder / "delta_config.json").read_text(encoding="utf-8"))
     shapes = {**config["parameters"], "b.bias": {"shape": [6]}}
-    _rewrite(folder, parameters=shapes)
+    rewrite(folder, parameters=shapes)
     with pytest.raises(ArtifactError, match=r"the shape \[6\], but .* \[5\].*belong together"):
         WeightDelta.load(folder)
-    _rewrite(folder, parameters={**config["parameters"], "c.weight": {"shape": [1]}})
+    rewrite(folder, parameters={**config["parameters"], "c.weight": {"shape": [1]}})
     with pytest.raises(ArtifactError, match=r"lacks the change of `c.weight`"):
         WeightDelta.load(folder)
 

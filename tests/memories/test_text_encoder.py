@@ -24,6 +24,7 @@ from lightning_edit.memories.encoder import encode_by_folder
 from lightning_edit.memories.text_encoder import PLAIN_POOLING, load_encoder
 from tests.memories.sentence_models import save_encoder, save_sentence_model
 from tests.modules.helpers import bare_trainer, fingerprint
+from tests.sealed import rewrite
 
 TEXTS = ["The capital of Velmora is", "x", "Which language do they speak in Velmora, and why?"]
 MISMATCH = r"made with embeddings by mean\+normalize, but `encoder=.*` asks for cls"
@@ -125,9 +126,8 @@ def test_facts_are_found_by_the_pooling_of_the_folder(
     assert memory.rewrite(prompts, editor.tokens) == asked
     edit.revert_(other)
     # What was made with the mean, of this folder, is no use with another pooling.
-    path = saved / "delta_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"memory": _forget_pooling(config["memory"])}))
+    config = json.loads((saved / "delta_config.json").read_text())
+    rewrite(saved, memory=_forget_pooling(config["memory"]))
     MemoryWrite.load(saved).apply_(other)
     memory = EditMemory.find(other)
     assert memory is not None
@@ -164,9 +164,8 @@ def test_serac_trains_and_keeps_an_encoder_with_its_pooling(
     assert torch.equal(again.memory.encode(rows), wanted)
 
     # The same files, from a time when every folder was used with the mean.
-    path = saved / "delta_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"memory": _forget_pooling(config["memory"])}))
+    config = json.loads((saved / "delta_config.json").read_text())
+    rewrite(saved, memory=_forget_pooling(config["memory"]))
     model, _ = trained_tiny_model()
     kept = fingerprint(model)
     with pytest.raises(ArtifactError, match=MISMATCH):

@@ -19,6 +19,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError, LocatorError
 from lightning_edit.core.locator import WeightSite
 from lightning_edit.core.processes import Processes
+from lightning_edit.core.tensor_files import read_sealed, write_sealed
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments
 from lightning_edit.modules.session import EditSession
 
@@ -163,15 +164,12 @@ class SecondMoments:
         self, session: EditSession[WeightDelta], sites: Sequence[WeightSite], file: Path
     ) -> Path:
         """Writes the second moments of the edited layers, with the hash of their model."""
-        from safetensors.torch import save_file
-
-        file.parent.mkdir(parents=True, exist_ok=True)
         moments = {
             site.module_name: self.of(session, sites, site.layer).cpu().contiguous()
             for site in sites
         }
-        save_file(moments, file, {"base": session.model_id, "base_sha256": session.base.sha256})
-        return file
+        about = {"base": session.model_id, "base_sha256": session.base.sha256}
+        return write_sealed(file, moments, about)
 
     def _estimated(
         self,
@@ -199,13 +197,10 @@ def _read(
     file: str, session: EditSession[WeightDelta], sites: Sequence[WeightSite]
 ) -> dict[int, Tensor]:
     """Second moments of some layers from a file, if it belongs to the model."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, "pt") as stream:
-            base = (stream.metadata() or {}).get("base_sha256", "")
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        tensors, about = read_sealed(Path(file))
+        base = about.get("base_sha256", "")
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"`second_moment`: cannot read `{file}` ({error}).") from None
     if base and base != session.base.sha256:
         raise ArtifactError(

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -24,6 +22,7 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.tensor_files import read_sealed, write_sealed
 from lightning_edit.functional.moments import regularize, second_moment_update
 from lightning_edit.passes.block_recorder import StopPass
 from lightning_edit.passes.borrowing import borrowed
@@ -252,22 +251,13 @@ def _config_digest(model: PreTrainedModel) -> str:
 
 
 def _read(file: Path) -> tuple[Tensor, int] | None:
-    """What a file keeps; None if it is damaged, so that it is written again."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """What a file keeps; None if it is damaged or without a checksum, so that it is made anew."""
     try:
-        tensors = load_file(file)
+        tensors, _ = read_sealed(file, is_needed=True)
         return tensors["total"], int(tensors["count"])
-    except (SafetensorError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
 
 
 def _write(file: Path, total: Tensor, count: int) -> None:
-    from safetensors.torch import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    os.close(handle)
-    save_file({"total": total.contiguous(), "count": torch.tensor(count)}, temporary)
-    os.replace(temporary, file)
+    write_sealed(file, {"total": total.contiguous(), "count": torch.tensor(count)}, {})

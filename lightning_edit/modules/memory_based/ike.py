@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
+from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
@@ -149,7 +149,7 @@ class IKE(MemoryModule):
         else:
             where = f"`corpus={self.corpus!r}`"
             try:
-                text = Path(self.corpus).read_text(encoding="utf-8")
+                text = read_text(Path(self.corpus))
             except (OSError, UnicodeDecodeError) as error:
                 raise RequestError(
                     f"{where} cannot be read ({error}). Give a file of edit requests."
@@ -159,7 +159,7 @@ class IKE(MemoryModule):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = cast(Mapping[str, object], parse_json(line))
             except ValueError as error:
                 raise RequestError(f"{where}, line {number} is no JSON ({error}).") from None
             facts.append(EditRequest.from_dict(record, f"{where}, line {number}"))
