@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch.distributed
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -257,6 +258,8 @@ def run_study(
                 raise SIGTERMException
             if record["status"] == "failed":
                 rank_zero_warn(f"The cell {label} failed. {record['error']}")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # others may read what the first has just written
     found = states(engine)
     done = [state.cell for state in found if state.status == "done"]
     by_key = {state.cell.key: state.record for state in found}
