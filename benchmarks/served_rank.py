@@ -2,12 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fifty MEMIT edits as one LoRA adapter: how many hold when it is cut to a rank.
 
-    python benchmarks/served_rank.py                  # the tiny model, seconds
-    python benchmarks/served_rank.py --model smollm2  # the default model, minutes
+    python benchmarks/served_rank.py
 
-They are made in one batch: of the packaged facts that the default model knows, or for the tiny
-model of made-up places. An edit holds if the likeliest answer is the new one, token by token, with
-the factors of the adapter in the weights.
+The packaged facts that the default model knows are edited in one batch. An edit holds if the
+likeliest answer is the new one, token by token, with the factors of the adapter in the weights.
 """
 
 from __future__ import annotations
@@ -16,41 +14,17 @@ import argparse
 
 import torch
 
-from lightning_edit import (
-    MEMIT,
-    EditRequest,
-    Evaluator,
-    Facts,
-    WeightDelta,
-    load_model,
-    load_tokenizer,
-)
+from lightning_edit import MEMIT, Evaluator, Facts, WeightDelta, load_model, load_tokenizer
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.lora import left_out
-from lightning_edit.demos import tiny_requests, trained_tiny_model
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)
-
-
-def made_up(count: int) -> list[EditRequest]:
-    """Capitals of places that the tiny model has never read of."""
-    answers = [request.target_new for request in tiny_requests(24)]
-    places = [f"{a}{b}" for b in "abcdefghijklmnop" for a in ("Vel", "Dor", "Ket", "Bru")]
-    return [
-        EditRequest("The capital of {} is", place, answers[i % len(answers)])
-        for i, place in enumerate(places[:count])
-    ]
+RANKS = (1, 2, 4, 8, 16, 32, None)
 
 
-def main(name: str, count: int, steps: int) -> None:
-    if name == "tiny":
-        model, tokenizer = trained_tiny_model()
-        requests = made_up(count)
-        editor = MEMIT.from_model(model, tokenizer, layers=[0, 1, 2], steps=steps)
-    else:
-        model, tokenizer = load_model(name), load_tokenizer(name)
-        requests = list(Facts().requests[:count])
-        editor = MEMIT.from_model(model, tokenizer, preset="smollm2", steps=steps)
+def main(count: int, steps: int) -> None:
+    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    requests = Facts().requests[:count]
+    editor = MEMIT.from_model(model, tokenizer, preset="smollm2", steps=steps)
     edit = editor.edit(requests)
     evaluator = Evaluator(model, editor.tokens, readings=["teacher_forced"])
     print(f"{len(requests)} edits of {len(edit.changes)} matrices")
@@ -61,15 +35,14 @@ def main(name: str, count: int, steps: int) -> None:
         with WeightDelta(changes).applied(model), torch.no_grad():
             scored = evaluator.evaluate(requests)
         held = [one.exact for one in scored.probes if one.metric == "reliability"]
-        most = max(one.rank for one in factors.values())
+        name = rank or max(one.rank for one in factors.values())
         missing = left_out(factors, edit.norms())
-        print(f"| {most} | {missing:.2g} | {sum(map(bool, held))} of {len(held)} |", flush=True)
+        print(f"| {name} | {missing:.2g} | {sum(map(bool, held))} of {len(held)} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    main(arguments.model, arguments.count, arguments.steps)
+    main(arguments.count, arguments.steps)
