@@ -154,7 +154,7 @@ def _in_words(hint: object) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_in_words, get_args(hint)))
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, get_args(hint)))}"
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     if hint is type(None):
         return "null"
     if hint in _PLAIN:

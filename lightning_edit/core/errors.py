@@ -66,8 +66,8 @@ class LockedError(EditError):
     """A folder is in use by another run."""
 
 
-class SettingError(EditError, TypeError):
-    """An argument of a class has another type than the class takes."""
+class SettingError(EditError, TypeError, ValueError):
+    """An argument of a class has another type than the class takes, or is none of its choices."""
 
 
 class ServerError(EditError):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -163,11 +163,6 @@ class CaliNET(MemoryModule):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")
-        if train_on not in get_args(TrainOn):
-            raise ValueError(
-                f"`train_on` is expected to be one of {', '.join(get_args(TrainOn))}, but got "
-                f"{train_on!r}."
-            )
         for text in contrast_templates or ():
             if "{}" not in text:
                 raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,11 +148,6 @@ class WISE(MemoryModule):
                 raise ValueError(
                     f"`{name}` is expected to be above 0 and at most 1, but got {share}."
                 )
-        if routes_by not in get_args(RoutesBy):
-            raise ValueError(
-                f"`routes_by` is expected to be one of {', '.join(get_args(RoutesBy))}, but got "
-                f"{routes_by!r}."
-            )
         if len(margins) != 3:
             raise ValueError(f"`margins` is expected to be α, β and γ, but got {list(margins)}.")
         for template in context_templates or ():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -133,15 +133,6 @@ class KN(EditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        for name, value, kinds in (
-            ("operation", operation, get_args(Operation)),
-            ("threshold_kind", threshold_kind, get_args(ThresholdKind)),
-            ("embeddings", embeddings, ("output", "input")),
-        ):
-            if value not in kinds:
-                raise ValueError(
-                    f"`{name}` is expected to be one of {', '.join(kinds)}, but got {value!r}."
-                )
         if steps < 1:
             raise ValueError(f"`steps` is expected to be at least 1, but got {steps}.")
         top = {"adaptive": 1.0, "percentile": 100.0, "absolute": math.inf}[threshold_kind]
@@ -156,11 +147,6 @@ class KN(EditModule):
             )
         if factor <= 0:
             raise ValueError(f"`factor` is expected to be above 0, but got {factor}.")
-        if isinstance(refine_prompts, str) and refine_prompts != "rephrases":
-            raise ValueError(
-                f"`refine_prompts` is expected to be a list of prompts, 'rephrases' or None, but "
-                f"got {refine_prompts!r}."
-            )
         for prompt in [] if isinstance(refine_prompts, str) else refine_prompts or []:
             if "{}" not in prompt:
                 raise ValueError(

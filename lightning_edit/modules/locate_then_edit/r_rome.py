@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -54,8 +54,6 @@ class RROME(LocateModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
-        if key not in get_args(KeyKind):
-            raise ValueError(f"`key` is expected to be 'averaged' or 'prompt', but got {key!r}.")
         self.key = key
 
     @override

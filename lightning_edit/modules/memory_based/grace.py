@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +111,6 @@ class GRACE(MemoryModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, max_entries, **kwargs)
-        for name, value, kinds in (
-            ("expansion", expansion, ("coverage", "moving_average")),
-            ("replacement", replacement, get_args(Replacement)),
-            ("value_init", value_init, ("cold", "warm")),
-        ):
-            if value not in kinds:
-                raise ValueError(
-                    f"`{name}` is expected to be one of {', '.join(kinds)}, but got {value!r}."
-                )
         if steps < 1:
             raise ValueError(f"`steps` is expected to be at least 1, but got {steps}.")
         if radius <= 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,14 +185,6 @@ class SERAC(MemoryModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, max_entries, **kwargs)
-        for name, value, kinds in (
-            ("distance", distance, get_args(Distance)),
-            ("train_on", train_on, get_args(TrainOn)),
-        ):
-            if value not in kinds:
-                raise ValueError(
-                    f"`{name}` is expected to be one of {', '.join(kinds)}, but got {value!r}."
-                )
         for name, number in (("width", width), ("depth", depth), ("heads", heads), ("rank", rank)):
             if number < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {number}.")

@@ -305,7 +305,7 @@ def test_embeddings_may_be_those_of_the_input() -> None:
         ({"threshold": 100.0, "threshold_kind": "percentile"}, r"below 100 where"),
         ({"refine_share": 1.0}, r"`refine_share` is expected"),
         ({"factor": 0.0}, r"`factor` is expected to be above 0"),
-        ({"refine_prompts": "all"}, r"'rephrases' or None, but got 'all'"),
+        ({"refine_prompts": "all"}, r"one of rephrases or list\[str\] or null, but got 'all'"),
         ({"refine_prompts": ["The capital is"]}, r"'The capital is' is expected to hold \{\}"),
     ],
     ids=lambda value: str(value)[:30],

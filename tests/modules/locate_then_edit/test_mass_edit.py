@@ -280,7 +280,7 @@ def test_batches_teach_the_tiny_world() -> None:
         (EMMET, {"softness": -1.0}, "`softness` and `norm_weight`"),
         (AlphaEdit, {"ridge_weight": 0.0}, "`ridge_weight` .* above 0"),
         (AlphaEdit, {"protected_share": 0.0}, "`protected_share` .* between 0 and 1"),
-        (RROME, {"key": "mean"}, "`key` .* 'averaged' or 'prompt', but got 'mean'"),
+        (RROME, {"key": "mean"}, "`key` .* one of averaged, prompt, but got 'mean'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
