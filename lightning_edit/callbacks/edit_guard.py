@@ -254,7 +254,8 @@ class EditGuard(CheckedArguments, Callback):
     def _look(self, *_: object) -> None:
         """Before a step: keeps what stands."""
         editor = cast("EditModule[Edit]", self._editor)
-        self._before = editor.delta, editor.relative_norm()
+        is_bounded = self.relative_norm is not None or self.growth is not None
+        self._before = editor.delta, editor.relative_norm() if is_bounded else math.nan
 
     def _judge(self, optimizer: Optimizer, *_: object) -> None:
         """After a step: measures, and takes back what broke a budget."""
@@ -271,22 +272,21 @@ class EditGuard(CheckedArguments, Callback):
             with torch.inference_mode(False), torch.no_grad(), exact:
                 rows = editor.session.measured(requests)
                 self.figures, broken = self._measure(editor, rows, norm)
+            told = Processes.running().objects(broken)
+            if self.dry_run:
+                self._tell(edit, rows, editor)
         except BaseException:  # an interruption, too, leaves nothing that was not measured
             editor.edit_optimizer.rewind(standing)
             raise
         self._is_new = True
-        told = Processes.running().objects(broken)
         why = " ".join(dict.fromkeys(reason for part in told for reason in part))
-        if self.dry_run:
-            self._tell(edit, rows, editor)
-        if why:
-            ids = tuple(rows)
-            self.breaches.append(Breach(self._step, ids, why, self.figures))
-            names = ", ".join(map(repr, ids))
-            rank_zero_warn(f"EditGuard took back the edit of {names}. {why}")
         if why or self.dry_run:
             editor.edit_optimizer.rewind(standing)
             _mark(edit, why or "It was taken back, since this was a dry run.")
+        if why:
+            self.breaches.append(Breach(self._step, tuple(rows), why, self.figures))
+            names = ", ".join(map(repr, rows))
+            rank_zero_warn(f"EditGuard took back the edit of {names}. {why}")
 
     def _tell(
         self, edit: Edit, rows: Mapping[str, RequestFigures], editor: EditModule[Edit]
@@ -338,7 +338,7 @@ class EditGuard(CheckedArguments, Callback):
             names = ", ".join(map(repr, wild))
             broken.append(f"What the edited model answers to {names} is not finite.")
         weights = editor.target.originals
-        if weights and (self.relative_norm is not None or self.growth is not None):
+        if weights and not math.isnan(norm_before):
             norm = editor.relative_norm()
             figures |= {"relative_norm": norm, "growth": norm - norm_before}
             for name, budget in (("relative_norm", self.relative_norm), ("growth", self.growth)):

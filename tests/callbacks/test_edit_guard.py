@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,15 @@ def test_an_interruption_leaves_nothing_that_was_not_measured() -> None:
         fit(editor, Interrupted())
     assert fingerprint(editor.model) == before
     editor.commit(editor.edit(FIRST))  # nobody watches any longer
+
+
+def test_a_warning_that_is_an_error_finds_the_edit_taken_back() -> None:
+    editor = quick_editor(EDITORS["ROME"])
+    before = fingerprint(editor.model)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="took back the edit of"):
+        warnings.simplefilter("error")
+        fit(editor, Breaks([FIRST.id]))
+    assert fingerprint(editor.model) == before
 
 
 def test_what_it_cannot_guard_is_refused_before_anything_is_trained() -> None:
