@@ -10,6 +10,7 @@ from .benchmark.specs import ProtocolSpec as ProtocolSpec
 from .callbacks.causal_tracing import CausalTracing as CausalTracing
 from .callbacks.edit_checkpoint import EditCheckpoint as EditCheckpoint
 from .callbacks.edit_evaluator import EditEvaluator as EditEvaluator
+from .callbacks.edit_guard import EditGuard as EditGuard
 from .callbacks.edit_ledger import EditLedger as EditLedger
 from .callbacks.edit_report import EditReport as EditReport
 from .callbacks.progress import EditProgressBar as EditProgressBar

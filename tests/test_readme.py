@@ -149,6 +149,9 @@ def restored_logging() -> Iterator[None]:
 # The stand-in knows nothing, so editors and callbacks find fault with it.
 @pytest.mark.filterwarnings("ignore:.*update direction and the key:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*does not know what it is to forget:UserWarning")
+# A guard says what it took back.
+@pytest.mark.filterwarnings("ignore:EditGuard took back the edit of:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*edits did not take:UserWarning")
 # Pages train a few steps in Trainers with few settings.
 @pytest.mark.filterwarnings("ignore:.*The number of training batches:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*`val_dataloader`:UserWarning")

@@ -5,6 +5,7 @@
 from lightning_edit.callbacks.causal_tracing import CausalTracing
 from lightning_edit.callbacks.edit_checkpoint import EditCheckpoint
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
+from lightning_edit.callbacks.edit_guard import EditGuard
 from lightning_edit.callbacks.edit_report import EditReport
 from lightning_edit.callbacks.progress import EditProgressBar
 from lightning_edit.callbacks.retention_curve import RetentionCurve
@@ -15,6 +16,7 @@ __all__ = [
     "CausalTracing",
     "EditCheckpoint",
     "EditEvaluator",
+    "EditGuard",
     "EditProgressBar",
     "EditReport",
     "RetentionCurve",

@@ -64,13 +64,15 @@ class RequestFigures(TypedDict, total=False):
 class EditDetails(TypedDict, total=False):
     """What a computation left beside the edit, to be looked at; not saved.
 
-    ``requests`` and ``failed`` are there for every method, the rest where a method makes it.
+    ``requests`` and ``failed`` are there for every method, the rest where it is made.
     """
 
     #: Figures of each request that the edit answers, in their order.
     requests: list[RequestFigures]
     #: Reasons of the requests that are left out, by id.
     failed: dict[str, str]
+    #: Why the edit was taken back once it was written; its requests are among those that failed.
+    taken_back: str
     #: What locate-then-edit methods found and wrote, by layer where there are several.
     target_values: Any
     layer: int

@@ -111,7 +111,8 @@ class Recorder(Generic[E]):
         now = waiting[-1].after if self.at_once else self._now(keep=False).fingerprint
         for one in waiting:
             # Something else may have taken the edit back meanwhile, such as a callback that guards.
-            self._write(one, is_gone=now == one.before != one.after)
+            is_gone = "taken_back" in one.edit.details or now == one.before != one.after
+            self._write(one, is_gone=is_gone)
 
     def remove(self, undoes: Mapping[int, Sequence[EditRequest]], why: str) -> Entry | None:
         """Takes requests out of the editor's model, and records that.
@@ -171,6 +172,8 @@ class Recorder(Generic[E]):
     def _write(self, one: _Committed[E], *, is_gone: bool) -> None:
         edit, editor = one.edit, self.editor
         failed = edit.details.get("failed", {})
+        taken_back = edit.details.get("taken_back")
+        failed = {id_: why for id_, why in failed.items() if why != taken_back}
         known = _requests(edit)
         after = {row["id"]: row for row in edit.details.get("requests", [])}
         about = edit.provenance if edit.provenance.method else editor.provenance
@@ -185,7 +188,7 @@ class Recorder(Generic[E]):
             one.before if is_gone else one.after,
             (),
             self.who,
-            self.why,
+            taken_back or self.why,
             _scores(answered, one.measured, after),
         )
         if len(edit) or answered:

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_edit import EditEvaluator, FullTuning, SaveTaskVector
+from lightning_edit import EditEvaluator, FineTune, FullTuning, SaveTaskVector
+from lightning_edit.core.errors import EditError
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests
 from tests.callbacks.foreign import data_of, fit, foreign, weights_of
@@ -27,6 +28,9 @@ from tests.contract.enumeration import (
 from tests.modules.helpers import bare_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dirpath.*exists and is not empty:UserWarning")
+
+#: Those that take back edits, and say that there are none in what Lightning's loop trains.
+REFUSE_LEARNING = {"EditGuard"}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,10 @@ def test_works_in_any_fit_and_leaves_a_checkpoint_without_pickles(
         callbacks=[callback, *others],
         default_root_dir=tmp_path,
     )
+    if name in REFUSE_LEARNING:
+        with pytest.raises(EditError, match="its steps are no edits"):
+            trainer.fit(module, datamodule=data_of())
+        return
     trainer.fit(module, datamodule=data_of())
     assert trainer.global_step == 4
     [file] = tmp_path.rglob("last.ckpt")
@@ -126,5 +134,6 @@ def test_a_dry_run_writes_nothing(name: str, tmp_path: Path, vector: Path) -> No
         enable_progress_bar=name == "EditProgressBar",
         default_root_dir=tmp_path,
     )
-    trainer.fit(foreign(), datamodule=data_of())
+    module = quick_editor(FineTune) if name in REFUSE_LEARNING else foreign()
+    trainer.fit(module, datamodule=data_of())
     assert not list(tmp_path.iterdir())
