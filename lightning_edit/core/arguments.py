@@ -20,7 +20,7 @@ __all__ = ["CheckedArguments"]
 _PLAIN: dict[object, tuple[type, str]] = {
     bool: (bool, "true or false"),
     int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
+    float: (numbers.Real, "a finite number"),
     str: (str, "text"),
 }
 
@@ -58,6 +58,10 @@ class CheckedArguments:
                     f"{_shown(value)}."
                 )
         return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[()]:
+        """Nothing: copies are given their state, and no arguments."""
+        return ()
 
 
 def _named(

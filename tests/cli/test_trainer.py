@@ -43,7 +43,8 @@ def printed_config(output: Output, *words: str) -> dict[str, Any]:
 # -- help ------------------------------------------------------------------------------------
 
 
-def test_the_table_of_verbs_names_those_of_the_trainer() -> None:
+def test_the_table_of_verbs_names_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-edit"])
     assert set(TRAINER_VERBS) == set(EditCLI.subcommands())
 
 
@@ -228,8 +229,8 @@ def test_a_second_run_keeps_the_results_of_the_first(world: TinyWorld, tmp_path:
     for steps in (2, 3, 4):
         assert run_here(world.arguments(run, f"--model.steps={steps}")) == 0
         kept.append((run / "results.json").read_text(encoding="utf-8"))
-    earlier = sorted((run / "earlier").iterdir())
-    assert len(earlier) == 2
+    earlier = sorted(path for path in (run / "earlier").iterdir() if path.is_dir())
+    assert len(earlier) == len(list((run / "earlier").glob("config-*.yaml"))) == 2
     assert [(folder / "results.json").read_text(encoding="utf-8") for folder in earlier] == kept[:2]
     assert all((folder / "delta" / "delta.safetensors").is_file() for folder in earlier)
     assert len(list((run / "checkpoints" / "earlier").iterdir())) == 2
