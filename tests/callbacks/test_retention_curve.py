@@ -285,7 +285,7 @@ def test_a_broken_model_is_written_down_as_one(tmp_path: Path) -> None:
             edit = super().compute_edit(batch)
             [name] = edit.changes
             # Finite, and more than a pass can hold.
-            return edit * (3e38 / float(edit.dense(name).abs().max()))
+            return edit * (1.0 / float(edit.dense(name).abs().max())) * 3e38
 
     editor = Breaking.from_model(*trained_tiny_model(), layers=[2], steps=1)
     trainer = bare_trainer(max_epochs=1, callbacks=[curve])

@@ -138,6 +138,8 @@ def test_a_checkpoint_holds_what_it_takes(cls: type[EditModule], tmp_path: Path)
         assert fingerprint(resumed.model) == fingerprint(wanted.model)
         state = torch.load(tmp_path / "run.ckpt", weights_only=True)
         del state["optimizer_states"][0]["batches"]  # as it was written before
+        for key in ("format_version", "sha256"):
+            del state["lightning_edit"][key]
         torch.save(state, tmp_path / "old.ckpt")
         old = quick_editor(cls)
         trainer.validate(old, data, ckpt_path=tmp_path / "old.ckpt", verbose=False)
