@@ -216,7 +216,9 @@ class EditGuard(CheckedArguments, Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watches no longer."""
+        """Says what came of it."""
+        count = len(self.breaches)
+        rank_zero_info(f"Guard  {count or 'no'} edit(s) taken back{_listed(self.figures)}")
         self._stop()
 
     @override
@@ -299,10 +301,9 @@ class EditGuard(CheckedArguments, Callback):
             f"{id_!r} p(target) {row['p_target']:.3f}" + (" took" if row["took"] else " not taken")
             for id_, row in rows.items()
         )
-        figures = "".join(f" · {name} {value:.4g}" for name, value in self.figures.items())
         rank_zero_info(
             f"Dry run  {edit!r}{where} · {edit.nbytes:,} bytes · ‖Δ‖ {edit.norm():.4g} · "
-            f"{scores}{figures}"
+            f"{scores}{_listed(self.figures)}"
         )
 
     # -- measuring ---------------------------------------------------------------------------
@@ -404,6 +405,10 @@ def _requests(edit: Edit) -> list[EditRequest]:
     failed = edit.details.get("failed", {})
     asked = [request for batch in edit.batches if batch for request in batch.requests]
     return [request for request in asked if request.id not in failed]
+
+
+def _listed(figures: Mapping[str, float]) -> str:
+    return "".join(f" · {name} {value:.4g}" for name, value in figures.items())
 
 
 def _mark(edit: Edit, why: str) -> None:

@@ -250,6 +250,7 @@ def test_a_dry_run_tells_and_keeps_nothing(name: str, caplog: pytest.LogCaptureF
     assert fingerprint(editor.model) == before
     assert len(editor.delta) == 0
     told = [record.getMessage() for record in caplog.records]
+    assert told[-1].startswith("Guard  no edit(s) taken back · canaries ")
     told = [line for line in told if line.startswith("Dry run")]
     assert [FIRST.id in told[0], SECOND.id in told[1]] == [True, True]
     assert all("bytes" in line and "p(target)" in line and "canaries" in line for line in told)
