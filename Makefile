@@ -15,7 +15,7 @@ MODEL_TESTS := lightning_edit tests/artifacts tests/benchmark tests/callbacks te
 	tests/evaluation tests/functional tests/memories tests/metrics tests/modules tests/passes tests/serving \
 	tests/tracing tests/test_demos.py tests/test_examples.py tests/test_models.py tests/test_optim.py
 
-.PHONY: demo test test-distributed test-processors test-slow lint docs clean
+.PHONY: demo test test-distributed test-long test-processors test-slow lint docs clean
 
 $(VENV)/.base: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,13 +36,17 @@ $(VENV)/.docs: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/lightning-edit fit --config configs/edit.yaml
 
-# All tests but the slow ones.
+# All tests but the long and the slow ones.
 test: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'not slow'
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'not long and not slow'
+
+# What `make test` leaves, as tests/long.txt says.
+test-long: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'long and not slow'
 
 # Examples, and all that loads or trains a model, on the other instruction sets that this CPU has.
 test-processors: $(VENV)/.dev
-	$(BIN)/python -m tests.processors $(WORKERS) -m 'not slow' $(MODEL_TESTS)
+	$(BIN)/python -m tests.processors $(WORKERS) -m 'not long and not slow' $(MODEL_TESTS)
 
 # Every editor on two processes, with whole and with divided weights, the slow ones, too.
 test-distributed: $(VENV)/.dev

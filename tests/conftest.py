@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiers import mark_slow
+from tests.tiers import mark_long
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that edit the default model come first: begun last, they would be waited for."""
-    mark_slow(items)
+    mark_long(items)
     long = {item.path for item in items if item.get_closest_marker("real")}
     items.sort(key=lambda item: item.path not in long)
 

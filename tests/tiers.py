@@ -1,9 +1,9 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests `make test` leaves to `make test-slow`, beside those that are marked in their files.
+"""Which tests `make test` leaves to `make test-long`.
 
-Nothing is left out of both, and continuous integration runs both. `slow.txt` names tests that take
-long; of one that is asked for many cases, the first stays.
+Continuous integration runs both. `long.txt` names tests that take seconds; of one that is asked for
+many cases, the first stays in `make test`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["mark_slow"]
+__all__ = ["mark_long"]
 
-#: Lines of `slow.txt`: a file or a test, and `*` behind a test of which no case stays.
-LONG = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").split())
+#: Lines of `long.txt`: a file or a test, and `*` behind a test of which no case stays.
+LONG = frozenset((Path(__file__).parent / "long.txt").read_text(encoding="utf-8").split())
 
 
-def mark_slow(items: list[pytest.Item]) -> None:
-    """Marks the tests that are left to `make test-slow`."""
+def mark_long(items: list[pytest.Item]) -> None:
+    """Marks the tests that are left to `make test-long`."""
     seen: set[str] = set()
     for item in items:
         test, bracket, _ = item.nodeid.partition("[")
@@ -28,4 +28,4 @@ def mark_slow(items: list[pytest.Item]) -> None:
         file = test.partition("::")[0]
         is_whole = file in LONG or f"{test}*" in LONG
         if is_whole or (test in LONG and not is_first):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.long)
