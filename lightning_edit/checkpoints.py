@@ -135,12 +135,13 @@ class _SealedSaving:
 
     def __call__(
         self,
-        checkpoint: dict[str, Any],
+        checkpoint: dict[str, object],
         filepath: str | Path,
         storage_options: object = None,
     ) -> None:
         if self.strategy.is_global_zero and "lightning_edit" in checkpoint:
-            _count_epoch(checkpoint.get("loops", {}).get("fit_loop", {}))
+            loops = cast(Mapping[str, Mapping[str, Any]], checkpoint.get("loops", {}))
+            _count_epoch(loops.get("fit_loop", {}))
             seal(checkpoint)
         type(self.strategy).save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
 

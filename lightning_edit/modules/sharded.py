@@ -231,7 +231,7 @@ class _OneFile(Generic[E]):
                 state[name] = whole_tensor(tensor).cpu()
         return state
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         """The state of the optimizer itself, gathered."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = inner.state_dict()
@@ -242,7 +242,7 @@ class _OneFile(Generic[E]):
         return {**state, "state": moments}
 
     def save(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
+        self, checkpoint: dict[str, object], filepath: str | Path, storage_options: object = None
     ) -> None:
         """Writes the file, by the first process."""
         Strategy.save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
@@ -299,7 +299,7 @@ def _whole(value: object) -> object:
     return whole_tensor(value).cpu() if isinstance(value, Tensor) else value
 
 
-def _divided(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def _divided(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, object]:
     """An optimizer's state with what belongs to a divided parameter divided like it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
