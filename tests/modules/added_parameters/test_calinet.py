@@ -524,6 +524,7 @@ def test_a_memory_of_other_slots_is_refused(tmp_path: Path) -> None:
     editor = _editor()
     editor.edit(tiny_requests(1)).save(tmp_path / "edit")
     other = _editor(slots=4)
+    other.edit(tiny_requests(2)[1]).apply_(other.model)
     with pytest.raises(ArtifactError, match="belong to a CalibrationSlots with"):
         Edit.load(tmp_path / "edit").apply_(other.model)
     model = tiny_model("t5")
