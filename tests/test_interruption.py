@@ -115,7 +115,7 @@ def test_the_printed_command_finds_the_checkpoint_of_any_logger(
     words = world.arguments(Path("root"), *logging, *interruption("SIGINT", 2))
     monkeypatch.setattr("sys.argv", ["lightning-edit"])
     with caplog.at_level("INFO"):
-        assert run_here(words) == 1
+        assert run_here(words) == 130
     logs = home / "logs" / "lightning_logs" / "version_0"
     folder, words = printed_command(caplog.text)
     monkeypatch.chdir(away)
