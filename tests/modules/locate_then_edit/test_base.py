@@ -57,7 +57,10 @@ def editor_of(model: Any = None, **settings: Any) -> ROME:
     [
         ({"context_templates": ["{}", "Yes."]}, r"`context_templates`: 'Yes\.' .* end in \{\}"),
         ({"context_templates": ["Yes. {}"]}, r"`context_templates`: the first .* '\{\}'"),
-        ({"context_templates": ["{}", ["Yes. {}"]]}, r"`context_templates` .* list\[str\] or list\[list\[str\]\]"),
+        (
+            {"context_templates": ["{}", ["Yes. {}"]]},
+            r"`context_templates` .* list\[str\] or list\[list\[str\]\]",
+        ),
         ({"context_templates": [["{}"], []]}, "`context_templates`: .* leave no group empty"),
         ({"kl_prompt": "It is a"}, r"`kl_prompt` .* \{\}"),
         ({"steps": 0}, "`steps` .* at least 1, but got 0"),

@@ -16,6 +16,7 @@ from lightning_edit import AlphaEdit
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.tensor_files import read_sealed
 from lightning_edit.data import EditDataModule, TextDataModule
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, world_sentences
 from lightning_edit.functional.moments import regularize, second_moment_update
@@ -176,10 +177,14 @@ def test_a_damaged_cache_is_written_again(
 
     first = moment()
     [file] = (tmp_path / "second_moments").iterdir()
-    whole = file.read_bytes()
+    (found, about), whole = read_sealed(file), file.read_bytes()
+    kept = {name: tensor.clone() for name, tensor in found.items()}  # which lie in the file
     file.write_bytes(whole[: len(whole) // 2])
     assert torch.equal(moment(), first)
-    assert file.read_bytes() == whole
+    again, said = read_sealed(file)  # whose bytes have what is said in any order
+    assert said == about
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
 
 
 def test_nothing_is_kept_where_no_folder_or_hash_is_given(
