@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self, cast, get_args
 
 import torch
@@ -328,7 +329,7 @@ class ModelTree:
         found = [name for name in self._writers(block) if in_attention(block, name) == of_attention]
         if of_attention:
             found = self._of_self_attention(layer, found)
-        elif found and self._is_mixed():
+        elif found and self._is_mixed:
             found = self._position_wise(layer, found)
         if not found:
             what = "attention" if of_attention else "MLP"
@@ -344,6 +345,7 @@ class ModelTree:
         """Linear maps of a block to the hidden size, by name."""
         return [n for n, one in linears(block) if sizes(one)[0] == self.hidden_size]
 
+    @cached_property
     def _is_mixed(self) -> bool:
         """Whether blocks hold more than attention and one thing beside it, or not all the same."""
         kinds: set[type[nn.Module]] = set()
