@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import tells_of_loss
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "explained",
     "running",
     "scaled_logits",
+    "vocabulary_projection",
     "with_cache",
 ]
 
@@ -107,6 +109,23 @@ def with_cache(
         return cache if isinstance(value, Cache) else value
 
     return tuple(swap(a) for a in args), {name: swap(v) for name, v in kwargs.items()}
+
+
+def vocabulary_projection(tree: ModelTree) -> nn.Module:
+    """A model's projection to the vocabulary.
+
+    Args:
+        tree: Where the model's parts are.
+
+    Raises:
+        ModelError: If it has none.
+    """
+    if tree.lm_head is None:
+        raise ModelError(
+            f"{type(tree.model).__name__} has no projection to the vocabulary. Load it with "
+            "AutoModelForCausalLM."
+        )
+    return tree.lm_head
 
 
 def scaled_logits(model: nn.Module, logits: Tensor) -> Tensor:

@@ -33,7 +33,13 @@ from lightning_edit.passes.block_recorder import (
     hidden_states,
     recorded_blocks,
 )
-from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
+from lightning_edit.passes.blocks import (
+    Prefix,
+    explained,
+    scaled_logits,
+    vocabulary_projection,
+    with_cache,
+)
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
 
@@ -264,13 +270,9 @@ class Tail:
         """Next-token logits of hidden states [..., D], as float32 [..., V]."""
         if self.tree.final_norm is not None:
             state = self.tree.final_norm(state)
-        if self.tree.lm_head is None:
-            raise ModelError(
-                f"{type(self.tree.model).__name__} has no projection to the vocabulary. "
-                "Load it with AutoModelForCausalLM."
-            )
+        head = vocabulary_projection(self.tree)
         with self._precision():
-            logits = self._run(self.tree.lm_head, (), {}, state)
+            logits = self._run(head, (), {}, state)
         return scaled_logits(self.tree.model, logits)
 
     def select(self, rows: Tensor) -> Tail:

@@ -30,7 +30,7 @@ from lightning_edit.passes.block_recorder import (
     entering_states,
     hidden_states,
 )
-from lightning_edit.passes.blocks import explained, scaled_logits
+from lightning_edit.passes.blocks import explained, scaled_logits, vocabulary_projection
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.caches import keeps_keys_and_values
 from lightning_edit.passes.hooks import hooked
@@ -203,7 +203,7 @@ class WholeRows:
     def logits(self, state: Tensor) -> Tensor:
         """Next-token logits of hidden states [..., D], as float32 [..., V]."""
         with self._precision():
-            logits: Tensor = self._head(state)
+            logits: Tensor = vocabulary_projection(self.tree)(state)
         return scaled_logits(self.tree.model, logits)
 
     def lower(self, dtype: torch.dtype) -> WholeRows:
@@ -220,15 +220,6 @@ class WholeRows:
             keys=self.keys[rows],
             values=self.values[rows],
         )
-
-    @property
-    def _head(self) -> nn.Module:
-        if self.tree.lm_head is None:
-            raise ModelError(
-                f"{type(self.tree.model).__name__} has no projection to the vocabulary. "
-                "Load it with AutoModelForCausalLM."
-            )
-        return self.tree.lm_head
 
     def _precision(self) -> torch.autocast:
         on = self.dtype is not None
@@ -251,7 +242,8 @@ class WholeRows:
             found.append(entering_states(args, kwargs))
             raise StopPass
 
-        with hooked(before={self._head: take}), suppress(StopPass):
+        head = vocabulary_projection(self.tree)
+        with hooked(before={head: take}), suppress(StopPass):
             self.tree.model(input_ids=self.ids, attention_mask=self.mask, use_cache=False)
         return found[0]
 
