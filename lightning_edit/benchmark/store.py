@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.core.errors import ArtifactError, MissingDependencyError
+from lightning_edit.core.files import replacing
 from lightning_edit.report.files import write_file
 
 if TYPE_CHECKING:
@@ -159,14 +160,9 @@ class ResultsFolder:
         if not files:
             return None
         target = self.path / self.EDITS
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with pq.ParquetWriter(partial, _schema()) as writer:
-                for file in files:  # one at a time: together they may be larger than the memory
-                    writer.write_table(pq.read_table(file))
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(target) as part, pq.ParquetWriter(part, _schema()) as writer:
+            for file in files:  # one at a time: together they may be larger than the memory
+                writer.write_table(pq.read_table(file))
         return target
 
     def read_json(self, name: str) -> Mapping[str, object] | None:
@@ -193,9 +189,7 @@ class ResultsFolder:
 
     def write_json(self, name: str, value: Mapping[str, object]) -> None:
         """Writes a file, whole or not at all."""
-        file = self.path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(value))  # with nan, which a ruined model scores
+        write_file(self.path / name, json.dumps(value))  # with nan, which a ruined model scores
 
     def _rows_of(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.parquet"
@@ -204,16 +198,8 @@ class ResultsFolder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                pq.write_table(pa.Table.from_pylist(list(rows), schema=_schema()), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as part:
+            pq.write_table(pa.Table.from_pylist(list(rows), schema=_schema()), part)
 
 
 def need_pandas() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, LedgerError
+from lightning_edit.core.files import file_hash, sync_folder
 from lightning_edit.core.storage import CARD, CONFIG, TENSORS
 
 __all__ = ["DeltaFolder"]
@@ -59,13 +60,11 @@ class DeltaFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
         try:
-            saved = edit.save(staging / "delta", originals=originals)
-            for path in (*saved.iterdir(), saved):
-                _to_disk(path)
+            saved = edit.save(staging / "delta", originals=originals)  # is on the disk then
             name = content_hash(saved)
             if not (self.folder / name).exists():
                 os.replace(saved, self.folder / name)
-            _to_disk(self.folder)
+            sync_folder(self.folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return name
@@ -131,19 +130,5 @@ def content_hash(folder: Path) -> str:
     Raises:
         OSError: If one of them is missing.
     """
-    lines = []
-    for name in (CARD, CONFIG, TENSORS):
-        with (folder / name).open("rb") as file:
-            lines.append(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    lines = [f"{name} {file_hash(folder / name)}" for name in (CARD, CONFIG, TENSORS)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Has the system write a file, or the names in a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,11 +7,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_edit.core.errors import LedgerError
+from lightning_edit.core.files import replacing
 from lightning_edit.ledger.entries import COLUMNS, Entry
 
 __all__ = ["export"]
@@ -33,7 +33,7 @@ def export(entries: Sequence[Entry], path: Path, *, force: bool) -> int:
         The number of rows.
 
     Raises:
-        LedgerError: If the file is there, or its name ends otherwise.
+        LedgerError: If the file is there, its name ends otherwise, or it cannot be written.
     """
     writers = {".jsonl": _json_lines, ".csv": _table}
     if path.suffix not in writers:
@@ -42,14 +42,12 @@ def export(entries: Sequence[Entry], path: Path, *, force: bool) -> int:
         raise LedgerError(
             f"`{path}` is there already. Give another file, or `force` to replace it."
         )
-    part = path.with_name(f".{path.name}.part")
+    text = writers[path.suffix](entries)
     try:
-        part.write_text(writers[path.suffix](entries), encoding="utf-8", newline="")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
-        raise LedgerError(f"`{path}` cannot be written: {error}.") from None
-    finally:
-        part.unlink(missing_ok=True)
+        raise LedgerError(str(error)) from None
     return len(entries)
 
 

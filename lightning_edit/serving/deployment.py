@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from lightning_edit.core.errors import ServerError
+from lightning_edit.core.files import file_hash, replacing
 from lightning_edit.serving.router import check_shares, choose
 from lightning_edit.serving.server import JSON, LiveServer
 
@@ -274,10 +274,8 @@ class Deployment:
             "live": self.live,
             "history": self.history,
         }
-        path = self.folder / RECORD
-        staging = path.with_name(f".{RECORD}.{os.getpid()}")
-        staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(staging, path)
+        with replacing(self.folder / RECORD) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def folder_hash(folder: Path) -> str:
@@ -297,7 +295,6 @@ def folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\0".encode())
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name}\0{file_hash(path)}\0".encode())
     return digest.hexdigest()
