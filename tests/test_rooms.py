@@ -63,7 +63,7 @@ ROOMS = {
     "metrics": {"core", "functional"},
     "evaluation": {"core", "functional", "metrics", "passes"},
     "tracing": {"core", "passes", "evaluation"},
-    "forgetting": {"core", "functional"},
+    "forgetting": {"core", "functional", "passes"},
     "demos": {"core"},
     "report": {"core", "rendering", "__about__"},
     "data": {"checkpoints", "core"},

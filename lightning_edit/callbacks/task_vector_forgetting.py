@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,24 +13,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_edit.callbacks.model_access import find_model, find_tokenizer
+from lightning_edit.callbacks.model_access import find_model, find_tokenizer, model_and_tokens
 from lightning_edit.callbacks.run_folder import is_dry
 from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.hashing import tensor_hash
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import reshard
 from lightning_edit.core.wrappers import plain_names
+from lightning_edit.data.base import EditDataModule
 from lightning_edit.evaluation.scoring import score_targets
 from lightning_edit.forgetting.base_weights import BaseWeights
+from lightning_edit.forgetting.importance import fisher_diagonals, weighted
 from lightning_edit.forgetting.subtract import check_rate, forget_, load_task_vector
 from lightning_edit.modules.base import EditModule
 
 __all__ = ["TaskVectorForgetting"]
 
-# Enough old facts to see whether the model knows them.
-_MEASURED = 256
+_MEASURED = 256  # old facts by which one sees whether the model knows them
+_WEIGHED = 64  # answers by which the importance of parameters is found
 
 
 class TaskVectorForgetting(CheckedArguments, Callback):
@@ -64,9 +68,15 @@ class TaskVectorForgetting(CheckedArguments, Callback):
             null.
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when null.
+        retain: Data whose answers are to be kept. The rate of each parameter is then λ s with
+            s = F_old / (F_old + α F_retain), by the Fisher information of the old answers and of
+            these, the first 64 of each. Needs the tokenizer and a data module with
+            ``old_requests``.
+        retain_alpha: α, how much the answers to be kept count.
 
     Raises:
-        ValueError: If the rate is negative or not finite, both sources of τ are given, or neither.
+        ValueError: If the rate or α is negative or not finite, both sources of τ are given, or
+            neither.
 
     Examples:
         >>> forgetting = TaskVectorForgetting(task_vector="vectors/old", rate=0.3)
@@ -85,7 +95,13 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         save_task_vector: str | None = None,
         old_nll_warning: float | None = 3.0,
         model_attribute: str | None = None,
+        retain: EditDataModule | None = None,
+        retain_alpha: float = 1.0,
     ) -> None:
+        if not 0 <= retain_alpha < math.inf:
+            raise ValueError(
+                f"`retain_alpha` is expected to be a finite number, 0 or more, got {retain_alpha}."
+            )
         if check_rate(rate) < 0:
             raise ValueError(f"`rate` is expected to be 0 or more, but got {rate}.")
         if forget_epochs < 0:
@@ -107,11 +123,13 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         self.save_task_vector = save_task_vector
         self.old_nll_warning = old_nll_warning
         self.model_attribute = model_attribute
+        self.retain = retain
+        self.retain_alpha = retain_alpha
         #: Whether the old knowledge has been taken out.
         self.done = False
         self._base: BaseWeights | None = None
         self._loaded: dict[str, Tensor] | None = None  # the base as a checkpoint held it
-        self._adapter_vector = WeightDelta({})
+        self._frozen_vector = WeightDelta({})
         self._frozen: dict[str, str] = {}
         self._restored = False
 
@@ -157,10 +175,12 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         elif self._loaded is not None:
             self._base, self._loaded = BaseWeights.from_whole(model, self._loaded), None
         else:
+            self._check_retain(trainer, pl_module)
             self._warn_if_unknown(trainer, pl_module, model)
             reshard(pl_module)
             if self.task_vector is not None:
-                self._forget(model, load_task_vector(self.task_vector, model))
+                vector = load_task_vector(self.task_vector, model)
+                self._forget(model, self._spared(trainer, pl_module, vector))
             elif trainer.current_epoch:
                 raise EditError(
                     f"The run goes on at epoch {trainer.current_epoch} from a checkpoint that was "
@@ -200,10 +220,10 @@ class TaskVectorForgetting(CheckedArguments, Callback):
             base.save_task_vector(
                 model, self.save_task_vector, {"epochs": self.forget_epochs}, trainer.is_global_zero
             )
-        if base.adapts:
-            self._adapter_vector = base.task_vector(model)
+        if base.adapts or self.retain is not None:
+            vector = self._spared(trainer, pl_module, base.task_vector(model))
             base.restore_(model)
-            self._forget(model, self._adapter_vector)
+            self._forget(model, vector)
         else:
             base.forget_learned_(model, self.rate)
             self._tell()
@@ -215,8 +235,37 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         frozen = [name for name in vector.changes if not named[names[name]].requires_grad]
         # A checkpoint of an adapter may leave out the weights beneath it.
         self._frozen = {name: tensor_hash(named[names[name]]) for name in frozen}
+        if self.task_vector is None or self.retain is not None:  # else it is read again
+            self._frozen_vector = WeightDelta({name: vector.changes[name] for name in frozen})
         forget_(model, vector, self.rate)
         self._tell()
+
+    def _check_retain(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.retain is None:
+            return
+        model_and_tokens(pl_module, self.model_attribute, type(self).__name__)
+        if not getattr(_data(trainer), "old_requests", None):
+            raise EditError(
+                "`retain` weighs what is to be kept against the old answers, but the Trainer's "
+                "data module has no `old_requests`. Give one of this package, or leave `retain` "
+                "out."
+            )
+        self.retain.setup("fit")
+
+    def _spared(
+        self, trainer: Trainer, pl_module: LightningModule, vector: WeightDelta
+    ) -> WeightDelta:
+        """τ by the importance of each parameter, where there is something to be kept."""
+        if self.retain is None:
+            return vector
+        model, tokens = model_and_tokens(pl_module, self.model_attribute, type(self).__name__)
+        old: list[EditRequest] = getattr(_data(trainer), "old_requests", [])
+        diagonals = []
+        for requests in (old, self.retain.requests):
+            found = fisher_diagonals(model, tokens, requests[:_WEIGHED], list(vector.changes))
+            # Of equal processes; but their last bits may differ, and the weights must not.
+            diagonals.append({name: trainer.strategy.reduce(f) for name, f in found.items()})
+        return weighted(vector, *diagonals, alpha=self.retain_alpha)
 
     def _tell(self) -> None:
         self.done = True
@@ -234,8 +283,8 @@ class TaskVectorForgetting(CheckedArguments, Callback):
             if name in names and tensor_hash(named[names[name]]) == digest
         ]
         if fresh:
-            vector = self._adapter_vector
-            if self.task_vector is not None:
+            vector = self._frozen_vector
+            if not vector.changes and self.task_vector is not None:
                 vector = load_task_vector(self.task_vector, model)
             forget_(model, WeightDelta({name: vector.changes[name] for name in fresh}), self.rate)
 
@@ -289,7 +338,7 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         held: dict[str, dict[str, Tensor]] = {}
         if self._base is not None:
             held["base"] = self._base.whole(find_model(pl_module, self.model_attribute))
-        for name, change in self._adapter_vector.changes.items():
+        for name, change in self._frozen_vector.changes.items():
             factors = (change.u, change.v) if isinstance(change, LowRank) else (change,)
             held.setdefault("vector", {}).update({f"{name}.{i}": f for i, f in enumerate(factors)})
         if held:
@@ -308,7 +357,7 @@ class TaskVectorForgetting(CheckedArguments, Callback):
             if place == "0":
                 second = factors.get(f"{name}.1")
                 changes[name] = first if second is None else LowRank(first, second)
-        self._adapter_vector = WeightDelta(changes)
+        self._frozen_vector = WeightDelta(changes)
 
 
 def _data(trainer: Trainer) -> object:

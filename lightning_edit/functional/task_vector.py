@@ -12,7 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["forget", "forget_learned", "old_answer_residual", "surviving_share", "task_vector"]
+__all__ = [
+    "forget",
+    "forget_learned",
+    "forgetting_importance",
+    "old_answer_residual",
+    "surviving_share",
+    "task_vector",
+]
 
 
 def task_vector(base: Tensor, tuned: Tensor) -> Tensor:
@@ -85,6 +92,36 @@ def forget_learned(base: Tensor, tuned: Tensor, rate: float) -> Tensor:
         [0.5, 2.0]
     """
     return forget(base, task_vector(base, tuned), rate)
+
+
+def forgetting_importance(forget: Tensor, retain: Tensor, alpha: float = 1.0) -> Tensor:
+    """S = F_forget / (F_forget + α F_retain): how much of a forgetting rate each parameter gets.
+
+    Args:
+        forget: Diagonal of the Fisher information of what is to be forgotten, any shape.
+        retain: The same of what is to be kept, of the same shape.
+        alpha: α, how much the latter counts; 0 spares nothing.
+
+    Returns:
+        s, in [0, 1], float32: 1 where only what is to be forgotten depends on a parameter, 1/2
+        where both do alike (for α = 1), 0 where it does not matter to what is to be forgotten.
+
+    Raises:
+        ValueError: If the shapes differ, or α is negative.
+
+    Examples:
+        >>> forgetting_importance(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0]))
+        tensor([1.0000, 0.5000, 0.0000])
+
+    References:
+        The mechanism of per-parameter task arithmetic, arXiv 2601.22030, by Fisher diagonals.
+    """
+    _check_shapes(forget=forget, retain=retain)
+    if alpha < 0:
+        raise ValueError(f"`alpha` is expected to be 0 or more, but got {alpha}.")
+    wanted = forget.float()
+    whole = wanted + alpha * retain.float()
+    return torch.where(wanted > 0, wanted / whole, 0.0)
 
 
 def surviving_share(before: Tensor, after: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

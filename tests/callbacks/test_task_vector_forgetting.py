@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from lightning_edit import (
     ROME,
+    EditDataModule,
     EditError,
+    EditRequest,
     OldThenNew,
     SaveTaskVector,
     TaskVectorForgetting,
     WeightDelta,
 )
+from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, ModelError
-from lightning_edit.demos import tiny_model, tiny_tokenizer, trained_tiny_model
+from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.forgetting.subtract import forget_, load_task_vector, sweep_forgetting
 from tests.callbacks.foreign import Foreign, data_of, fit, foreign, quiet_trainer, weights_of
 
@@ -644,3 +647,81 @@ def test_nothing_trainable_and_more_than_factors(tmp_path: Path) -> None:
     frozen.head = nn.Linear(1, 1)
     with pytest.raises(ModelError, match="no trainable parameter"):
         fit(frozen, data_of(), save)
+
+
+# -- what is to be kept ------------------------------------------------------------------------
+
+
+def _retained() -> EditDataModule:
+    return EditDataModule(requests=tiny_requests(4)[2:])
+
+
+def test_what_is_to_be_kept_is_spared(vector: Path) -> None:
+    module, data = foreign(), data_of()
+    start, tau = weights_of(module.net), WeightDelta.load(vector)
+    look = _Weights("on_train_batch_start")
+    forgetting = TaskVectorForgetting(str(vector), RATE, retain=_retained(), retain_alpha=2.0)
+    fit(module, data, forgetting, look)
+
+    def diagonal(requests: list[EditRequest]) -> dict[str, Tensor]:
+        """From gradients of one answer at a time, by the model's own loss."""
+        model, sums = trained_tiny_model()[0].requires_grad_(True), {}
+        for request in requests:
+            module.net = model  # type: ignore[assignment]
+            model.zero_grad()
+            answer = PromptTokenizer(module.tokenizer)
+            target = answer.target(request.prompt, request.target_new)
+            (module.loss([request]) * len(target)).backward()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                square = parameter.grad.double().square() / len(requests)
+                sums[name] = sums.get(name, 0) + square
+        return sums
+
+    old, kept = diagonal(data.old_requests), diagonal(_retained().requests)
+    for name in start:
+        s = (old[name] / (old[name] + 2.0 * kept[name])).nan_to_num(0.0)
+        wanted = start[name] - RATE * s * tau.dense(name)
+        torch.testing.assert_close(look.seen[0][f"net.{name}"].double(), wanted, atol=1e-5, rtol=0)
+    assert forgetting.done
+
+
+def test_nothing_to_be_kept_is_plain_forgetting_where_the_old_answers_are(vector: Path) -> None:
+    plain, spared = foreign(), foreign()
+    fit(plain, data_of(), TaskVectorForgetting(str(vector), RATE))
+    none = TaskVectorForgetting(str(vector), RATE, retain=_retained(), retain_alpha=0.0)
+    fit(spared, data_of(), none)
+    _close(weights_of(plain), weights_of(spared), 1e-5)
+
+
+def test_old_knowledge_learned_first_is_spared_as_well() -> None:
+    module, look = foreign(), _Weights("on_train_batch_start")
+    data = OldThenNew(data_of(), forget_epochs=1)
+    forgetting = TaskVectorForgetting(rate=RATE, forget_epochs=1, retain=_retained())
+    fit(module, data, forgetting, look, max_epochs=2)
+    plain, seen = foreign(), _Weights("on_train_batch_start")
+    other = TaskVectorForgetting(rate=RATE, forget_epochs=1)
+    fit(plain, OldThenNew(data_of(), 1), other, seen, max_epochs=2)
+    start = weights_of(foreign().net)
+    first = len(look.seen) // 2
+
+    def moved(found: dict[str, Tensor]) -> float:
+        return sum(float((found[f"net.{n}"] - t).square().sum()) for n, t in start.items())
+
+    assert 0 < moved(look.seen[first]) < moved(seen.seen[first])
+
+
+def test_what_is_to_be_kept_needs_the_old_answers(vector: Path) -> None:
+    module = foreign()
+    before = weights_of(module)
+    loaders = (data_of().train_dataloader(), data_of().val_dataloader())
+    forgetting = TaskVectorForgetting(str(vector), RATE, retain=_retained())
+    with pytest.raises(EditError, match="has no `old_requests`"):
+        quiet_trainer(forgetting).fit(module, *loaders)
+    _equal(before, weights_of(module))
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("inf"), float("nan")])
+def test_weight_of_what_is_to_be_kept_is_checked(alpha: float) -> None:
+    with pytest.raises(ValueError, match="`retain_alpha`"):
+        TaskVectorForgetting("folder", retain_alpha=alpha)

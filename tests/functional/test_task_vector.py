@@ -8,6 +8,7 @@ import torch
 from lightning_edit.functional.task_vector import (
     forget,
     forget_learned,
+    forgetting_importance,
     old_answer_residual,
     surviving_share,
     task_vector,
@@ -85,3 +86,19 @@ def test_errors_name_the_argument() -> None:
         old_answer_residual(torch.zeros(0), torch.zeros(0))
     with pytest.raises(ValueError, match="`p_before` is expected to be positive"):
         old_answer_residual(a, a)
+
+
+def test_importance_is_half_where_both_answers_need_a_parameter_alike() -> None:
+    fisher = _pair()[0].square()
+    half = forgetting_importance(fisher, fisher)
+    torch.testing.assert_close(half, torch.full_like(half, 0.5))
+    assert torch.equal(forgetting_importance(fisher, torch.zeros_like(fisher)), fisher.sign())
+    assert not forgetting_importance(torch.zeros_like(fisher), fisher).any()
+    assert not forgetting_importance(torch.zeros(2), torch.zeros(2)).any()
+
+
+def test_importance_checks_what_it_is_given() -> None:
+    with pytest.raises(ValueError, match="`retain` is expected to have the shape of `forget`"):
+        forgetting_importance(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match="`alpha`"):
+        forgetting_importance(torch.ones(2), torch.ones(2), -1.0)
