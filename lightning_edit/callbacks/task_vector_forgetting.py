@@ -260,12 +260,14 @@ class TaskVectorForgetting(CheckedArguments, Callback):
             return vector
         model, tokens = model_and_tokens(pl_module, self.model_attribute, type(self).__name__)
         old: list[EditRequest] = getattr(_data(trainer), "old_requests", [])
-        diagonals = []
-        for requests in (old, self.retain.requests):
+
+        def diagonals(requests: list[EditRequest]) -> dict[str, Tensor]:
             found = fisher_diagonals(model, tokens, requests[:_WEIGHED], list(vector.changes))
             # Of equal processes; but their last bits may differ, and the weights must not.
-            diagonals.append({name: trainer.strategy.reduce(f) for name, f in found.items()})
-        return weighted(vector, *diagonals, alpha=self.retain_alpha)
+            return {name: trainer.strategy.reduce(f) for name, f in found.items()}
+
+        kept = diagonals(self.retain.requests)
+        return weighted(vector, diagonals(old), kept, self.retain_alpha)
 
     def _tell(self) -> None:
         self.done = True
