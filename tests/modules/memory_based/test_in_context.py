@@ -148,6 +148,15 @@ def test_demonstrations_are_those_of_the_nearest_facts(corpus: Path, nearest_las
         assert other.subject not in context
 
 
+def test_a_corpus_that_holds_too_few_facts_is_told(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps(r.to_dict()) for r in tiny_requests(3)))
+    editor = IKE.from_model(*trained_tiny_model(), corpus=str(corpus), count=8)
+    with pytest.warns(UserWarning, match=r"`count` is 8, but `corpus=.* has 2 facts that are not"):
+        [context] = editor.contexts(tiny_requests(1))
+    assert context.count("New Fact:") == 2
+
+
 def test_the_shares_of_the_kinds_are_kept() -> None:
     kinds = demonstration_kinds(32, (1, 3, 4))
     assert [kinds.count(kind) for kind in ("copy", "update", "retain")] == [4, 12, 16]
