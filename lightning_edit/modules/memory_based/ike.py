@@ -141,9 +141,9 @@ class IKE(MemoryModule):
             others = [facts[i] for i in order if not _is_about(facts[i], request)]
             if len(others) < self.count:
                 rank_zero_warn(
-                    f"`count` is {self.count}, but {self._corpus_name()} has {len(others)} facts "
-                    f"that are not about the subject of `{request.id}`: no more are demonstrated. "
-                    "Give a larger corpus, or a smaller count."
+                    f"`count` is {self.count}, of which {self._corpus_name()} can give "
+                    f"{len(others)}: facts about the subject of `{request.id}` are left out. Give "
+                    "a larger corpus, or a smaller count."
                 )
             shown = [
                 _demonstration(fact, kind, i)
