@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import codecs
 import locale
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
 from lightning_edit.core.documents import parse_yaml, read_text
-from lightning_edit.core.errors import EditError
+from lightning_edit.core.errors import EditError, some_of
 
-__all__ = ["config_folder", "find_config", "load_preset", "presets_of"]
+__all__ = ["config_folder", "find_config", "load_preset", "presets_of", "with_preset"]
 
 
 class _Editor(TypedDict):
@@ -105,6 +106,37 @@ def load_preset(method: str, name: str) -> dict[str, object]:
         )
     settings = _editor_in(presets[name])["init_args"]
     return {key: value for key, value in settings.items() if key != "model"}
+
+
+def with_preset(
+    method: str, name: str, model: str, given: Mapping[str, object]
+) -> dict[str, object]:
+    """Settings of a preset with others over them; warns if they suit another model than this.
+
+    Args:
+        method: As in ``load_preset``.
+        name: As in ``load_preset``.
+        model: Name of the model that is edited.
+        given: Settings that overrule the preset's.
+
+    Raises:
+        ValueError: If the method has no such preset.
+
+    Examples:
+        >>> with_preset("ROME", "smollm2", "smollm2", {"steps": 3})
+        {'steps': 3, 'weight_decay': 0.001, 'clamp_norm_factor': 1.5}
+    """
+    settings = load_preset(method, name)
+    owner = preset_in(presets_of(method)[name])[1]
+    taken = [f"`{one}`" for one in settings if one not in given]
+    if owner and owner != model and taken:
+        from lightning.pytorch.utilities import rank_zero_warn
+
+        rank_zero_warn(
+            f"`preset={name!r}`: {some_of(taken)} of {method} suit {owner}, but this model is "
+            f"{model}. Leave the preset out for the method's own, or give them yourself."
+        )
+    return settings | dict(given)
 
 
 def preset_in(path: Path) -> tuple[str, str, dict[str, object]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.edit import Edit
-from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.errors import ArtifactError, some_of
 from lightning_edit.core.files import atomic_folder, file_hash
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.memory import MemoryWrite
@@ -110,10 +110,9 @@ def check_ours(folder: Path) -> None:
         )
     foreign = foreign_entries(folder, ours)
     if foreign:
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise ArtifactError(
             f"`{folder}` holds what is not of a model or an adapter written here, and replacing "
-            f"the folder would delete it: {', '.join(foreign[:5])}{more}. Give another `output`, "
+            f"the folder would delete it: {some_of(foreign)}. Give another `output`, "
             "or move that elsewhere."
         )
     if not listed and not _has_our_card(folder):  # version 0.1.0 kept no list

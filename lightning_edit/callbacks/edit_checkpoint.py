@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-from lightning_edit.callbacks.run_folder import hold, is_dry, release
+from lightning_edit.callbacks.run_folder import hold, is_dry
 from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.files import explained, sync, sync_folder, umask
@@ -93,15 +93,9 @@ class EditCheckpoint(CheckedArguments, ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        release(trainer)
-
-    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        release(trainer)
         if not self._has_begun:
             return
         # Saving now could keep half a step: the last committed one is on disk already.

@@ -9,9 +9,10 @@ from typing import Literal, TypedDict, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
+from lightning_edit.callbacks.before_run import BeforeRun
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator
 from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.run_folder import is_dry, run_folder
@@ -19,7 +20,6 @@ from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import LedgerError, ModelError, RequestError
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
-from lightning_edit.forgetting.base_weights import BaseWeights
 from lightning_edit.ledger.conflicts import Conflict, conflicts_among, conflicts_with
 from lightning_edit.ledger.entries import Draft
 from lightning_edit.ledger.fingerprints import fingerprint
@@ -104,8 +104,7 @@ class EditLedger(Callback):
         self._left_out: set[str] = set()
         self._compared: set[str] = set()
         self._before = ""
-        self._base: BaseWeights | None = None
-        self._loaded: dict[str, Tensor] | None = None
+        self._whole = BeforeRun(type(self).__name__)
 
     # -- a run -------------------------------------------------------------------------------
 
@@ -203,31 +202,27 @@ class EditLedger(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        if self._base is not None:
-            model = find_model(pl_module, self.model_attribute)
-            checkpoint[type(self).__name__] = {"base": self._base.whole(model)}
+        self._whole.save(lambda: find_model(pl_module, self.model_attribute), checkpoint)
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        own = cast("dict[str, dict[str, Tensor]]", checkpoint.get(type(self).__name__, {}))
-        self._loaded = own.get("base")
+        self._whole.load(checkpoint)
 
     # -- the whole change of a fit -----------------------------------------------------------
 
     def _begin_whole(self, pl_module: LightningModule, before: str) -> None:
         """Keeps the model as it is before a fit whose change is one row."""
-        loaded, self._loaded, self._before = self._loaded, None, before
+        self._before = before
         if isinstance(pl_module, EditModule):
             self._before = before or fingerprint(pl_module.model, pl_module.base.sha256)
             return
         try:
             model = find_model(pl_module, self.model_attribute)
-            if loaded is not None:
-                self._base = BaseWeights.from_whole(model, loaded)
-            else:
-                self._base, self._before = BaseWeights.of(model), fingerprint(model)
+            is_resumed = self._whole.is_loaded
+            self._whole.begin(model)
+            self._before = before if is_resumed else fingerprint(model)
         except ModelError as error:
             self._before = ""
             rank_zero_warn(f"Nothing is recorded of this run. {error}")
@@ -244,9 +239,9 @@ class EditLedger(Callback):
             model, edit = pl_module.model, pl_module.committed()
             about = pl_module.provenance
             method, settings, base = about.method, about.settings, about.base
-        elif self._base is not None:
-            model = find_model(pl_module, self.model_attribute)
-            edit, base = self._base.edit(model), self._base.info(model)
+        elif self._whole.weights is not None:
+            model, whole = find_model(pl_module, self.model_attribute), self._whole.weights
+            edit, base = whole.edit(model), whole.info(model)
             method = type(pl_module).__name__
             settings = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
         else:

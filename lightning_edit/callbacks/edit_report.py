@@ -23,10 +23,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_edit.callbacks.before_run import BeforeRun
 from lightning_edit.callbacks.edit_evaluator import EditEvaluator, metric_rows
 from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.retention_curve import RetentionCurve
-from lightning_edit.callbacks.run_folder import hold, is_dry, release, run_folder
+from lightning_edit.callbacks.run_folder import hold, is_dry, run_folder
 from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
@@ -39,7 +40,6 @@ from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
 from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_score
 from lightning_edit.evaluation.measured import metric_values
-from lightning_edit.forgetting.base_weights import BaseWeights
 from lightning_edit.functional.matching import completion_matches, contains_answer
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.metrics.reading import default_readings
@@ -86,8 +86,7 @@ class EditReport(CheckedArguments, Callback):
         self.save_delta = save_delta
         self.originals = originals
         self.report: RunReport | None = None
-        self._base: BaseWeights | None = None
-        self._loaded: dict[str, torch.Tensor] | None = None
+        self._before = BeforeRun(type(self).__name__)
         self._began = 0.0
         self._earlier = 0.0  # seconds of edits that were made before a run was resumed
 
@@ -110,30 +109,25 @@ class EditReport(CheckedArguments, Callback):
             _move_aside(folder)
         if not self.save_delta or isinstance(pl_module, EditModule):
             return
-        loaded, self._loaded = self._loaded, None
+        if trainer.ckpt_path is not None and not self._before.is_loaded:
+            self._before.forget()
+            return
         try:
-            model = _foreign_model(trainer, pl_module)
-            known = trainer.ckpt_path is None or loaded is not None
-            self._base = BaseWeights.of(model) if known else None
+            self._before.begin(_foreign_model(trainer, pl_module))
         except ModelError as error:
             rank_zero_info("The report will have no edit. %s", error)
-            return
-        if loaded is not None:
-            self._base = BaseWeights.from_whole(model, loaded)
 
     @override
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        if self._base is not None:
-            model = _foreign_model(trainer, pl_module)
-            checkpoint[type(self).__name__] = {"base": self._base.whole(model)}
+        self._before.save(lambda: _foreign_model(trainer, pl_module), checkpoint)
 
     @override
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        self._loaded = checkpoint.get(type(self).__name__, {}).get("base")
+        self._before.load(checkpoint)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,12 +147,12 @@ class EditReport(CheckedArguments, Callback):
         if isinstance(pl_module, EditModule):
             delta = pl_module.committed()
             pl_module.fitting.finish(pl_module)
-        elif self._base is not None:
+        elif self._before.weights is not None:
             model = _foreign_model(trainer, pl_module)
             ids = [request.id for e in evaluators[:1] for request in e.requests]
             settings = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-            base = self._base.info(model)
-            delta = self._base.edit(model)
+            base = self._before.weights.info(model)
+            delta = self._before.weights.edit(model)
             delta.provenance = Provenance(
                 type(pl_module).__name__, "", dict(settings), base, tuple(ids)
             )
@@ -171,18 +165,6 @@ class EditReport(CheckedArguments, Callback):
         files = [name for name in REPORT_FILES if not is_foreign_card(folder / name)]
         write_results(self.report, folder, files)
         self._show(folder, saved)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets other runs write into the folder."""
-        release(trainer)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Lets other runs write into the folder."""
-        release(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

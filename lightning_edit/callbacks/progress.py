@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 from typing_extensions import override
 
 from lightning_edit.core.arguments import CheckedArguments
@@ -32,6 +33,11 @@ class EditProgressBar(CheckedArguments, TQDMProgressBar):
     @override
     def train_description(self) -> str:
         return "Measuring"  # shown until the first edit
+
+    @override
+    def on_train_start(self, *args: object) -> None:
+        super().on_train_start(*args)
+        self.train_progress_bar.reset(total=convert_inf(self.total_train_batches))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *args: object) -> None:

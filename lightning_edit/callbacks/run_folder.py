@@ -7,11 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from lightning_edit.core.locking import FolderLock
 
-__all__ = ["hold", "is_dry", "release", "run_folder"]
+__all__ = ["hold", "is_dry", "run_folder"]
 
 # Folders that Trainers of this process hold.
 _HELD: WeakKeyDictionary[Trainer, dict[Path, FolderLock]] = WeakKeyDictionary()
@@ -47,9 +48,24 @@ def hold(trainer: Trainer, folder: Path) -> None:
     held = _HELD.setdefault(trainer, {})
     if folder.resolve() not in held:
         held[folder.resolve()] = FolderLock(folder)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, _Release) for callback in callbacks):
+        trainer.callbacks = [*callbacks, _Release()]  # type: ignore[attr-defined]
 
 
-def release(trainer: Trainer) -> None:
-    """Lets go of all folders that a run holds."""
-    for lock in _HELD.pop(trainer, {}).values():
-        lock.release()
+class _Release(Callback):
+    """Lets go of all folders that a run holds once it ends, whoever asked for them."""
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._release(trainer)
+
+    def _release(self, trainer: Trainer) -> None:
+        for lock in _HELD.pop(trainer, {}).values():
+            lock.release()

@@ -4,17 +4,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
+from lightning_edit.callbacks.before_run import BeforeRun
 from lightning_edit.callbacks.model_access import find_model
 from lightning_edit.callbacks.run_folder import is_dry
 from lightning_edit.core.arguments import CheckedArguments
-from lightning_edit.forgetting.base_weights import BaseWeights
 
 __all__ = ["SaveTaskVector"]
 
@@ -42,43 +39,38 @@ class SaveTaskVector(CheckedArguments, Callback):
     def __init__(self, folder: str, model_attribute: str | None = None) -> None:
         self.folder = folder
         self.model_attribute = model_attribute
-        self._base: BaseWeights | None = None
-        self._loaded: dict[str, Tensor] | None = None
+        self._before = BeforeRun(type(self).__name__)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = find_model(pl_module, self.model_attribute)
-        if self._loaded is not None:
-            self._base, self._loaded = BaseWeights.from_whole(model, self._loaded), None
-            return
-        if trainer.global_step:
+        if trainer.global_step and not self._before.is_loaded:
             rank_zero_warn(
                 f"The run goes on at step {trainer.global_step} from a checkpoint that was written "
                 "without SaveTaskVector, so the task vector will be that of the steps to come. "
                 "Start from the beginning to have that of the whole run."
             )
-        self._base = BaseWeights.of(model)
+        self._before.begin(model)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._base is None or is_dry(trainer):
+        base = self._before.weights
+        if base is None or is_dry(trainer):
             return
         settings = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
         model = find_model(pl_module, self.model_attribute)
-        self._base.save_task_vector(model, self.folder, settings, trainer.is_global_zero)
+        base.save_task_vector(model, self.folder, settings, trainer.is_global_zero)
         rank_zero_info(f"The task vector of this run is in {self.folder}.")
-        self._base = None
+        self._before.forget()
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        if self._base is not None:
-            model = find_model(pl_module, self.model_attribute)
-            checkpoint[type(self).__name__] = {"base": self._base.whole(model)}
+        self._before.save(lambda: find_model(pl_module, self.model_attribute), checkpoint)
 
     @override
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        self._loaded = checkpoint.get(type(self).__name__, {}).get("base")
+        self._before.load(checkpoint)

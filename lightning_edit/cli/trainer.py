@@ -30,7 +30,7 @@ from typing_extensions import override
 
 import lightning_edit
 from lightning_edit.__about__ import __version__
-from lightning_edit.callbacks.run_folder import hold, release
+from lightning_edit.callbacks.run_folder import hold
 from lightning_edit.checkpoints import check_hyper_parameters, read_checkpoint
 from lightning_edit.cli.parsing import EditParser
 from lightning_edit.core.errors import EditError
@@ -66,18 +66,6 @@ class SaveConfig(SaveConfigCallback):
         self.folder = trainer.log_dir or trainer.default_root_dir  # the same on all processes
         hold(trainer, Path(self.folder))
         super().setup(trainer, pl_module, "fit")
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets other runs write into the folder."""
-        release(trainer)
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Lets other runs write into the folder."""
-        release(trainer)
 
     @override
     def save_config(self, trainer: Trainer, *args: object) -> None:

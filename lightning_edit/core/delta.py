@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_edit.core.change import Change, LowRank, add_changes, dense_change, tensors_of
 from lightning_edit.core.committed import Batches
 from lightning_edit.core.edit import Edit
-from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.errors import ArtifactError, EditError, some_of
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.lora import LoRAFactors, to_lora
@@ -277,8 +277,8 @@ class WeightDelta(Edit):
         unknown = set(self.changes) - set(originals)
         if unknown:
             raise EditError(
-                f"The edit changes {', '.join(sorted(unknown))}, which the editor did not "
-                f"announce. Announced: {', '.join(originals)}."
+                f"The edit changes {some_of(sorted(unknown))}, which the editor did not "
+                f"announce. Announced: {some_of(originals)}."
             )
 
     def reset_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
@@ -304,7 +304,7 @@ class WeightDelta(Edit):
         missing = [name for name in self.changes if name not in self.originals]
         if missing:
             raise ArtifactError(
-                f"The originals of {', '.join(missing)} were not kept, so the edit cannot be "
+                f"The originals of {some_of(missing)} were not kept, so the edit cannot be "
                 "undone exactly. Load the base model again instead, or save edits with their "
                 "originals (`save(folder, originals=True)`)."
             )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "ArtifactError",
@@ -19,7 +19,24 @@ __all__ = [
     "ServerError",
     "SettingError",
     "StorageError",
+    "some_of",
 ]
+
+
+def some_of(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message, of which nobody would read hundreds.
+
+    Args:
+        names: In the order in which they are told.
+        most: How many of them are.
+
+    Examples:
+        >>> some_of("abc"), some_of("abcdefg")
+        ('a, b, c', 'a, b, c, d, e and 2 more')
+    """
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
 
 
 class EditError(Exception):

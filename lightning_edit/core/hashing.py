@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -173,12 +174,29 @@ class WeightHashes:
         """The model's ``weight_hash``, with ``originals`` in the place of its own parameters."""
         instead = originals or {}
         named = {n: p for n, p in plain_parameters(self._model).items() if n not in instead}
-        parts = {name: local_shard(p) for name, p in named.items()}
-        states = {name: (part.data_ptr(), part._version) for name, part in parts.items()}
+        states = _states(named)
         known = {name: state for name, (state, _) in self._known.items()}
         changed = {name: p for name, p in named.items() if known.get(name) != states[name]}
         self._known |= {name: (states[name], found) for name, found in _hashes(changed).items()}
         return _combined({**{name: self._known[name][1] for name in named}, **_hashes(instead)})
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Context manager: what is written in it is put back bit for bit, so that hashes hold.
+
+        After an error in it, what was written is hashed anew.
+        """
+        before = _states(plain_parameters(self._model))
+        held = {n: found for n, (state, found) in self._known.items() if before.get(n) == state}
+        yield
+        after = _states(plain_parameters(self._model))
+        self._known |= {n: (after[n], found) for n, found in held.items() if n in after}
+
+
+def _states(named: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Where each tensor lies, and its version."""
+    parts = {name: local_shard(tensor) for name, tensor in named.items()}
+    return {name: (part.data_ptr(), part._version) for name, part in parts.items()}
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.change import Change
-from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.errors import ArtifactError, some_of
 
 __all__ = ["LoRAFactors", "left_out", "same_rank", "to_lora"]
 
@@ -158,10 +158,9 @@ def _linear_modules(
         else:
             refused.append(f"`{name}` ({type(module).__name__})")
     if refused:
-        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ArtifactError(
             f"A LoRA adapter holds changes of the weights of linear maps, but the edit changes "
-            f"{', '.join(refused[:5])}{more} too. Export the whole edited model instead "
+            f"{some_of(refused)} too. Export the whole edited model instead "
             "(`hf`)."
         )
     return found

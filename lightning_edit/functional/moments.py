@@ -11,6 +11,8 @@ from torch import Tensor
 
 __all__ = ["regularize", "second_moment_update"]
 
+# Whether a GPU's products of bfloat16 can be given out in float32, in which they are summed anyway.
+MIXED = "dtype" in torch.ops.aten.mm.overloads()
 STRIPS = 4  # strips of rows in which a symmetric sum is made: five eighths of the products
 
 
@@ -30,15 +32,23 @@ def second_moment_update(total_MM: Tensor, keys_NM: Tensor) -> Tensor:
         >>> second_moment_update(torch.zeros(2, 2, dtype=torch.float64), torch.eye(2)).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    keys = keys_NM.float()
+    is_mixed = MIXED and keys_NM.is_cuda and keys_NM.dtype == torch.bfloat16
+    keys = keys_NM if is_mixed else keys_NM.float()
     strip = -(-keys.shape[1] // STRIPS)
     for start in range(0, keys.shape[1], strip):
         end = start + strip
         # From the diagonal on; what lies below it is the same mirrored.
-        rows = (keys[:, start:end].mT @ keys[:, start:]).double()
+        rows = _product(keys[:, start:end].mT, keys[:, start:]).double()
         total_MM[start:end, start:] += rows
         total_MM[end:, start:end] += rows[:, strip:].mT
     return total_MM
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A product with sums in float32: those of bfloat16 are exact, and fast on tensor cores."""
+    if left.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:
@@ -62,5 +72,5 @@ def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:
     if count < 1:
         raise ValueError("`count` is expected to be at least 1, but there are no keys.")
     mean = moment_MM.double() / count
-    scale = ridge * mean.diagonal().mean()
-    return (mean + scale * torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)).float()
+    mean.diagonal().add_(ridge * mean.diagonal().mean())
+    return mean.float()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The closed form of ROME: the smallest change of a linear memory that stores one pair."""
 
-# Shapes: M inputs, D outputs of the edited matrix W [D, M].
+# Shapes: E keys, M inputs, D outputs of the edited matrix W [D, M].
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch import Tensor
 __all__ = ["rank_one_update", "whiten"]
 
 
-def whiten(key: Tensor, factor: Tensor) -> Tensor:
+def whiten(keys: Tensor, factor: Tensor) -> Tensor:
     """C⁻¹ k, scaled to length one: the direction in which a key can be told from the others.
 
     Args:
-        key: k, [M].
+        keys: k, [M], or several of them, [E, M], which take hardly longer than one.
         factor: Cholesky factor of C = E[k kᵀ] over many keys, [M, M] float64; see ``factorize``.
 
     Returns:
-        Direction of C⁻¹ k, [M], float32.
+        Directions of C⁻¹ k, in the shape of the keys, float32.
 
     Examples:
         >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2).double()).tolist()
         [1.0, 0.0]
     """
-    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
-    unit: Tensor = solved / torch.linalg.vector_norm(solved)
+    columns = torch.atleast_2d(keys).double().mT
+    solved: Tensor = torch.cholesky_solve(columns, factor).mT.reshape(keys.shape)
+    unit: Tensor = solved / torch.linalg.vector_norm(solved, dim=-1, keepdim=True)
     return unit.float()
 
 

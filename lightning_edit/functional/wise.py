@@ -15,7 +15,11 @@ __all__ = ["activation_distance", "routing_loss", "ties"]
 
 
 def activation_distance(
-    outputs: Tensor, changed: Tensor, mask: Tensor, activation: Callable[[Tensor], Tensor]
+    outputs: Tensor,
+    changed: Tensor,
+    mask: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    long_prompt: int | None = None,
 ) -> Tensor:
     """D, the mean over tokens of ‖a(x W'ᵀ) − a(x Wᵀ)‖₂.
 
@@ -24,6 +28,8 @@ def activation_distance(
         changed: x W'ᵀ, [B, T, O].
         mask: Tokens that count, [B, T] bool, at least one in each row.
         activation: a, the model's activation function.
+        long_prompt: Tokens of a row from which on its D is the largest of theirs, which a mean
+            over so many would hide; never if None.
 
     Returns:
         [B] float32.
@@ -36,12 +42,21 @@ def activation_distance(
         >>> outputs, mask = torch.zeros(1, 2, 2), torch.tensor([[True, False]])
         >>> activation_distance(outputs, outputs + torch.tensor([3.0, 4.0]), mask, torch.relu)
         tensor([5.])
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> changed = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
+        >>> activation_distance(outputs, changed, mask, torch.relu)
+        tensor([3.])
+        >>> activation_distance(outputs, changed, mask, torch.relu, long_prompt=2)
+        tensor([5.])
     """
     moved = activation(changed.float()) - activation(outputs.float())
     # The norm has no gradient at zero, where W' begins.
     distances = moved.square().sum(-1).clamp_min(1e-24).sqrt()
     kept = mask.float()
-    return (distances * kept).sum(1) / kept.sum(1)
+    mean = (distances * kept).sum(1) / kept.sum(1)
+    if long_prompt is None:
+        return mean
+    return torch.where(kept.sum(1) >= long_prompt, (distances * kept).max(1).values, mean)
 
 
 def routing_loss(edited: Tensor, other: Tensor, ceiling: float, floor: float, gap: float) -> Tensor:

@@ -76,6 +76,8 @@ class SideMatrices(LayerMemory):
         seed: The s-th copy draws its entries from seed + s.
         routes_by: What is largest in the copy that answers: D, or its ``ratio`` to the least D of
             the copy's edits.
+        long_prompt: Tokens of a prompt from which on D is the largest distance of a token, not
+            their mean; never if None.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("changes", "distances")
@@ -96,6 +98,7 @@ class SideMatrices(LayerMemory):
         density: float = 0.53,
         seed: int = 0,
         routes_by: RoutesBy = "distance",
+        long_prompt: int | None = None,
     ) -> None:
         super().__init__(
             module=module,
@@ -110,6 +113,8 @@ class SideMatrices(LayerMemory):
             density=density,
             seed=seed,
             routes_by=routes_by,
+            # Memories that were saved before it was one have no such setting.
+            **({} if long_prompt is None else {"long_prompt": long_prompt}),
         )
         self._masks: dict[int, Tensor] = {}
         # Made of the entries, and so no part of the state.
@@ -199,7 +204,9 @@ class SideMatrices(LayerMemory):
         found = []
         for matrix, threshold in zip(self.matrices, self.thresholds, strict=True):
             changed = outputs.float() + inputs.float() @ matrix.T
-            distances = activation_distance(outputs, changed, prompt, self.activation)
+            distances = activation_distance(
+                outputs, changed, prompt, self.activation, self.settings.get("long_prompt")
+            )
             size = distances / threshold if by_ratio else distances
             found.append(torch.where(distances >= threshold, size, -1.0))
         largest = torch.stack(found).max(0)

@@ -56,7 +56,7 @@ from lightning_edit.modules.targets import (
 from lightning_edit.modules.unedited import UneditedModel, evaluator_of
 from lightning_edit.optim import E, EditOptimizer
 from lightning_edit.passes.borrowing import borrowed
-from lightning_edit.presets import load_preset
+from lightning_edit.presets import with_preset
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -219,7 +219,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             model: A Hugging Face language model. It is edited in place, not copied.
             tokenizer: Its fast tokenizer.
             preset: The model whose settings to take from the method's file in ``configs/method``,
-                such as ``smollm2``; the class's own defaults, those of its paper, when None.
+                such as ``smollm2``; the class's own defaults, those of its paper, when None. Of
+                another model than this a warning says so.
             settings: Further arguments of the editor. They overrule the preset's.
 
         Raises:
@@ -236,7 +237,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         """
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         if preset is not None:
-            settings = load_preset(cls.__name__, preset) | settings
+            settings = with_preset(cls.__name__, preset, name or type(model).__name__, settings)
         module = cls(model=name or type(model).__name__, **settings)
         module.adopt(model, tokenizer)
         return module

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.edit import Edit
-from lightning_edit.core.errors import EditError, FailedRequestsError
+from lightning_edit.core.errors import EditError, FailedRequestsError, some_of
 from lightning_edit.core.figures import RequestFigures, not_taken
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
@@ -314,10 +314,9 @@ def warn_of_not_taken(editor: EditModule[E], rows: Sequence[RequestFigures]) -> 
     missed = not_taken(rows)
     if not missed:
         return
-    more = f" and {len(missed) - MAX_IDS} more" if len(missed) > MAX_IDS else ""
     remedies = [words for name, words in _REMEDIES.items() if name in editor.hparams]
     rank_zero_warn(
-        f"{len(missed)} of {len(rows)} edits did not take: {', '.join(missed[:MAX_IDS])}{more}. "
+        f"{len(missed)} of {len(rows)} edits did not take: {some_of(missed, MAX_IDS)}. "
         "The edited model has another answer, token by token, than the new one. Try "
         f"{', '.join([*remedies, 'another method'])}, or words before the subject."
     )

@@ -125,7 +125,8 @@ class EditSession(Generic[E]):
         exact = torch.autocast(device.type, enabled=False)
         kept = kept_weights(self.target.parameters)
         lent = borrowed(self.model, self.target.trainable)
-        with torch.inference_mode(False), torch.enable_grad(), exact, lent, kept:
+        held = self._hashes.holding()
+        with held, torch.inference_mode(False), torch.enable_grad(), exact, lent, kept:
             if not isinstance(requests, EditBatch):
                 requests = requests_in(requests)
                 check_requests(requests)
@@ -253,7 +254,8 @@ class EditSession(Generic[E]):
             with self.written(edit):
                 yield
             return
-        with kept_weights({name: self.model.get_parameter(name) for name in edit.changes}):
+        kept = kept_weights({name: self.model.get_parameter(name) for name in edit.changes})
+        with self._hashes.holding(), kept:
             write_for_now(self.model, edit)
             yield
 

@@ -141,6 +141,7 @@ def scaled_logits(model: nn.Module, logits: Tensor) -> Tensor:
     logits = logits.float()
     config = getattr(model, "config", None)
     for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
-        logits = logits * (getattr(config, name, None) or 1.0) ** power
+        if factor := getattr(config, name, None):
+            logits = logits * factor**power
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

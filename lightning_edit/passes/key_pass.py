@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.sharding import ends_whole, plain
+from lightning_edit.passes.attention import quick_attention
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
+from lightning_edit.passes.transfers import sent
 from lightning_edit.passes.whole_rows import WholeKeys, runs_in_parts
 
 if TYPE_CHECKING:
@@ -75,10 +77,11 @@ class KeyPass:
         layers = sorted({tree.index(layer) for layer in layers})
         model: PreTrainedModel = tree.model
         device = next(tree.blocks[0].parameters()).device
-        ids, mask = (part.to(device) for part in pad_rows(rows, pad_id, side="left"))
+        ids, mask = (sent(part, device) for part in pad_rows(rows, pad_id, side="left"))
         first, last = layers[0], layers[-1]
         recorded = recorded_blocks(tree.blocks, first, last, keep=[first], stops=True)
-        with ends_whole(model), recorded as seen:
+        dtype = next(tree.blocks[0].parameters()).dtype
+        with ends_whole(model), quick_attention(device, dtype), recorded as seen:
             model.base_model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -130,7 +133,8 @@ class KeyPass:
 
     def _block(self, i: int, state: Tensor) -> Tensor:
         args, kwargs = self.calls[i]
-        return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
+        with quick_attention(state.device, state.dtype):
+            return hidden_states(self.tree.blocks[i](state, *args, **kwargs))
 
 
 def key_pass_of(tree: ModelTree, layer: int) -> type[KeyPass] | type[WholeKeys]:

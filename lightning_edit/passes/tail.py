@@ -26,7 +26,7 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.sharding import is_sharded, plain
-from lightning_edit.passes.attention import short_attention
+from lightning_edit.passes.attention import quick_attention, short_attention
 from lightning_edit.passes.block_recorder import (
     BlockOutput,
     entering_states,
@@ -42,6 +42,7 @@ from lightning_edit.passes.blocks import (
 )
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
+from lightning_edit.passes.transfers import sent
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -167,13 +168,14 @@ class Tail:
         layer = tree.index(layer)
         model: PreTrainedModel = tree.model
         device = next(tree.blocks[0].parameters()).device
-        parts = (part.to(device) for part in split_rows(rows, splits, pad_id))
+        parts = (sent(part, device) for part in split_rows(rows, splits, pad_id))
         before_NP, mask_NP, after_NQ, mask_NQ = parts
         mask = torch.cat([mask_NP, mask_NQ], 1)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         width = before_NP.shape[1]
         cache = DynamicCache()
-        with torch.no_grad(), borrowed(model):
+        dtype = next(tree.blocks[0].parameters()).dtype
+        with torch.no_grad(), borrowed(model), quick_attention(device, dtype):
             if width:
                 model.base_model(
                     input_ids=before_NP,

@@ -11,13 +11,14 @@ import http.client
 import json
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from lightning_edit.core.errors import ServerError
 from lightning_edit.rendering.escaping import visible
 from lightning_edit.serving.server import JSON
 
-__all__ = ["API_KEY", "Endpoint"]
+__all__ = ["API_KEY", "Client", "Endpoint"]
 
 #: Name of the environment variable that holds the server's key, if it wants one.
 API_KEY = "LIGHTNING_EDIT_API_KEY"
@@ -135,6 +136,29 @@ class Endpoint:
                 f"{what} It is another server, or does not take adapters now. {self.hint}".strip()
             )
         return f"{what} {self.hint}".strip()
+
+
+@dataclass(frozen=True)
+class Client:
+    """Base of what speaks to one kind of server.
+
+    Args:
+        url: Its address.
+        timeout: Seconds to wait for it.
+        api_key_env: Name of the environment variable with its key.
+    """
+
+    #: How such a server must be started, for errors.
+    hint: ClassVar[str]
+
+    url: str
+    timeout: float = 60.0
+    api_key_env: str = API_KEY
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the server is."""
+        return Endpoint(self.url, self.timeout, self.api_key_env, self.hint)
 
 
 def _message(text: str) -> str:

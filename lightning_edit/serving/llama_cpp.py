@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import ClassVar
 
 from lightning_edit.core.errors import ServerError
-from lightning_edit.serving.endpoint import API_KEY, Endpoint
+from lightning_edit.serving.endpoint import Client
 from lightning_edit.serving.server import JSON, Served
 
 __all__ = ["LlamaCpp"]
@@ -21,7 +22,7 @@ PROBE = "Which of these words has been read before? " * 2
 
 
 @dataclass(frozen=True)
-class LlamaCpp:
+class LlamaCpp(Client):
     """llama.cpp's server, which reads adapters when it starts and switches them while it runs.
 
     An adapter's name is that of its file without ``.gguf``. All are loaded from the start, several
@@ -38,13 +39,9 @@ class LlamaCpp:
         https://github.com/ggml-org/llama.cpp/tree/master/tools/server
     """
 
-    url: str = "http://127.0.0.1:8080"
-    timeout: float = 60.0
-    api_key_env: str = API_KEY
+    hint: ClassVar[str] = HINT
 
-    @property
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(self.url, self.timeout, self.api_key_env, HINT)
+    url: str = "http://127.0.0.1:8080"
 
     def push(self, folder: Path, name: str) -> None:
         """Checks that the adapter is loaded; ``prefer`` or a request's ``fields`` switch it on.
@@ -63,7 +60,7 @@ class LlamaCpp:
             )
         for _ in range(2):
             asked: JSON = {"prompt": PROBE, "n_predict": 1, "temperature": 0.0}
-            answer = self._endpoint.post("/completion", asked)
+            answer = self.endpoint.post("/completion", asked)
         timings = answer.get("timings") if isinstance(answer, dict) else None
         if isinstance(timings, dict) and timings.get("cache_n"):
             raise ServerError(
@@ -98,10 +95,10 @@ class LlamaCpp:
             {"id": id_, "scale": scales.get(name, scale)} for id_, name, _, scale in self._rows()
         ]
         if body:
-            self._endpoint.post("/lora-adapters", body)
+            self.endpoint.post("/lora-adapters", body)
 
     def _rows(self) -> list[tuple[int, str, str, float]]:
-        answer = self._endpoint.get("/lora-adapters")
+        answer = self.endpoint.get("/lora-adapters")
         if not isinstance(answer, list):
             raise ServerError(f"{self.url} answered /lora-adapters with no list. {HINT}")
         return [

@@ -8,10 +8,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from lightning_edit.core.errors import ServerError
 from lightning_edit.rendering.escaping import visible
-from lightning_edit.serving.endpoint import API_KEY, Endpoint
+from lightning_edit.serving.endpoint import Client
 from lightning_edit.serving.server import JSON, Served
 
 __all__ = ["TransformersServe"]
@@ -20,7 +21,7 @@ HINT = "Start it with `transformers serve`, where it can read the model's folder
 
 
 @dataclass(frozen=True)
-class TransformersServe:
+class TransformersServe(Client):
     """The server of transformers: requests name the folder of a model, which is loaded for them.
 
     It takes no adapters, so that what is pushed is the edited model, as ``apply`` writes it. The
@@ -28,29 +29,26 @@ class TransformersServe:
 
     Args:
         url: Its address.
-        base: Name of the unedited model.
         timeout: Seconds to wait for it, the loading included.
         api_key_env: Name of the environment variable with its key, where something before the
             server wants one.
+        base: Name of the unedited model.
         folders: Name of each model that was pushed to its folder.
 
     References:
         https://huggingface.co/docs/transformers/serving
     """
 
-    url: str = "http://127.0.0.1:8000"
-    base: str = ""
-    timeout: float = 600.0
-    api_key_env: str = API_KEY
-    folders: dict[str, str] = field(default_factory=dict)
+    hint: ClassVar[str] = HINT
 
-    @property
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(self.url, self.timeout, self.api_key_env, HINT)
+    url: str = "http://127.0.0.1:8000"
+    timeout: float = 600.0
+    base: str = ""
+    folders: dict[str, str] = field(default_factory=dict)
 
     def push(self, folder: Path, name: str) -> None:
         """Has a model loaded, so that the first request does not wait for it."""
-        answer = self._endpoint.post("/load_model", {"model": str(folder)})
+        answer = self.endpoint.post("/load_model", {"model": str(folder)})
         events = [answer] if isinstance(answer, dict) else _events(str(answer))
         last = events[-1] if events else {}
         if last.get("status") != "ready":
@@ -64,7 +62,7 @@ class TransformersServe:
 
     def served(self) -> list[Served]:
         """What was pushed by ``folders``: the server tells of models of the hub alone."""
-        self._endpoint.get("/health")
+        self.endpoint.get("/health")
         return [Served(name, folder) for name, folder in self.folders.items()]
 
     def prefer(self, name: str | None) -> None:

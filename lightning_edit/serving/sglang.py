@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lightning_edit.core.errors import ServerError
 from lightning_edit.rendering.escaping import visible
-from lightning_edit.serving.endpoint import API_KEY, Endpoint
+from lightning_edit.serving.endpoint import Client
 from lightning_edit.serving.openai_models import models_of
 from lightning_edit.serving.server import JSON, Served
 
@@ -23,7 +24,7 @@ HINT = (
 
 
 @dataclass(frozen=True)
-class SGLang:
+class SGLang(Client):
     """SGLang's server.
 
     Args:
@@ -35,13 +36,9 @@ class SGLang:
         https://docs.sglang.ai/advanced_features/lora.html
     """
 
-    url: str = "http://127.0.0.1:30000"
-    timeout: float = 60.0
-    api_key_env: str = API_KEY
+    hint: ClassVar[str] = HINT
 
-    @property
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(self.url, self.timeout, self.api_key_env, HINT)
+    url: str = "http://127.0.0.1:30000"
 
     def push(self, folder: Path, name: str) -> None:
         """Has an adapter loaded; see ``LiveServer.push``.
@@ -59,7 +56,7 @@ class SGLang:
 
     def served(self) -> list[Served]:
         """What requests can ask for; see ``LiveServer.served``."""
-        return models_of(self._endpoint)
+        return models_of(self.endpoint)
 
     def prefer(self, name: str | None) -> None:
         """Nothing: every request names its adapter, or gets the base."""
@@ -69,7 +66,7 @@ class SGLang:
         return {"lora_path": name}
 
     def _change(self, path: str, body: dict[str, JSON]) -> None:
-        answer = self._endpoint.post(path, body)
+        answer = self.endpoint.post(path, body)
         # Some versions say of a failure with status 200.
         if isinstance(answer, dict) and answer.get("success") is False:
             message = visible(str(answer.get("error_message", ""))[:300]).rstrip(".")

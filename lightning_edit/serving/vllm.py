@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from lightning_edit.serving.endpoint import API_KEY, Endpoint
+from lightning_edit.serving.endpoint import Client
 from lightning_edit.serving.openai_models import base_of, models_of
 from lightning_edit.serving.server import JSON, Served
 
@@ -21,7 +22,7 @@ HINT = (
 
 
 @dataclass(frozen=True)
-class VLLM:
+class VLLM(Client):
     """vLLM's OpenAI-compatible server.
 
     Args:
@@ -33,29 +34,25 @@ class VLLM:
         https://docs.vllm.ai/en/latest/features/lora/
     """
 
-    url: str = "http://127.0.0.1:8000"
-    timeout: float = 60.0
-    api_key_env: str = API_KEY
+    hint: ClassVar[str] = HINT
 
-    @property
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(self.url, self.timeout, self.api_key_env, HINT)
+    url: str = "http://127.0.0.1:8000"
 
     def push(self, folder: Path, name: str) -> None:
         """Has an adapter loaded; see ``LiveServer.push``."""
         body: dict[str, JSON] = {"lora_name": name, "lora_path": str(folder)}
         if any(one.name == name for one in self.served()):
             body["load_inplace"] = True
-        self._endpoint.post("/v1/load_lora_adapter", body)
+        self.endpoint.post("/v1/load_lora_adapter", body)
 
     def pull(self, name: str) -> None:
         """Has an adapter taken off; see ``LiveServer.pull``."""
         if any(one.name == name for one in self.served()):
-            self._endpoint.post("/v1/unload_lora_adapter", {"lora_name": name})
+            self.endpoint.post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def served(self) -> list[Served]:
         """What requests can ask for; see ``LiveServer.served``."""
-        return models_of(self._endpoint)
+        return models_of(self.endpoint)
 
     def prefer(self, name: str | None) -> None:
         """Nothing: every request names its model."""

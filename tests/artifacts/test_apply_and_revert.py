@@ -158,6 +158,10 @@ def test_revert_without_originals() -> None:
     assert "saved without originals, so it cannot be undone exactly" in done.notes[0]
     with pytest.raises(ArtifactError, match="were not kept"):
         revert("run")
+    many = WeightDelta({f"layers.{i}.weight": torch.ones(1) for i in range(39)})
+    words = "The originals of layers.0.weight, .*, layers.4.weight and 34 more were not kept"
+    with pytest.raises(ArtifactError, match=words):
+        many.revert_(zoo.build("llama"))
     assert not Path("restored").exists()
 
 

@@ -106,13 +106,24 @@ def test_settings_of_the_demo_are_those_that_its_figures_were_made_with() -> Non
 
 def test_an_editor_takes_a_preset_and_arguments_overrule_it() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.config._name_or_path = "smollm2"
     editor = ROME.from_model(model, tokenizer, preset="smollm2", layers=[1], steps=3)
     assert editor.hparams["clamp_norm_factor"] == 1.5
     assert editor.hparams["weight_decay"] == 0.001
     assert editor.hparams["steps"] == 3
-    assert editor.hparams["model"] != "smollm2"
+    assert editor.hparams["model"] == "smollm2"
     own = ROME.from_model(model, tokenizer, layers=[1])
     assert own.hparams["clamp_norm_factor"] == 4.0
+
+
+def test_a_preset_of_another_model_is_told() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    words = r"`steps`, `weight_decay`, `clamp_norm_factor` of ROME suit smollm2, but this model is "
+    with pytest.warns(UserWarning, match=words + "LlamaForCausalLM. Leave the preset out"):
+        editor = ROME.from_model(model, tokenizer, preset="smollm2", layers=[1])
+    assert editor.hparams["clamp_norm_factor"] == 1.5  # which was asked for
+    own = {"clamp_norm_factor": 4.0, "steps": 3, "weight_decay": 0.5}
+    ROME.from_model(model, tokenizer, preset="smollm2", layers=[1], **own)  # nothing of it is left
 
 
 def test_forms_of_a_method_are_presets_of_their_own() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_edit.passes.attention import short_attention
+from lightning_edit.passes.attention import aligned_mask, short_attention
 from tests import zoo
 
 CPU = torch.device("cpu")
@@ -82,3 +82,19 @@ def test_the_usual_attention_comes_back_whatever_happens() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is override
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@pytest.mark.parametrize("form", ["seen", "added"])
+def test_a_mask_made_for_gpus_hides_the_same(form: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 4) for n in (6, 11, 11))
+    seen = (torch.rand(3, 1, 6, 11) < 0.5).index_fill(3, torch.tensor([0]), True)
+    mask = seen if form == "seen" else torch.zeros(seen.shape).masked_fill(~seen, -1e9)
+    made = aligned_mask(mask, torch.float32)
+    assert made.shape == mask.shape
+    assert made.stride(-1) == 1
+    assert all(stride % 8 == 0 for stride in made.stride()[:-1])
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(
+        attend(query, key, value, attn_mask=made), attend(query, key, value, attn_mask=mask)
+    )

@@ -18,7 +18,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
+from lightning_edit.core.batch import IGNORE_INDEX, EditBatch, pad_rows
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
@@ -81,6 +81,10 @@ class TPatcher(MemoryModule):
     neurons a token. ReLU, whatever the model's own activation, has patches that do not fire add
     exactly nothing. A request that is answered rightly gets no patch and is not remembered.
 
+    The paper remembers the training examples of its task. An editor of a language model is given
+    none, so that text which the model writes itself stands for them; ``memory_texts`` gives
+    others, such as the data that the model serves.
+
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: The layer, one; the last if None.
@@ -91,7 +95,9 @@ class TPatcher(MemoryModule):
         activation_threshold: μ, what a patch is to exceed at its token.
         memory_gap: γ₁, by how much remembered states are to lie below it.
         memory_ceiling: γ₂, what remembered states are to stay below.
-        memory_tokens: States remembered of the model's own text; a fifth is held out.
+        memory_tokens: States remembered of the texts, at most; a fifth is held out.
+        memory_texts: Texts whose states are remembered, such as training examples with their
+            answers; the model's own if None.
         smoothing: Label smoothing of L_edit.
         steps: Steps of Adam for a request, at most.
         first_check: Step from which on every 25th is checked.
@@ -133,6 +139,7 @@ class TPatcher(MemoryModule):
         memory_gap: float = 3.0,
         memory_ceiling: float = -3.0,
         memory_tokens: int = 2048,
+        memory_texts: list[str] | None = None,
         smoothing: float = 0.1,
         steps: int = 2000,
         first_check: int = 100,
@@ -151,6 +158,11 @@ class TPatcher(MemoryModule):
         ):
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")
+        if memory_texts is not None and not (memory_texts and all(t.strip() for t in memory_texts)):
+            raise ValueError(
+                "`memory_texts` is expected to hold texts that are not blank, but got "
+                f"{memory_texts!r}."
+            )
         if not 0 <= smoothing < 1:
             raise ValueError(
                 f"`smoothing` is expected to be at least 0 and below 1, but got {smoothing}."
@@ -163,6 +175,7 @@ class TPatcher(MemoryModule):
         self.memory_gap = memory_gap
         self.memory_ceiling = memory_ceiling
         self.memory_tokens = memory_tokens
+        self.memory_texts = memory_texts
         self.smoothing = smoothing
         self.steps = steps
         self.first_check = first_check
@@ -204,20 +217,30 @@ class TPatcher(MemoryModule):
         )
 
     def remembered_states(self) -> Tensor:
-        """Inputs of the MLP at the tokens of text that the model writes itself, [M, D] float32."""
+        """Inputs of the MLP at the tokens of the remembered texts, [M, D] float32."""
         if self._remembered is None:
             model, tree = self.model, self.tree
-            rows = sample_text_ids(model, self.tokens, self.memory_tokens, self.seed)
-            inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+            rows, attended = self._memory_rows()
+            inputs = {"input_ids": rows, "attention_mask": attended}
             if tree.is_encoder_decoder:  # what it writes to a word, read by its decoder
                 inputs = {name: ids[:, :1] for name, ids in inputs.items()}
                 inputs["decoder_input_ids"] = rows
             with borrowed(model), torch.no_grad(), self._seen() as seen:
                 model(**inputs, use_cache=False)
-            states = seen[0].reshape(-1, seen[0].shape[-1])[: self.memory_tokens]
+            states = seen[0].reshape(-1, seen[0].shape[-1])[attended.flatten().bool()]
+            states = states[: self.memory_tokens]
             with seeded(self.seed):  # neighbors in a text are alike
                 self._remembered = states[torch.randperm(len(states)).to(states.device)].clone()
         return self._remembered.to(self.model.device)
+
+    def _memory_rows(self) -> tuple[Tensor, Tensor]:
+        """Token ids of the remembered texts, and which of them are no padding."""
+        if self.memory_texts is None:
+            rows = sample_text_ids(self.model, self.tokens, self.memory_tokens, self.seed)
+            return rows, torch.ones_like(rows)
+        ids = [self.tokens.tokenizer(text)["input_ids"] for text in self.memory_texts]
+        rows, attended = (part.to(self.model.device) for part in pad_rows(ids, self.tokens.pad_id))
+        return rows, attended
 
     @override
     def compute_edit(self, batch: EditBatch) -> MemoryWrite:

@@ -21,9 +21,11 @@ from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import Locator, ModelTree, StackKind, WeightSite
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import plain
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.functional.wise import activation_distance, routing_loss
+from lightning_edit.memories.prompts import statement
 from lightning_edit.memories.side_matrix import RoutesBy, SideMatrices
 from lightning_edit.modules.memory_based.base import MemoryModule
 from lightning_edit.passes.hooks import hooked
@@ -59,6 +61,13 @@ class WISE(MemoryModule):
 
     The margins are activations, not shares: every model has its own.
 
+    The paper has the side copy, Lₐ, the masks and the merge. From the authors' code, which the
+    figures were made with, come D as it is above, ``act_ratio``, ``bound``, the weight decay, the
+    contexts and the end of the search. Two things differ from both. The other text of Lₐ is the
+    model's own, not the request's ``locality``, by which it is measured afterwards; ``other_texts``
+    and ``own_locality`` give another. And D is a mean however long a prompt is, so that a fact
+    asked at the end of a page moves it little; ``long_prompt=100`` is the code's answer to it.
+
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         layers: The layer, one; at 0.84 of the depth if None.
@@ -85,6 +94,11 @@ class WISE(MemoryModule):
         max_entries: Edits that the memory may hold; any number if None.
         other_texts: Texts that Lₐ takes for other text, each edit one of them in turn; the model's
             own if None.
+        own_locality: Lₐ takes the probes in a request's ``locality``, with their answers, for other
+            text, one of them in turn; ``other_texts`` where a request has none. Locality is then
+            to be measured by other probes.
+        long_prompt: Tokens of a prompt from which on the largest distance of a token counts as its
+            D when it is asked, not their mean; never if None.
         kwargs: Arguments of every editor, such as ``dtype``; see
             [`EditModule`][lightning_edit.EditModule].
 
@@ -127,6 +141,8 @@ class WISE(MemoryModule):
         seed: int = 0,
         max_entries: int | None = None,
         other_texts: list[str] | None = None,
+        own_locality: bool = False,
+        long_prompt: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, max_entries, **kwargs)
@@ -136,10 +152,13 @@ class WISE(MemoryModule):
                 f"{other_texts!r}."
             )
         self.other_texts = other_texts
+        self.own_locality = own_locality
+        self.long_prompt = long_prompt
         for name, count in (
             ("steps", steps),
             ("copy_size", copy_size),
             ("merged_copies", merged_copies),
+            ("long_prompt", 1 if long_prompt is None else long_prompt),
         ):
             if count < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {count}.")
@@ -194,6 +213,7 @@ class WISE(MemoryModule):
             self.density,
             self.seed,
             self.routes_by,
+            self.long_prompt,
         )
 
     @property
@@ -245,7 +265,8 @@ class WISE(MemoryModule):
         site = self._site(tree)
         weights = site.read(self.model).float().reshape(-1)[side.mask(copy)]
         change = torch.zeros_like(before).requires_grad_()
-        inputs, outputs, mask = (part[number % len(part)][None] for part in self._other_texts())
+        others = self._other_texts_of(batch.requests[0])
+        inputs, outputs, mask = (part[number % len(part)][None] for part in others)
         previous, steps = math.inf, 0
         with replayed(blocks_below(tree, site.layer)):
             while True:
@@ -332,35 +353,46 @@ class WISE(MemoryModule):
         with hooked({site.module(self.model): change}):
             yield distances
 
+    def _other_texts_of(self, request: EditRequest) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes through the layer in texts that have nothing to do with a request."""
+        probes = request.locality if self.own_locality else ()
+        if not probes:
+            return self._other_texts()
+        return self._through_layer([statement(p.prompt, p.answer, p.glued) for p in probes])
+
     def _other_texts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What goes through the layer in other texts: inputs, outputs and a mask, [L, T, ...]."""
+        """What goes through the layer in the texts of all requests, [L, T, ...]."""
         if self._others is None:
-            tree = ModelTree.of(self.model, self.stack)
-            if self.other_texts is None:
-                rows = sample_text_ids(self.model, self.tokens, OTHER_TEXTS, self.seed)
-                attended = torch.ones_like(rows)
-            else:
-                ids = [self.tokens.tokenizer(text)["input_ids"] for text in self.other_texts]
-                padded = pad_rows(ids, self.tokens.pad_id)
-                rows, attended = (part.to(self.model.device) for part in padded)
-            given = {"input_ids": rows, "attention_mask": attended}
-            if tree.is_encoder_decoder:
-                start = self.model.config.decoder_start_token_id
-                given["decoder_input_ids"] = torch.full_like(rows[:, :1], start)
-            found: list[Tensor] = []
-
-            def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                parts = (plain(args[0]), output)
-                found.extend(p.reshape(len(rows), -1, p.shape[-1]).float() for p in parts)
-
-            with torch.no_grad(), hooked({self._site(tree).module(self.model): record}):
-                self.model(**given, use_cache=False)
-            mask = torch.ones(found[0].shape[:2], dtype=torch.bool, device=rows.device)
-            if mask.shape == attended.shape:
-                mask = attended.bool()
-            self._others = found[0], found[1], mask
+            self._others = self._through_layer(self.other_texts)
         inputs, outputs, kept = (part.to(self.model.device) for part in self._others)
         return inputs, outputs, kept
+
+    def _through_layer(self, texts: Sequence[str] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and outputs of the layer in texts, the model's own if None, and a mask."""
+        tree = ModelTree.of(self.model, self.stack)
+        if texts is None:
+            rows = sample_text_ids(self.model, self.tokens, OTHER_TEXTS, self.seed)
+            attended = torch.ones_like(rows)
+        else:
+            ids = [self.tokens.tokenizer(text)["input_ids"] for text in texts]
+            padded = pad_rows(ids, self.tokens.pad_id)
+            rows, attended = (part.to(self.model.device) for part in padded)
+        given = {"input_ids": rows, "attention_mask": attended}
+        if tree.is_encoder_decoder:
+            start = self.model.config.decoder_start_token_id
+            given["decoder_input_ids"] = torch.full_like(rows[:, :1], start)
+        found: list[Tensor] = []
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            parts = (plain(args[0]), output)
+            found.extend(p.reshape(len(rows), -1, p.shape[-1]).float() for p in parts)
+
+        with torch.no_grad(), hooked({self._site(tree).module(self.model): record}):
+            self.model(**given, use_cache=False)
+        mask = torch.ones(found[0].shape[:2], dtype=torch.bool, device=rows.device)
+        if mask.shape == attended.shape:
+            mask = attended.bool()
+        return found[0], found[1], mask
 
 
 def _activation_name(model: nn.Module) -> str:

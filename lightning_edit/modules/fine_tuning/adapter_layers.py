@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lightning_edit.core.change import LowRank
-from lightning_edit.core.errors import LocatorError, MissingDependencyError
+from lightning_edit.core.errors import LocatorError, MissingDependencyError, some_of
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.sampling import seeded
@@ -197,7 +197,7 @@ def adapter_sites(
             return sites
     raise LocatorError(
         f"`target_modules`: {type(model).__name__} has no linear map named "
-        f"{', '.join(sorted(missing))} in the attention or MLP of these layers."
+        f"{some_of(sorted(missing))} in the attention or MLP of these layers."
     )
 
 

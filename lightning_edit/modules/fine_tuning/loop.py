@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch, PromptTokenizer
-from lightning_edit.core.errors import ModelError
+from lightning_edit.core.errors import EditError, ModelError, some_of
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
@@ -118,8 +119,19 @@ class OptimizerChoice:
     lr_scheduler: LRSchedulerCallable | None = None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer of parameters."""
-        return (self.optimizer or self.default)(parameters)
+        """The optimizer of parameters.
+
+        Raises:
+            EditError: If a learning rate is not finite, so that a step would leave no weight whole.
+        """
+        made = (self.optimizer or self.default)(parameters)
+        rates = [float(group["lr"]) for group in made.param_groups]
+        if not all(map(math.isfinite, rates)):
+            raise EditError(
+                f"`lr` of {type(made).__name__} is expected to be finite, but got "
+                f"{some_of(map(str, rates))}. Give a lower one; nothing was trained."
+            )
+        return made
 
 
 class LoopTrained(Protocol):

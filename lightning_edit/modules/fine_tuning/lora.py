@@ -82,11 +82,15 @@ class LoRA(EditModule):
     def edited_names(self, tree: ModelTree) -> list[str]:
         return [s.name for s in adapter_sites(tree.model, self.layers, self.target_modules)]
 
+    def initial_adapter(self) -> AdapterLayers:
+        """The adapter that is trained, as it begins: A of each weight from the seed, B zero."""
+        sites = adapter_sites(self.model, self.layers, self.target_modules)
+        return AdapterLayers(self.model, sites, rank=self.rank, alpha=self.alpha, seed=self.seed)
+
     @override
     def compute_edit(self, batch: EditBatch) -> WeightDelta:
         tree = self.tree
-        sites = adapter_sites(self.model, self.layers, self.target_modules)
-        adapter = AdapterLayers(self.model, sites, rank=self.rank, alpha=self.alpha, seed=self.seed)
+        adapter = self.initial_adapter()
         factors = adapter.parameters
         adam = Adam(factors, lr=self.lr)
         losses: list[list[float]] = []

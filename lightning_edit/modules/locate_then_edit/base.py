@@ -224,7 +224,7 @@ class LocateModule(EditModule[WeightDelta]):
         Raises:
             ArtifactError: If the second moment does not allow it.
         """
-        self.second_moment(layer)
+        self.moments.find(self.session, self.sites(self.tree), self.tree.index(layer))
         return self.moments.derived(self.session, self.tree.index(layer), make, *arguments)
 
     def factor(self, layer: int) -> Tensor:
@@ -276,7 +276,7 @@ class LocateModule(EditModule[WeightDelta]):
         warn_of_several_places(batch.requests)
         if batch.processes.count > 1:
             for site in self.sites(self.tree):
-                self.second_moment(site.layer, batch.processes)
+                self.moments.find(self.session, self.sites(self.tree), site.layer, batch.processes)
         reasons = sink_reasons(self.tree, self.tokens, batch.requests, layer)
         asked = batch if not reasons else batch.without(reasons)
         found = self.target_values(asked, layer)

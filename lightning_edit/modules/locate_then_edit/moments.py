@@ -91,7 +91,8 @@ class SecondMoments:
                 f"expected [{width}, {width}] for one of the layers {sorted(widths)}."
             )
         _check(layer, moment)
-        self._moments[layer] = moment.detach().to(torch.float32, copy=True)
+        # On the host: an edit needs what is made of it, which is where the model is.
+        self._moments[layer] = moment.detach().to("cpu", torch.float32, copy=True)
 
     def of(
         self,
@@ -113,6 +114,17 @@ class SecondMoments:
             ArtifactError: If the file cannot be read or does not fit.
             ModelError: If the text cannot be read or is too short.
         """
+        self.find(session, sites, layer, processes)
+        return self._moments[layer].to(session.device)
+
+    def find(
+        self,
+        session: EditSession[WeightDelta],
+        sites: Sequence[WeightSite],
+        layer: int,
+        processes: Processes | None = None,
+    ) -> None:
+        """Reads or estimates C of a layer if it is not known; arguments and errors as in ``of``."""
         if layer not in self._moments:
             missing = [site for site in sites if site.layer not in self._moments]
             if layer not in [site.layer for site in missing]:
@@ -126,7 +138,6 @@ class SecondMoments:
                 found = self._estimated(session, missing, processes)
             for one, moment in found.items():
                 self.give(sites, one, moment)
-        return self._moments[layer].to(session.device)
 
     def derived(
         self,
@@ -135,7 +146,7 @@ class SecondMoments:
         make: Callable[[Tensor, *Ts], T],
         *arguments: *Ts,
     ) -> T:
-        """What a function makes of the second moment of a layer, which ``of`` has found.
+        """What a function makes of the second moment of a layer, which ``find`` has found.
 
         It is kept, and made anew for another second moment or with other arguments.
 

@@ -66,15 +66,16 @@ class RROME(LocateModule):
         batch, found, failed = self.find_target_values(batch, site.layer)
         factor = self.factor(site.layer)  # C = L Lᵀ
         changes = RankOneChanges(site, self.session.device)
+        if self.key == "prompt":
+            keys, lacking = found.keys[:, 0], found.deltas
+        else:
+            keys = self.mean_keys(found.keys)
+            lacking = found.values - self.mean_keys(found.outputs)
+        directions = whiten(keys, factor)  # u = C⁻¹ k of each, [E, M]
         for e, request in enumerate(batch.requests):
-            if self.key == "prompt":
-                key, lacking = found.keys[e, 0], found.deltas[e]
-            else:
-                key = self.mean_keys(found.keys[e])
-                lacking = found.values[e] - self.mean_keys(found.outputs[e])
-            direction = whiten(key, factor)  # u = C⁻¹ k
+            direction, key = directions[e], keys[e]
             # v* − W k, where later requests see what earlier ones of the batch wrote.
-            residual = lacking - changes.at(key)
+            residual = lacking[e] - changes.at(key)
             u, v, _ = rank_one_update(residual, direction, key)  # ΔW = (v* − W k) uᵀ / (u · k)
             changes.add(request, u, v, key)
         return changes.edit(batch.requests, found, failed)

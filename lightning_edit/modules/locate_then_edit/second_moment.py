@@ -29,6 +29,7 @@ from lightning_edit.passes.block_recorder import StopPass
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.sampling import BATCH_ROWS, ROW_LENGTH, sample_rows, sampled_by
+from lightning_edit.passes.transfers import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -237,7 +238,7 @@ def _accumulate(
     with torch.no_grad(), borrowed(model), ends_whole(model), hooked(before=before):
         for batch in batches:
             with suppress(StopPass):
-                model.base_model(input_ids=batch.to(device), use_cache=False)
+                model.base_model(input_ids=sent(batch, device), use_cache=False)
     count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
     count = processes.total(count)
     return {layer: (processes.total(totals[layer]).cpu(), int(count)) for layer in layers}

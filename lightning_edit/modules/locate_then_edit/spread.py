@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -148,11 +148,19 @@ class Spread:
     def edit(self, memories: Mapping[int, EarlierEdits]) -> WeightDelta:
         """The edit of all layers together, with what it leaves for later ones, by layer."""
         changes: dict[str, Change] = dict(self._changes)
+        squares = [
+            (change.u.square().sum(0) * change.v.square().sum(0)).tolist()
+            for change in self._changes.values()
+        ]
+        shares = [share.tolist() for share in self._shares.values()]
         edit = WeightDelta(changes)
         for layer, memory in memories.items():
             edit.carried |= memory.pack(layer)
         edit.details = {
-            "requests": [self._row(e) for e in range(len(self.batch.requests))],
+            "requests": [
+                self._row(e, sum(own[e] for own in squares) ** 0.5, [own[e] for own in shares])
+                for e in range(len(self.batch.requests))
+            ],
             "failed": self._failed,
             "target_values": self.found,
             "keys": self.keys,
@@ -168,15 +176,10 @@ class Spread:
             return keys.new_zeros(len(keys), site.out_features)
         return keys @ site.orient(delta.dense(site.name)).to(keys.device).T
 
-    def _row(self, e: int) -> RequestFigures:
-        norms = [
-            torch.linalg.vector_norm(change.u[:, e]) * torch.linalg.vector_norm(change.v[:, e])
-            for change in self._changes.values()
-        ]
-        shares = [float(share[e]) for share in self._shares.values()]
+    def _row(self, e: int, norm: float, shares: Sequence[float]) -> RequestFigures:
         return {
             "id": self.batch.requests[e].id,
-            "norm": sum(float(norm) ** 2 for norm in norms) ** 0.5,
+            "norm": norm,
             "searched_loss": self.found.losses[e][-1]["total"],
             "steps": len(self.found.losses[e]),
             "searched_p_target": self.found.probabilities[e],

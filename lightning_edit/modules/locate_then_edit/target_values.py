@@ -2,36 +2,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target values v*: what an MLP should return so that the model says the new answer.
 
-All requests of a batch are optimized together, each with its own step count, clamp and
-early stop, so that the figures are those of one request at a time.
+Requests of near widths are optimized together, each with its own step count, clamp and early
+stop, so that the figures are those of one request at a time. On an accelerator the host sends one
+pass after another and looks at what came out every few passes.
 """
 
 # Shapes: E requests, T context templates, N = E (T + 1) rows, C outputs that change, D hidden, M
-# inputs of the edited projection, X target tokens of all rows, V vocabulary.
+# inputs of the edited projection, X target tokens of all rows, V vocabulary, S passes, L losses.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import ends_whole
+from lightning_edit.functional.adam import adam_step, clamp_norm
+from lightning_edit.modules.locate_then_edit.target_rows import TargetRows, search_turns
 from lightning_edit.passes.borrowing import borrowed
-from lightning_edit.passes.tail import Place
-from lightning_edit.passes.whole_rows import captured
+from lightning_edit.passes.norms import fused_norms
+from lightning_edit.passes.tail import Place, Tail
+from lightning_edit.passes.transfers import sent
+from lightning_edit.passes.whole_rows import WholeRows, captured
 
 __all__ = ["TargetValueSettings", "TargetValues", "optimize_target_values"]
 
-# Adam's defaults, which the papers keep.
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+# Passes between two looks of the host at which requests are finished, on an accelerator. A look
+# takes a processor nothing, so that it looks after each.
+TEST_EVERY = 4
 # Once all target tokens are the likeliest, a search that settles counts their likelihood for this
 # much less, and ends where the divergence is not above the other.
 SETTLED_FACTOR, SETTLED_KL = 0.1, 1e-2
@@ -160,7 +166,8 @@ def optimize_target_values(
         requests: E edit requests.
         templates: T context templates, the first of them ``"{}"``; each ends in ``{}``.
         settings: How to optimize.
-        on_step: Called after each pass with the pass and the mean probability of the targets.
+        on_step: Called with each pass and the mean probability of the targets: on a processor
+            after the pass, on an accelerator every few passes.
         dtype: Precision of the passes' matrix products, if lower than the model's. Keys, values,
             the sums of losses and δ itself stay in float32.
 
@@ -175,7 +182,8 @@ def optimize_target_values(
         Locating and Editing Factual Associations in GPT, arXiv 2202.05262, section 3.1,
         equation 4.
     """
-    turns = _turns(tokens, requests, settings.max_rows // (len(templates) + 1))
+    device = next(tree.blocks[0].parameters()).device
+    turns = search_turns(tokens, requests, len(templates), settings.max_rows, device)
     with ends_whole(tree.model):
         found = []
         for turn in turns:
@@ -186,70 +194,123 @@ def optimize_target_values(
     return TargetValues.joined(found).select(sorted(range(len(order)), key=order.__getitem__))
 
 
-def _turns(
-    tokens: PromptTokenizer, requests: Sequence[EditRequest], per_turn: int
-) -> list[list[int]]:
-    """Requests to take together: those with equally many tokens from the subject on."""
-    by_width: dict[int, list[int]] = {}
-    for e, request in enumerate(requests):
-        prompt, last = tokens.subject_of(request)
-        target = tokens.target(request.prompt, request.target_new, request.glued)
-        by_width.setdefault(len(prompt) - last + len(target), []).append(e)
-    size = max(1, per_turn)
-    return [
-        group[i : i + size]
-        for _, group in sorted(by_width.items())
-        for i in range(0, len(group), size)
-    ]
+@dataclass(frozen=True)
+class _Losses:
+    """Losses of requests at a pass, [E] each.
+
+    Args:
+        total: Sum of the others.
+        nll: Negative log-likelihood of the target, with its factor.
+        kl: Divergence at the anchor, with its factor.
+        wd: Weight decay, with its factor.
+        likely: Mean probability of the target's tokens (geometric).
+        right: Whether all of them are the likeliest, where that is asked for.
+    """
+
+    total: Tensor
+    nll: Tensor
+    kl: Tensor
+    wd: Tensor
+    likely: Tensor
+    right: Tensor | None
+
+    def table(self) -> Tensor:
+        """What is reported of them, in the order of ``LOSSES``, [E, 4]."""
+        return torch.stack([self.total, self.nll, self.kl, self.wd], 1).detach()
 
 
-@dataclass
-class _Rows:
-    """Token rows of a batch, and where its losses are read."""
+@dataclass(frozen=True)
+class _Passes:
+    """The losses of a batch as functions of its requests' δ.
 
-    ids: list[list[int]] = field(default_factory=list)
-    splits: list[int] = field(default_factory=list)
-    owner: list[int] = field(default_factory=list)  # request of each row
-    # One entry a target token: its row, the column that predicts it, the token and its weight.
-    row: list[int] = field(default_factory=list)
-    column: list[int] = field(default_factory=list)
-    token: list[int] = field(default_factory=list)
-    weight: list[float] = field(default_factory=list)
-    anchor: list[int] = field(default_factory=list)  # anchor row of each request
+    Args:
+        tail: Its rows, of which the part runs that δ changes.
+        owner: Request of each row, [N].
+        anchor: Anchor row of each request, [E].
+        row: Row of each target token, [X].
+        column: Column that predicts it, [X].
+        token: Its id, [X].
+        weight: What it counts for, [X].
+        norm: ‖v‖ of each request, [E, C].
+        factor: Factor of each request's likelihood, [E].
+        reference: Log-probabilities at the anchors with δ = 0, [E, V], once they are known.
+    """
 
+    tail: Tail | WholeRows
+    owner: Tensor
+    anchor: Tensor
+    row: Tensor
+    column: Tensor
+    token: Tensor
+    weight: Tensor
+    norm: Tensor
+    factor: Tensor
+    reference: Tensor | None = None
 
-def _make_rows(
-    tokens: PromptTokenizer,
-    requests: Sequence[EditRequest],
-    templates: Sequence[str],
-    kl_prompt: str,
-) -> _Rows:
-    rows = _Rows()
-    for e, request in enumerate(requests):
-        target = tokens.target(request.prompt, request.target_new, request.glued)
-        for template in templates:
-            prefix = template.removesuffix("{}")
-            prompt, last = tokens.subject_of(request, prefix)
-            tokens.check_length(request, len(prompt), len(target), prefix)
-            for j, token in enumerate(target):
-                rows.row.append(len(rows.ids))
-                rows.column.append(len(prompt) - 1 + j - last)
-                rows.token.append(token)
-                rows.weight.append(1 / (len(target) * len(templates)))
-            rows.ids.append(prompt + target[:-1])
-            rows.splits.append(last)
-            rows.owner.append(e)
-        anchor, last = tokens.subject_last(
-            kl_prompt.replace("{}", request.subject, 1),
-            request.subject,
-            start=kl_prompt.index("{}"),
+    def next_tokens(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of target tokens, [X, V], and log-probabilities at the anchors, [E, V]."""
+        state = self.tail.hidden(delta[self.owner])
+        # Logits only where a loss reads them.
+        read = torch.cat([state[self.row, self.column], state[self.anchor, 0]])
+        logits_X, logits_E = self.tail.logits(read).split([len(self.row), len(self.anchor)])
+        return logits_X, log_softmax(logits_E, dim=-1)
+
+    def losses(self, delta: Tensor, settings: TargetValueSettings) -> tuple[_Losses, Self]:
+        """Losses of a pass, and the same passes with the reference that the first one gives.
+
+        Args:
+            delta: δ of each request, [E, C, D].
+            settings: Factors of the losses.
+        """
+        logits_XV, logp_EV = self.next_tokens(delta)
+        nll_X = cross_entropy(logits_XV, self.token, reduction="none")
+        owner_X, zeros_E = self.owner[self.row], torch.zeros_like(self.factor)
+        plain_E = zeros_E.index_add(0, owner_X, nll_X * self.weight)
+        reference_EV = logp_EV.detach() if self.reference is None else self.reference
+        kl_E = settings.kl_factor * (logp_EV.exp() * (logp_EV - reference_EV)).sum(-1)
+        size_EC = torch.linalg.vector_norm(delta, dim=-1)
+        wd_E = settings.weight_decay * (size_EC / self.norm**2).sum(-1)
+        nll_E, likely_E = self.factor * plain_E, torch.exp(-plain_E.detach())
+        right_E = None
+        if settings.settles:
+            missed_X = (logits_XV.argmax(-1) != self.token).float()
+            right_E = zeros_E.index_add(0, owner_X, missed_X) == 0
+        losses = _Losses(nll_E + kl_E + wd_E, nll_E, kl_E, wd_E, likely_E, right_E)
+        return losses, replace(self, reference=reference_EV)
+
+    def select(self, kept: Tensor) -> Self:
+        """The passes of some of the requests, [e] int64 ascending."""
+        is_kept = torch.zeros_like(self.factor, dtype=torch.bool)
+        is_kept[kept] = True
+        stays_N = is_kept[self.owner]
+        new_row, new_owner = stays_N.cumsum(0) - 1, is_kept.cumsum(0) - 1
+        stays_X = stays_N[self.row]
+        return replace(
+            self,
+            tail=self.tail.select(stays_N.nonzero()[:, 0]),
+            owner=new_owner[self.owner[stays_N]],
+            anchor=new_row[self.anchor[kept]],
+            row=new_row[self.row[stays_X]],
+            column=self.column[stays_X],
+            token=self.token[stays_X],
+            weight=self.weight[stays_X],
+            norm=self.norm[kept],
+            factor=self.factor[kept],
+            reference=None if self.reference is None else self.reference[kept],
         )
-        rows.anchor.append(len(rows.ids))
-        # The words after the subject cannot matter at the subject, where the KL is read.
-        rows.ids.append(anchor[: last + 1])
-        rows.splits.append(last)
-        rows.owner.append(e)
-    return rows
+
+
+def _passes_between_tests(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else TEST_EVERY
+
+
+def _goes_on(losses: _Losses, settings: TargetValueSettings) -> Tensor:
+    """Whether each request is to be searched further, [E] bool."""
+    total_E = losses.total.detach()
+    going_E = (total_E >= settings.stop_loss) & total_E.isfinite()
+    if losses.right is not None:
+        going_E &= ~(losses.right & (losses.kl.detach() <= SETTLED_KL))
+    return going_E
 
 
 def _optimize(
@@ -262,101 +323,90 @@ def _optimize(
     on_step: Callable[[int, float], None] | None,
     dtype: torch.dtype | None,
 ) -> TargetValues:
-    rows = _make_rows(tokens, requests, templates, settings.kl_prompt)
+    rows = TargetRows.of(tokens, requests, templates, settings.kl_prompt)
     tail = captured(tree, layer, rows.ids, rows.splits, tokens.pad_id, settings.place)
     if dtype is not None:
         tail = tail.lower(dtype)
     device = tail.keys.device
     count, width = len(requests), len(templates)
 
-    def index(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=device)
+    def index(values: Sequence[int] | Sequence[float]) -> Tensor:
+        return sent(torch.tensor(values), device)
 
-    anchor_E, owner_N = index(rows.anchor), index(rows.owner)
-    row_X, column_X, token_X = index(rows.row), index(rows.column), index(rows.token)
-    weight_X = torch.tensor(rows.weight, device=device)
-    template_N = torch.ones(len(rows.ids), dtype=torch.bool, device=device)
-    template_N[anchor_E] = False
+    is_anchor = torch.zeros(len(rows.ids), dtype=torch.bool)
+    is_anchor[rows.anchor] = True
+    template_N = sent((~is_anchor).nonzero()[:, 0], device)
     keys = tail.keys[template_N].reshape(count, width, -1).float()
     values = tail.values[template_N]
     values_ETCD = values.reshape(count, width, *values.shape[1:]).float()
     first_ECD = values_ETCD[:, 0]
-
-    init_norm_EC = torch.linalg.vector_norm(first_ECD, dim=-1)
+    norm_EC = torch.linalg.vector_norm(first_ECD, dim=-1)
+    passes = _Passes(
+        tail,
+        *map(index, (rows.owner, rows.anchor, rows.row, rows.column, rows.token, rows.weight)),
+        norm_EC,
+        torch.full((count,), settings.nll_factor, device=device),
+    )
     delta_ECD = torch.zeros_like(first_ECD)
     moment1, moment2 = torch.zeros_like(delta_ECD), torch.zeros_like(delta_ECD)
-    losses: list[list[dict[str, float]]] = [[] for _ in requests]
-    probabilities = [0.0] * count
-    failed: dict[int, int] = {}
-    reference_EV: Tensor | None = None
-    live_E = torch.arange(count, device=device)  # requests that are not finished
-    factor_E = torch.full((count,), settings.nll_factor, device=device)
+    # All figures stay on the device until the end.
+    table_SEL = torch.zeros(settings.steps, count, len(LOSSES), device=device)
+    likely_SE = torch.zeros(settings.steps, count, device=device)
+    passes_E = torch.zeros(count, dtype=torch.long, device=device)
+    every = _passes_between_tests(device)
+    live_E = torch.arange(count, device=device)  # requests in the batch
+    active_E = torch.ones(count, dtype=torch.bool, device=device)  # those of them not finished
+    told = 0
 
-    with torch.enable_grad(), borrowed(tree.model):
+    with torch.enable_grad(), borrowed(tree.model), fused_norms(tree.model):
         for step in range(settings.steps):
             delta = delta_ECD[live_E].requires_grad_()
-            local_N = torch.searchsorted(live_E, owner_N)
-            state = tail.hidden(delta[local_N])
-            # Logits only where a loss reads them.
-            read = torch.cat([state[row_X, column_X], state[anchor_E, 0]])
-            logp = log_softmax(tail.logits(read), dim=-1)
-            n_targets = token_X.shape[0]
-            logp_XV, logp_EV = logp[:n_targets], logp[n_targets:]
-            logp_X = logp_XV.gather(1, token_X[:, None])[:, 0]
-            zeros_E = torch.zeros(len(live_E), device=device)
-            plain_nll_E = zeros_E.index_add(0, local_N[row_X], -logp_X * weight_X)
-            nll_E = factor_E * plain_nll_E
-            if reference_EV is None:
-                reference_EV = logp_EV.detach()
-            kl_E = settings.kl_factor * (logp_EV.exp() * (logp_EV - reference_EV)).sum(-1)
-            size_EC = torch.linalg.vector_norm(delta, dim=-1)
-            wd_E = settings.weight_decay * (size_EC / init_norm_EC[live_E] ** 2).sum(-1)
-            total_E = nll_E + kl_E + wd_E
-
-            table = torch.stack([total_E, nll_E, kl_E, wd_E], 1).detach().cpu().tolist()
-            likely = torch.exp(-plain_nll_E.detach()).tolist()
-            for e, figures, probability in zip(live_E.tolist(), table, likely, strict=True):
-                losses[e].append(dict(zip(LOSSES, figures, strict=True)))
-                probabilities[e] = probability
-                if not math.isfinite(figures[0]):
-                    failed[e] = step + 1
-            if on_step is not None:
-                on_step(step, sum(probabilities) / count)
-            if step == settings.steps - 1:
+            losses, passes = passes.losses(delta, settings)
+            table_SEL[step, live_E] = losses.table()
+            likely_SE[step] = likely_SE[step - 1]
+            likely_SE[step, live_E] = torch.where(active_E, losses.likely, likely_SE[step, live_E])
+            passes_E[live_E] += active_E
+            is_last = step == settings.steps - 1
+            is_tested = is_last or (step + 1) % every == 0
+            if is_tested and on_step is not None:
+                means = likely_SE[told : step + 1].mean(1).tolist()
+                for earlier, mean in enumerate(means, told):
+                    on_step(earlier, mean)
+                told = step + 1
+            if is_last:
                 break
-            going = (total_E.detach() >= settings.stop_loss) & total_E.detach().isfinite()
-            if settings.settles:
-                missed_X = (logp_XV.argmax(-1) != token_X).float()
-                right_E = zeros_E.index_add(0, local_N[row_X], missed_X) == 0
-                factor_E = torch.where(right_E, SETTLED_FACTOR, 1.0) * settings.nll_factor
-                going &= ~(right_E & (kl_E.detach() <= SETTLED_KL))
-            if not bool(going.any()):
+            going_E = active_E & _goes_on(losses, settings)
+            # The host waits for the device here and nowhere else in the loop.
+            kept_E = going_E.nonzero()[:, 0] if is_tested else None
+            if kept_E is not None and not len(kept_E):
                 break
-            (gradient,) = torch.autograd.grad(total_E[going].sum(), delta)
+            if losses.right is not None:
+                factor_E = torch.where(losses.right, SETTLED_FACTOR, 1.0) * settings.nll_factor
+                passes = replace(passes, factor=factor_E)
+            # What is finished is frozen: it gets no gradient and no step.
+            searched = torch.where(going_E, losses.total, 0.0).sum()
+            (gradient,) = torch.autograd.grad(searched, delta)
             with torch.no_grad():
-                live = live_E[going]
-                gradient = gradient[going]
-                moment1[live] = BETA1 * moment1[live] + (1 - BETA1) * gradient
-                moment2[live] = BETA2 * moment2[live] + (1 - BETA2) * gradient**2
-                # Every request that is still live has made the same number of steps.
-                step_size = settings.lr / (1 - BETA1 ** (step + 1))
-                scale = (moment2[live] / (1 - BETA2 ** (step + 1))).sqrt() + EPSILON
-                moved = delta_ECD[live] - step_size * moment1[live] / scale
-                limit = settings.clamp_norm_factor * init_norm_EC[live, :, None]
-                norm = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-                delta_ECD[live] = torch.where(norm > limit, moved * limit / norm, moved)
-                if len(live) < len(live_E):  # finished requests leave the batch
-                    stays_N = going[local_N]
-                    new_row = stays_N.cumsum(0) - 1
-                    tail = tail.select(stays_N.nonzero()[:, 0])
-                    owner_N = owner_N[stays_N]
-                    anchor_E = new_row[anchor_E[going]]
-                    reference_EV, factor_E = reference_EV[going], factor_E[going]
-                    stays_X = stays_N[row_X]
-                    row_X, column_X = new_row[row_X[stays_X]], column_X[stays_X]
-                    token_X, weight_X = token_X[stays_X], weight_X[stays_X]
-                    live_E = live
+                # Every request that is not finished has made the same number of steps.
+                move, moment1[live_E], moment2[live_E] = adam_step(
+                    gradient, moment1[live_E], moment2[live_E], step, settings.lr
+                )
+                limit = settings.clamp_norm_factor * passes.norm[..., None]
+                moved = clamp_norm(delta + move, limit)
+                delta_ECD[live_E] = torch.where(going_E[:, None, None], moved, delta)
+                active_E = going_E
+                if kept_E is not None and len(kept_E) < len(live_E):
+                    # Finished requests leave the batch.
+                    passes, live_E = passes.select(kept_E), live_E[kept_E]
+                    active_E = going_E[kept_E]
+    made, table = passes_E.tolist(), table_SEL.transpose(0, 1).tolist()
+    losses_of = [
+        [dict(zip(LOSSES, figures, strict=True)) for figures in own[:n]]
+        for own, n in zip(table, made, strict=True)
+    ]
+    likely = likely_SE[max(made) - 1].tolist()
+    failed = {e: n for e, n in enumerate(made) if not math.isfinite(losses_of[e][-1]["total"])}
     attention = torch.stack([first_ECD[:, 1:], delta_ECD[:, 1:]], 2).flatten(1, 2)
     return TargetValues(
-        keys, values_ETCD[:, :, 0], delta_ECD[:, 0], attention, losses, probabilities, failed
+        keys, values_ETCD[:, :, 0], delta_ECD[:, 0], attention, losses_of, likely, failed
     )

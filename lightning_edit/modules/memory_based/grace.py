@@ -165,10 +165,15 @@ class GRACE(MemoryModule):
                 self._place(entries, batch, b, queries[b], values[b]) for b in range(len(batch))
             ]
             self.check_budget(entries)
+            losses: list[list[float]] = [[] for _ in rows]
             for wave in _waves([row["entry"] for row in rows]):
-                self._learn(tree, layer, batch.select(wave), [rows[b] for b in wave], entries)
+                figures = [rows[b] for b in wave]
+                learned = self._learn(tree, layer, batch.select(wave), figures, entries)
+                for b, own in zip(wave, learned, strict=True):
+                    losses[b] = own
         edit = self.memory_write(entries)
         edit.details["requests"] = rows
+        edit.details["losses"] = losses
         return edit
 
     # -- where an edit goes --------------------------------------------------------------------
@@ -285,8 +290,12 @@ class GRACE(MemoryModule):
         batch: EditBatch,
         rows: Sequence[RequestFigures],
         entries: dict[str, MemoryEntry],
-    ) -> None:
-        """Learns the values of entries, each from one request, and adds figures to the rows."""
+    ) -> list[list[float]]:
+        """Learns the values of entries, each from one request, and adds figures to the rows.
+
+        Returns:
+            Of each request the loss before each step, and after the last.
+        """
         names = [row["entry"] for row in rows]
         device = batch.input_ids.device
         start = torch.stack([entries[name].tensors["values"].to(device) for name in names])
@@ -295,9 +304,11 @@ class GRACE(MemoryModule):
         positions = self._positions(tree, batch)
         steps = torch.zeros(len(batch), dtype=torch.long, device=device)
         blocks = blocks_below(tree, self._site(tree).layer)
+        seen: list[list[float]] = []
         with replayed(blocks), self._answering(layer, values, positions):
             for _ in range(self.steps):
                 losses = row_means(target_nll(tree, batch), batch.labels)
+                seen.append(losses.tolist())
                 learned = losses.detach() < self.stop_loss
                 if bool(learned.all()):
                     break
@@ -309,6 +320,7 @@ class GRACE(MemoryModule):
                 steps += ~learned
             with torch.no_grad():
                 losses = row_means(target_nll(tree, batch), batch.labels)
+        seen.append(losses.tolist())
         for r, (name, row) in enumerate(zip(names, rows, strict=True)):
             value = values.detach()[r].clone()
             entry = entries[name]
@@ -317,6 +329,10 @@ class GRACE(MemoryModule):
             row["steps"] = int(steps[r])
             row["searched_p_target"] = float(torch.exp(-losses[r]))
             row["norm"] = float(torch.linalg.vector_norm(value))
+        return [
+            [at[r] for at in seen[: row["steps"]]] + [row["searched_loss"]]
+            for r, row in enumerate(rows)
+        ]
 
     @contextmanager
     def _answering(self, layer: nn.Module, values: Tensor, positions: Tensor) -> Iterator[None]:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -43,11 +44,15 @@ class IKE(MemoryModule):
     The price is paid at every answer: a prompt longer by 30 to 60 tokens a demonstration. Small
     models follow demonstrations poorly; see what ``count: 0`` gives.
 
+    Facts are compared as they are told, without the blank line with which the authors end their
+    queries: sentence encoders do not read it, and of mean hidden states it would be a part.
+
     Args:
         model: Hub id or local folder of a language model, or ``smollm2``, the embedded default.
         corpus: File of edit requests with rephrases and locality probes, one in JSON a line; the
             facts that come with the package if None. Facts of the edit's own subject are left out.
-        count: Demonstrations told before the fact, at most.
+        count: Demonstrations told before the fact. Where the corpus has fewer facts of other
+            subjects, those are told, with a warning.
         ratio: Shares of the kinds ``copy``, ``update`` and ``retain``. A fact that has no rephrase
             or no probe of locality is copied.
         nearest_last: Order of the demonstrations.
@@ -134,6 +139,12 @@ class IKE(MemoryModule):
         for request, cosines in zip(requests, queries @ embeddings.to(queries).T, strict=True):
             order = cosines.argsort(descending=True, stable=True).tolist()
             others = [facts[i] for i in order if not _is_about(facts[i], request)]
+            if len(others) < self.count:
+                rank_zero_warn(
+                    f"`count` is {self.count}, of which {self._corpus_name()} can give "
+                    f"{len(others)}: facts about the subject of `{request.id}` are left out. Give "
+                    "a larger corpus, or a smaller count."
+                )
             shown = [
                 _demonstration(fact, kind, i)
                 for i, (fact, kind) in enumerate(
@@ -143,12 +154,14 @@ class IKE(MemoryModule):
             contexts.append("".join(shown[::-1] if self.nearest_last else shown))
         return contexts
 
+    def _corpus_name(self) -> str:
+        return "the packaged facts" if self.corpus is None else f"`corpus={self.corpus!r}`"
+
     def _read_corpus(self) -> list[EditRequest]:
+        where = self._corpus_name()
         if self.corpus is None:
-            where = "the packaged facts"
             text = (files("lightning_edit.data") / "facts.jsonl").read_text(encoding="utf-8")
         else:
-            where = f"`corpus={self.corpus!r}`"
             try:
                 text = read_text(Path(self.corpus))
             except (OSError, UnicodeDecodeError) as error:

@@ -117,6 +117,9 @@ class SERAC(MemoryModule):
         distance: ‖g(z) − g(q)‖² (``euclidean``) or 1 − cos (``cosine``).
         scale: What the distance is multiplied by.
         threshold: What s must exceed.
+        separator: Text between an edit and the prompt that the counterfactual model answers.
+        answer_mark: Text between an edit's prompt and its answer as the classifier reads it, such
+            as the paper's `` [SEP] ``; none if empty.
         width: D of an encoder of its own.
         depth: Layers of that encoder.
         heads: Attention heads of that encoder.
@@ -167,6 +170,8 @@ class SERAC(MemoryModule):
         distance: Distance = "euclidean",
         scale: float = 1.0,
         threshold: float = 0.5,
+        separator: str = "\n",
+        answer_mark: str = "",
         width: int = 256,
         depth: int = 2,
         heads: int = 4,
@@ -201,6 +206,8 @@ class SERAC(MemoryModule):
         self.distance: Distance = distance
         self.scale = scale
         self.threshold = threshold
+        self.separator = separator
+        self.answer_mark = answer_mark
         self.width = width
         self.depth = depth
         self.heads = heads
@@ -246,9 +253,7 @@ class SERAC(MemoryModule):
 
     @override
     def build_memory(self, tree: ModelTree) -> ScopeMemory:
-        tokenizer = self.tokens.tokenizer
-        break_ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        special = set(tokenizer.all_special_ids)
+        special = set(self.tokens.tokenizer.all_special_ids)  # such as that of unknown characters
         where = self.counterfactual
         return ScopeMemory(
             encoder=self.encoder,
@@ -264,7 +269,7 @@ class SERAC(MemoryModule):
             layers=self.layers,
             rank=self.rank,
             alpha=self.alpha,
-            separator=[int(i) for i in break_ids if i not in special],
+            separator=[i for i in self._plain_ids(self.separator) if i not in special],
             seed=self.seed,
             pooling=folder_pooling(self.encoder),
         )
@@ -377,7 +382,8 @@ class SERAC(MemoryModule):
             tokens.check_length(request, len(text) + len(separator) + len(prompt), len(target))
         entries = self.entries_without([request.id for request in requests])
         with memory.off():
-            embeddings, queries = memory.encode([*texts, *prompts]).chunk(2)
+            read = [self._scope_text(request, tokens) for request in requests]
+            embeddings, queries = memory.encode([*read, *prompts]).chunk(2)
         rows: list[RequestFigures] = []
         for b, request in enumerate(requests):
             overridden = self._overridden(entries, queries[b], targets[b])
@@ -408,6 +414,19 @@ class SERAC(MemoryModule):
             return [i for i in tokens.prompt(text) if i != tokens.eos_id]
         answer = tokens.target(request.prompt, request.target_new, request.glued)
         return [*tokens.prompt(request.prompt), *answer]
+
+    def _scope_text(self, request: EditRequest, tokens: PromptTokenizer) -> list[int]:
+        """The edit as the classifier reads it, as tokens."""
+        if not self.answer_mark:
+            return self._text(request, tokens)
+        prompt, mark = tokens.prompt(request.prompt), self._plain_ids(self.answer_mark)
+        answer = tokens.target(request.prompt, request.target_new, request.glued)
+        return [i for i in (*prompt, *mark, *answer) if i != tokens.eos_id]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Tokens of a text by itself."""
+        found = self.tokens.tokenizer(text, add_special_tokens=False)
+        return [int(i) for i in found["input_ids"]]
 
     def _distances(self, queries: Tensor, edits: Tensor) -> Tensor:
         return scope_distances(queries, edits, self.distance, self.scale)
@@ -473,10 +492,11 @@ class SERAC(MemoryModule):
         asked, others = _prompts(batch.outer), _prompts(batch.locality)
         one = processes or Processes()
         mine = one.share(len(asked))
+        read = [self._scope_text(request, self.tokens) for request in requests]
         with borrowed(self.model):
             part = self._answer_loss(batch.outer, [texts[i] for i in owners], asked, mine)
             with self.memory.off():
-                found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
+                found = self.network.encoder.encode(self.model, [*read, *asked, *others])
         nll = one.total(part.detach())
         edits, inner, outer = found.split([len(texts), len(asked), len(others)])
         near, far = self._distances(inner, edits), self._distances(outer, edits)

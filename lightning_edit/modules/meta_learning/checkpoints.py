@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_edit.checkpoints import read_checkpoint
-from lightning_edit.core.errors import ArtifactError
+from lightning_edit.core.errors import ArtifactError, some_of
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.fitting import EditState
 from lightning_edit.optim import E
@@ -204,8 +204,8 @@ def take_network(
         )
     if trained_for != parameters:
         raise ArtifactError(
-            f"`{where}` was trained to edit {', '.join(trained_for)}, but here "
-            f"{', '.join(parameters)} are to be edited. Use the model, `layers` and `modules` "
+            f"`{where}` was trained to edit {some_of(trained_for)}, but here "
+            f"{some_of(parameters)} are to be edited. Use the model, `layers` and `modules` "
             "that it was trained with."
         )
     if not any_base and own["base_sha256"] != editor.base.sha256:

@@ -242,3 +242,33 @@ def test_a_full_memory_is_told_before_anything_is_learned() -> None:
     with pytest.raises(EditError, match="of `max_entries=1` entries, and would hold 2"):
         editor.edit(tiny_requests(2))
     assert len(editor.memory) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_remembered_texts_may_be_given(kind: Any) -> None:
+    model, tokenizer = (
+        trained_tiny_model() if kind == "llama" else (tiny_model(kind), tiny_tokenizer())
+    )
+    texts = ["Velmora has a flag that is red.", "Dorin"]
+    editor = TPatcher.from_model(model, tokenizer, memory_texts=texts)
+    found = editor.remembered_states()
+    seen: list[Tensor] = []
+    layer = editor.tree.mlp_in(len(editor.tree.blocks) - 1)[0].module(model)
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    for text in texts:  # each without padding
+        ids = torch.tensor([tokenizer(text).input_ids])
+        given = {"input_ids": ids}
+        if kind == "t5":
+            given = {"input_ids": ids[:, :1], "decoder_input_ids": ids}
+        with torch.no_grad():
+            model(**given)
+    hook.remove()
+    wanted = torch.cat(seen)
+    assert found.shape == wanted.shape
+    apart = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist")
+    assert float(apart.min(0).values.max()) < 1e-4
+    assert float(apart.min(1).values.max()) < 1e-4
+    fewer = TPatcher.from_model(model, tokenizer, memory_texts=texts, memory_tokens=4)
+    assert len(fewer.remembered_states()) == 4
+    with pytest.raises(ValueError, match="`memory_texts` is expected to hold texts"):
+        TPatcher.from_model(model, tokenizer, memory_texts=["a", " "])

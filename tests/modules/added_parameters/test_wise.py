@@ -4,19 +4,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
+from torch.testing import assert_close
 
-from lightning_edit import WISE, EditMemory
+from lightning_edit import WISE, EditMemory, MemoryWrite
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.locator import Locator
 from lightning_edit.core.side_memory import MemoryEntry
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.wise import ties
+from lightning_edit.memories.prompts import statement
 from lightning_edit.memories.side_matrix import SideMatrices, mask_indices
 from lightning_edit.modules.added_parameters import wise
 from lightning_edit.modules.added_parameters.wise import _activation_name
@@ -302,3 +305,46 @@ def test_other_text_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ([], ["a", " "]):
         with pytest.raises(ValueError, match="`other_texts` is expected to hold texts"):
             WISE.from_model(*trained_tiny_model(), other_texts=wrong)
+
+
+def _tensors(edit: MemoryWrite, name: str) -> dict[str, Tensor]:
+    entry = edit.entries[name]
+    assert entry is not None
+    return dict(entry.tensors)
+
+
+def test_a_requests_own_locality_may_be_the_other_text() -> None:
+    model, tokenizer = trained_tiny_model()
+    [request] = tiny_requests(1)
+    assert request.locality
+    own = WISE.from_model(model, tokenizer, steps=3, own_locality=True)
+    edit = own.edit(request)
+    texts = [statement(probe.prompt, probe.answer) for probe in request.locality]
+    given = WISE.from_model(model, tokenizer, steps=3, other_texts=texts).edit(request)
+    assert_close(_tensors(edit, request.id), _tensors(given, request.id))
+    # Of a request that has none, the texts of all requests are taken.
+    bare = replace(request, locality=())
+    plain = WISE.from_model(model, tokenizer, steps=3).edit(bare)
+    assert_close(_tensors(own.edit(bare), request.id), _tensors(plain, request.id))
+
+
+def test_a_long_prompt_is_found_by_the_largest_distance_of_its_tokens() -> None:
+    model, tokenizer = trained_tiny_model()
+    base, _ = trained_tiny_model()
+    [site] = Locator([2]).sites(model)
+    row = tokenizer(tiny_requests(1)[0].prompt).input_ids
+    change = 0.1 * torch.randn(2048, generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = site.module(base).register_forward_hook(lambda _, a, o: seen.append((a[0][0], o[0])))
+    wanted = _logits(base, row)
+    hook.remove()
+    for long_prompt, is_found in ((len(row), True), (len(row) + 1, False), (None, False)):
+        side = _memory(model, copy_size=1, long_prompt=long_prompt)
+        [(x, y)] = seen
+        distances = (silu(y + x @ side.matrix(0, change).T) - silu(y)).norm(dim=1)
+        middle = float(distances.mean() + distances.max()) / 2  # a mean does not reach it
+        side.write({"a": _entry(0, change, middle / 0.88, "a")})
+        assert (not torch.equal(_logits(model, row), wanted)) is is_found
+        side.detach_()
+    with pytest.raises(ValueError, match="`long_prompt` is expected to be at least 1"):
+        WISE.from_model(model, tokenizer, long_prompt=0)

@@ -157,6 +157,17 @@ def test_seed_decides() -> None:
     assert not torch.allclose(first.dense(NAME), other.dense(NAME))
 
 
+def test_the_adapter_as_it_begins_can_be_read() -> None:
+    editor = LoRA.from_model(*trained_tiny_model(), layers=[2], rank=2, seed=3, steps=1)
+    down, up, *_ = editor.initial_adapter().parameters
+    assert not up.any()
+    assert torch.equal(down, editor.initial_adapter().parameters[0])
+    [change, _] = editor.edit(tiny_requests(1)).changes.values()
+    assert isinstance(change, LowRank)
+    # A step of Adam moves A by nothing where B is zero.
+    torch.testing.assert_close(change.v, down.detach().mT)
+
+
 def test_a_second_edit_starts_from_the_first() -> None:
     editor = _editor()
     one, two = tiny_requests(2)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_edit import EditModule, EditRequest, FullTuning, LocFT, LoRATuning
-from lightning_edit.core.errors import RequestError
+from lightning_edit import CaliNET, EditModule, EditRequest, FullTuning, LocFT, LoRATuning
+from lightning_edit.core.errors import EditError, RequestError
 from lightning_edit.core.processes import Processes
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
@@ -411,3 +411,25 @@ def test_adam_is_the_default() -> None:
     assert type(optimizer) is Adam
     assert optimizer.defaults["lr"] == 3e-4
     assert optimizer.defaults["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("cls", [FullTuning, LocFT, LoRATuning, CaliNET])
+@pytest.mark.parametrize("source", ["lr", "optimizer"])
+def test_a_learning_rate_that_is_not_finite_is_refused_before_anything_is_trained(
+    cls: Any, source: str
+) -> None:
+    model, tokenizer = trained_tiny_model()
+    before = snapshot(model)
+    rates: dict[str, Any] = {
+        "lr": {"lr": float("inf")},
+        "optimizer": {"optimizer": functools.partial(SGD, lr=float("inf"))},
+    }
+    editor = cls.from_model(model, tokenizer, layers=[2], **rates[source])
+    requests = tiny_requests(1)
+    for act in (
+        lambda: bare_trainer(max_epochs=1).fit(editor, EditDataModule(requests=requests)),
+        lambda: editor.edit(requests),
+    ):
+        with pytest.raises(EditError, match=r"`lr` of .* is expected to be finite, but got inf"):
+            act()
+    assert same(model, before)

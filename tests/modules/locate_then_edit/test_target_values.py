@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.demos import tiny_requests, tiny_tokenizer
+from lightning_edit.modules.locate_then_edit import target_values
+from lightning_edit.modules.locate_then_edit.target_rows import TargetRows, search_turns
 from lightning_edit.modules.locate_then_edit.target_values import (
     TargetValues,
     TargetValueSettings,
@@ -145,6 +148,105 @@ def test_a_batch_is_its_parts_in_any_order_and_size() -> None:
     shuffled = batched(model, [requests[i] for i in order], settings)
     torch.testing.assert_close(shuffled.deltas, whole.deltas[order], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shuffled.values, whole.values[order], rtol=1e-4, atol=1e-5)
+
+
+def test_requests_of_near_widths_share_a_batch() -> None:
+    tokens = PromptTokenizer(tiny_tokenizer())
+    words = " capital" * 8
+    requests = [
+        EditRequest(f"The town of Dorin{words[: 8 * n]}", "Dorin", "Brune", id=str(n))
+        for n in range(1, 9)
+    ]
+    anchors = ["{}"] * 3
+    widths = [
+        len(row) - split
+        for request in requests
+        for rows in [TargetRows.of(tokens, [request], anchors, "{} is a")]
+        for row, split in [(rows.ids[0], rows.splits[0])]
+    ]
+    assert len(set(widths)) == 8
+
+    def turns(device: str, max_rows: int = 512) -> list[list[int]]:
+        found = search_turns(tokens, requests, 3, max_rows, torch.device(device))
+        assert sorted(e for turn in found for e in turn) == list(range(8))
+        return found
+
+    near = turns("cpu")
+    assert 1 < len(near) <= 4
+    for turn in near:  # at most a quarter more tokens than there are
+        own = sum(3 * widths[e] for e in turn)
+        assert 3 * len(turn) * max(widths[e] for e in turn) <= 1.25 * own
+    assert len(turns("meta")) == 1  # an accelerator reads its weights once for all of them
+    assert all(len(turn) == 1 for turn in turns("cpu", max_rows=4))
+    many = search_turns(tokens, requests[-1:] * 100, 20, 10_000, torch.device("meta"))
+    assert len(many) > 1
+    assert max(map(len, many)) - min(map(len, many)) <= 1
+    assert all(21 * len(turn) * max(widths) <= 4096 for turn in many)
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_looking_every_few_passes_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, settles: bool
+) -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=9, lr=0.2, settles=settles)
+    free = batched(model, REQUESTS, settings)
+    bound = max(losses[4]["total"] for losses in free.losses)
+    settings = replace(settings, stop_loss=bound + 1e-4)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny_tokenizer()(REQUESTS[1].prompt).input_ids[0]] = (
+            float("nan")
+        )
+    seen: list[list[float]] = []
+
+    def search() -> TargetValues:
+        seen.append([])
+        return batched(model, REQUESTS, settings, on_step=lambda _, p: seen[-1].append(p))
+
+    wanted = search()
+    made = [len(losses) for losses in wanted.losses]
+    assert len(set(made)) > 1
+    assert 1 < max(made) < 9
+    monkeypatch.setattr(target_values, "_passes_between_tests", lambda _: 4)
+    found = search()
+    assert found.failed == wanted.failed == {1: 1}
+    for mine, theirs in zip(found.losses, wanted.losses, strict=True):
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs, strict=True):
+            assert list(one.values()) == pytest.approx(list(other.values()), rel=1e-4, nan_ok=True)
+    assert found.probabilities == pytest.approx(wanted.probabilities, rel=1e-4, nan_ok=True)
+    torch.testing.assert_close(found.deltas, wanted.deltas, rtol=1e-4, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host would wait for if the tensors were on an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            part is not None and part.dtype == torch.bool for part in args[1]
+        )
+        self.count += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    counts: dict[tuple[int, int], int] = {}
+    for every in (1, 100):
+        monkeypatch.setattr(target_values, "_passes_between_tests", lambda _, every=every: every)
+        for steps in (3, 8):
+            settings = TargetValueSettings(steps=steps, stop_loss=0.0, settles=True)
+            with Waits() as waits:
+                found = batched(model, REQUESTS, settings)
+            counts[every, steps] = waits.count
+            assert all(len(losses) == steps for losses in found.losses)
+    assert counts[100, 8] == counts[100, 3]
+    assert counts[1, 8] > counts[1, 3]  # so they are seen where they are
 
 
 def test_lower_precision_rounds_passes_and_nothing_else() -> None:

@@ -197,9 +197,14 @@ def test_only_the_layers_above_are_run_again(kind: Any) -> None:
 
 def test_learning_stops_request_by_request() -> None:
     editor = GRACE.from_model(*trained_tiny_model(), layers=[1], steps=200, stop_loss=0.2)
-    rows = editor.edit(tiny_requests(3)).details["requests"]
+    edit = editor.edit(tiny_requests(3))
+    rows = edit.details["requests"]
     assert all(row["loss"] < 0.2 for row in rows)
     assert len({row["steps"] for row in rows}) > 1
+    losses = edit.details["losses"]
+    for row, own in zip(rows, losses, strict=True):
+        assert len(own) == row["steps"] + 1
+        assert own[-1] == row["searched_loss"] < 0.2 <= min(own[:-1])
     alone = editor.edit(tiny_requests(3)[:1])
     assert alone.details["requests"][0]["steps"] == rows[0]["steps"]
 

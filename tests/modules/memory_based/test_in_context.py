@@ -117,7 +117,7 @@ def test_the_metrics_ask_in_these_words() -> None:
 def test_demonstrations_are_those_of_the_nearest_facts(corpus: Path, nearest_last: bool) -> None:
     model, tokenizer = trained_tiny_model()
     editor = IKE.from_model(
-        model, tokenizer, corpus=str(corpus), count=5, ratio=[1, 2, 2], nearest_last=nearest_last
+        model, tokenizer, corpus=str(corpus), count=4, ratio=[1, 2, 2], nearest_last=nearest_last
     )
     request = EditRequest("The capital of Velmora is", "Velmora", "Nimbus", id="mine")
     facts = [f for f in tiny_requests(6) if f.subject != "Velmora"]
@@ -127,7 +127,7 @@ def test_demonstrations_are_those_of_the_nearest_facts(corpus: Path, nearest_las
 
     mine = _plain_embedding(model, tokenizer, query(request))
     facts.sort(key=lambda f: -float(mine @ _plain_embedding(model, tokenizer, query(f))))
-    kinds = demonstration_kinds(5, (1, 2, 2))
+    kinds = demonstration_kinds(4, (1, 2, 2))
     shown = []
     for i, (fact, kind) in enumerate(zip(facts, kinds, strict=False)):
         prompt, answer = fact.prompt, fact.target_new
@@ -146,6 +146,15 @@ def test_demonstrations_are_those_of_the_nearest_facts(corpus: Path, nearest_las
     assert asked == context + query(request)
     for other in tiny_requests(1):
         assert other.subject not in context
+
+
+def test_a_corpus_that_holds_too_few_facts_is_told(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps(r.to_dict()) for r in tiny_requests(3)))
+    editor = IKE.from_model(*trained_tiny_model(), corpus=str(corpus), count=8)
+    with pytest.warns(UserWarning, match=r"`count` is 8, of which `corpus=.* can give 1: facts"):
+        [context] = editor.contexts(tiny_requests(1))
+    assert context.count("New Fact:") == 1
 
 
 def test_the_shares_of_the_kinds_are_kept() -> None:

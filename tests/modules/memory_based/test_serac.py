@@ -520,3 +520,28 @@ def test_a_training_on_several_rephrases_takes_them_in_turn() -> None:
     first = editor.edit_loss(requests, Processes())[1]
     turned = [replace(r, rephrases=r.rephrases[1:]) for r in requests]
     assert editor.edit_loss(turned)[1]["edit"] != first["edit"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_what_stands_between_texts_may_be_given(kind: Any) -> None:
+    model, tokenizer = (
+        trained_tiny_model() if kind == "llama" else (tiny_model(kind), tiny_tokenizer())
+    )
+    settings = {"width": 32, "pretrained": True}
+    editor = SERAC.from_model(model, tokenizer, separator=" is ", answer_mark=" or ", **settings)
+    memory: Any = editor.memory
+    assert memory.settings["separator"] == tokenizer(" is ", add_special_tokens=False).input_ids
+    [request] = tiny_requests(1)
+    edit = editor.edit(request)
+    entry = edit.entries[request.id]
+    assert entry is not None
+    space = "" if kind == "t5" else " "  # its decoder begins with the answer
+    words = f"{request.prompt} or {space}{request.target_new}"
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    torch.testing.assert_close(entry.tensors["embeddings"], memory.encode([ids])[0])
+    memory.detach_()
+    plain = SERAC.from_model(model, tokenizer, **settings)
+    told = plain.edit(request).entries[request.id]
+    assert told is not None
+    assert told.notes["ids"] == entry.notes["ids"]  # the counterfactual model reads running text
+    assert not torch.equal(told.tensors["embeddings"], entry.tensors["embeddings"])

@@ -139,6 +139,22 @@ def test_learning_rates_warm_up_from_zero() -> None:
     assert not torch.equal(editor.network.condition.weight, before)
 
 
+def test_learning_rates_fall_to_zero_after_the_steps_that_are_given() -> None:
+    editor = KE.from_model(*trained_tiny_model(), layers=[3], warmup_steps=2, decay_steps=6)
+    found = editor.configure_optimizers()
+    assert isinstance(found, dict)
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(8):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    shares = [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert rates == [pytest.approx([3e-4 * share, 0.1 * share]) for share in shares]
+    with pytest.raises(ValueError, match="`decay_steps` is expected to be more than `warmup_ste"):
+        KE(warmup_steps=5, decay_steps=5)
+
+
 def test_the_margin_shrinks_once_edits_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = KE.from_model(*trained_tiny_model(), layers=[3], margin=0.1, min_margin=0.07)
     data = HeldOut(EditDataModule(tiny_requests(2)), EditDataModule(tiny_requests(2)))
