@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -26,7 +26,7 @@ from lightning_edit.core.plain_model import check_writes, encoder_alone
 from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -57,6 +57,7 @@ def load_model(
     revision: str | None = None,
     dtype: DTypeName = "float32",
     cache_dir: str | Path | None = None,
+    divide: Callable[[nn.Module], None] | None = None,
 ) -> PreTrainedModel:
     """Loads a language model, decoder-only or encoder-decoder by its configuration, in eval mode.
 
@@ -72,6 +73,9 @@ def load_model(
         revision: Branch, tag or commit of a hub id.
         dtype: Of the weights; ``auto`` is as stored.
         cache_dir: Where a model converted from GGUF is kept; see ``resolve_model``.
+        divide: Has a model without weights (on ``meta``) keep this process's parts of its
+            parameters, as ``fully_shard`` and ``parallelize_module`` do. Of the weights these parts
+            alone are read then.
 
     Raises:
         ModelError: If the model is not found, is no language model, an encoder alone, or lacks
@@ -96,8 +100,14 @@ def load_model(
     with _explained(model, "model"), _quiet(name):
         config = transformers.AutoConfig.from_pretrained(name, **where)
         auto = _auto_of(config)
-        loaded, report = auto.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+        kind = auto if divide is None else _divided(auto._model_mapping[type(config)], divide)
+        loaded, report = kind.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **where,
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -135,6 +145,22 @@ def _auto_of(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
         elif kind in transformers.MODEL_FOR_MASKED_LM_MAPPING:
             raise encoder_alone(transformers.MODEL_FOR_MASKED_LM_MAPPING[kind].__name__)
     return auto
+
+
+def _divided(
+    kind: type[PreTrainedModel], divide: Callable[[nn.Module], None]
+) -> type[PreTrainedModel]:
+    """A class whose models are of a kind, and divided before transformers reads their weights.
+
+    It reads of each parameter what the model has of it.
+    """
+
+    def begin(model: PreTrainedModel, *arguments: object, **settings: object) -> None:
+        kind.__init__(model, *arguments, **settings)
+        model.__class__ = kind
+        divide(model)
+
+    return type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
 
 
 def _recall(model: PreTrainedModel, name: str, revision: str | None) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,12 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def _pinned() -> None:
-    """Each test draws the same numbers, whatever ran before it."""
+    """Each test draws the same numbers, and hears Lightning, whatever ran before it.
+
+    Where pytest listens later than Lightning is imported, that keeps its messages to itself.
+    """
     torch.manual_seed(0)
+    logging.getLogger("lightning.pytorch").propagate = True
 
 
 @pytest.fixture(scope="session")

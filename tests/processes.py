@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of their own that start warm, alone or two of one group.
+"""Processes of their own that start warm, alone or several of one group.
 
 A server imports the libraries once for all tests of a pytest process, and a process is forked off
 it for each call. Where processes cannot be forked safely, each imports for itself.
@@ -25,7 +25,16 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["LONG", "end_server", "program", "run_module", "run_pair", "run_process", "run_program"]
+__all__ = [
+    "LONG",
+    "end_server",
+    "program",
+    "run_group",
+    "run_module",
+    "run_pair",
+    "run_process",
+    "run_program",
+]
 
 #: Seconds after which a process is taken to hang.
 LONG = 1800
@@ -95,9 +104,17 @@ def _module(folder: str, words: Sequence[str]) -> None:
 
 
 def run_pair(target: Callable[..., object], *arguments: object) -> list[CompletedProcess[str]]:
-    """Calls a function in two processes, which find around them what ``torchrun`` leaves there.
+    """Calls a function in two processes of one group; see ``run_group``."""
+    return run_group(2, target, *arguments)
 
-    Each knows its rank by the variable ``RANK``; a Trainer with two devices takes them as its own.
+
+def run_group(
+    count: int, target: Callable[..., object], *arguments: object
+) -> list[CompletedProcess[str]]:
+    """Calls a function in some processes, which find around them what ``torchrun`` leaves there.
+
+    Each knows its rank by the variable ``RANK``; a Trainer with so many devices takes them as its
+    own.
 
     Raises:
         AssertionError: If one of them fails or does not end, with what they said.
@@ -106,17 +123,17 @@ def run_pair(target: Callable[..., object], *arguments: object) -> list[Complete
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "tests",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     finished = _run(target, arguments, ranks, threads=1)
     said = "\n".join(f"rank {rank}:\n{one.stderr}" for rank, one in enumerate(finished))
-    assert [one.returncode for one in finished] == [0, 0], said
+    assert [one.returncode for one in finished] == [0] * count, said
     return finished
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_edit import models
 from lightning_edit.core.errors import ModelError
@@ -53,6 +53,25 @@ def test_dtype(kind: str, tmp_path: Path) -> None:
         weight = load_model(str(tmp_path), dtype=dtype).lm_head.weight  # type: ignore[arg-type]
         assert weight.dtype == expected
         assert torch.equal(weight, saved.lm_head.weight.to(expected))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_is_divided_before_it_has_weights(kind: str, tmp_path: Path) -> None:
+    saved = zoo.build(kind)
+    saved.save_pretrained(tmp_path)
+    seen: list[nn.Module] = []
+
+    def divide(model: nn.Module) -> None:
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert type(model) is type(saved)
+        seen.append(model)
+
+    loaded = load_model(str(tmp_path), divide=divide)
+    assert seen == [loaded]
+    assert type(loaded) is type(saved)
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
 
 
 def test_wrong_dtype() -> None:

@@ -45,6 +45,7 @@ OPTIONAL = {
     "shtab",
     "sqlalchemy",
     "cryptography",
+    "torchao",
 }
 FAMILIES = {
     "locate_then_edit",
@@ -94,7 +95,16 @@ ROOMS = {
         "tracing",
     },
     "serving": {"core", "rendering"},
-    "artifacts": {"core", "models", "modules", "presets", "rendering", "report", "serving"},
+    "artifacts": {
+        "core",
+        "evaluation",
+        "models",
+        "modules",
+        "presets",
+        "rendering",
+        "report",
+        "serving",
+    },
     "benchmark": {
         "core",
         "data",

@@ -12,5 +12,6 @@ from lightning_edit.artifacts.export import export
 from lightning_edit.artifacts.report import report
 from lightning_edit.artifacts.revert import revert
 from lightning_edit.artifacts.serve_patch import serve_patch
+from lightning_edit.artifacts.survive import survive
 
-__all__ = ["apply", "diff", "export", "list_", "report", "revert", "serve_patch"]
+__all__ = ["apply", "diff", "export", "list_", "report", "revert", "serve_patch", "survive"]

@@ -24,6 +24,8 @@ __all__ = [
     "ServedName",
     "ServedPatches",
     "ServerContents",
+    "Survived",
+    "SurvivedEdit",
     "Written",
 ]
 
@@ -253,3 +255,35 @@ class ServerContents:
     """
 
     names: tuple[ServedName, ...] = ()
+
+
+@dataclass(frozen=True)
+class SurvivedEdit:
+    """What quantising an edited model makes of one edit.
+
+    Args:
+        id: Of the request.
+        form: The format.
+        outcome: ``held``, ``lost``, or ``not taken`` where the edited model itself does not say it.
+        before: Probability of the new answer in the edited model.
+        after: The same once that is quantised.
+    """
+
+    id: str
+    form: str
+    outcome: Literal["held", "lost", "not taken"]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Survived:
+    """Which edits hold once the edited model is quantised.
+
+    Args:
+        edit: Folder of the saved edit.
+        rows: One for each format and request.
+    """
+
+    edit: str
+    rows: tuple[SurvivedEdit, ...]

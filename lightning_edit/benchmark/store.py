@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.core.errors import ArtifactError, MissingDependencyError
-from lightning_edit.core.files import replacing
+from lightning_edit.core.files import BINARY, replacing
 from lightning_edit.report.files import write_file
 
 if TYPE_CHECKING:
@@ -115,11 +115,12 @@ class ResultsFolder:
         if record["status"] == "done":
             self._write_rows(self._rows_of(record["key"]), rows)
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        file = os.open(self.path / self.CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(self.path / self.CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
         try:
             size = os.fstat(file).st_size
             # What a power cut left of a line is ended, and passed over by whoever reads.
-            is_cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            os.lseek(file, max(size - 1, 0), os.SEEK_SET)
+            is_cut = size > 0 and os.read(file, 1) != b"\n"
             os.write(file, b"\n" + line if is_cut else line)  # at once: none comes between
             os.fsync(file)
         finally:

@@ -16,6 +16,7 @@ from lightning_edit.artifacts.outcomes import (
     SavedEdit,
     ServedPatches,
     ServerContents,
+    Survived,
     Written,
 )
 from lightning_edit.core.request import EditRequest
@@ -111,6 +112,8 @@ def tables(result: Any) -> list[Table]:
             return [_patches(result)]
         case ServerContents():
             return [_contents(result)]
+        case Survived():
+            return [_survived(result)]
         case []:
             return [Table(notes=("There are no saved edits here.",))]
         case [SavedEdit(), *_]:
@@ -333,6 +336,20 @@ def _contents(result: ServerContents) -> Table:
     columns = ("name", "kind", ">scale", "read from")
     notes = () if rows else ("The server lists nothing.",)
     return Table(columns if rows else (), rows, notes=notes)
+
+
+def _survived(result: Survived) -> Table:
+    rows = [
+        (one.form, one.id, one.outcome, number(one.before), number(one.after))
+        for one in result.rows
+    ]
+    notes = []
+    for form in dict.fromkeys(one.form for one in result.rows):
+        outcomes = [one.outcome for one in result.rows if one.form == form]
+        held, lost = outcomes.count("held"), outcomes.count("lost")
+        notes.append(f"{form}: {held} of {held + lost} edits that took are held, {lost} lost.")
+    columns = ("format", "request", "edit", ">p before", ">p after")
+    return Table(columns, rows, f"Quantised, with {result.edit}", notes)
 
 
 def _some(ids: Sequence[str]) -> str:

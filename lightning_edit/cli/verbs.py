@@ -45,6 +45,7 @@ VERBS: dict[str, Verb] = {
     "revert": Verb("take an edit out of an edited model, bit for bit", "revert"),
     "diff": Verb("compare edits or models, by parameters and entries of memories", "diff"),
     "export": Verb("turn an edit into a LoRA adapter or a whole model", "export"),
+    "survive": Verb("which edits hold once the edited model is quantised", "survive"),
     "serve-patch": Verb("put edits on a running server, and take them back", "serve_patch"),
     "report": Verb("write a run's report again", "report"),
     "list": Verb(

@@ -18,6 +18,8 @@ from pathlib import Path
 from lightning_edit.core.errors import EditError, StorageError
 
 __all__ = [
+    "BINARY",
+    "LOCKS_OPEN_FILES",
     "atomic_folder",
     "clean_up",
     "content_hash",
@@ -29,6 +31,11 @@ __all__ = [
     "sync_folder",
     "umask",
 ]
+
+#: For ``os.open``: Windows turns line ends into two characters otherwise.
+BINARY: int = getattr(os, "O_BINARY", 0)
+#: Whether files that are open or mapped into memory can be neither replaced nor moved.
+LOCKS_OPEN_FILES = os.name == "nt"
 
 _OLD = "-old"
 _FAILED_WRITE = re.compile(r"os error \d+|PytorchStreamWriter failed|unexpected pos \d+ vs")

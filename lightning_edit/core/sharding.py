@@ -75,10 +75,16 @@ def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> N
     Args:
         model: A decoder-only model, all of it on each process; its parameters are replaced.
         blocks: Its blocks.
-        mesh: The processes that share it, one-dimensional.
+        mesh: The processes that share it, one-dimensional. Those that share projections by
+            ``split_`` are others of the same mesh.
     """
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
+    if not is_sharded(model):
+        # By this name alone peft knows that a projection has all of its width while it runs.
+        group, kind = mesh.get_group(), mesh.device_type
+        mesh = DeviceMesh.from_group(group, kind, mesh_dim_names=("fsdp",))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     # Also after a pass, since what is written into the parts is not in copies of the whole.
@@ -297,17 +303,19 @@ def local_change(parameter: Tensor, change: Change) -> Tensor:
 
 def _own(parameter: Tensor, tensor: Tensor, dimension: int) -> Tensor:
     """What this process has of a tensor along a dimension of a parameter."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
         return tensor
     mesh = parameter.device_mesh
-    for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard) and placement.dim == dimension:
-            parts = torch.chunk(tensor, mesh.size(axis), dimension)
-            rank = mesh.get_local_rank(axis)
-            empty = tensor.narrow(dimension, 0, 0)
-            tensor = parts[rank] if rank < len(parts) else empty
+    axes = [a for a, p in enumerate(parameter.placements) if getattr(p, "dim", None) == dimension]
+    # FSDP2 divides, by strides, the part that tensor parallelism has made before.
+    axes.sort(key=lambda axis: hasattr(parameter.placements[axis], "split_factor"))
+    for axis in axes:
+        parts = torch.chunk(tensor, mesh.size(axis), dimension)
+        rank = mesh.get_local_rank(axis)
+        empty = tensor.narrow(dimension, 0, 0)
+        tensor = parts[rank] if rank < len(parts) else empty
     return tensor
 
 
@@ -324,10 +332,22 @@ def frobenius_norm(tensors: Mapping[str, Tensor]) -> float:
     norms: dict[bool, list[float]] = {True: [], False: []}
     for tensor in tensors.values():
         norm = torch.linalg.vector_norm(local_shard(tensor), dtype=torch.float64)
-        norms[lies_in_parts(tensor)].append(float(norm))
+        norms[lies_in_parts(tensor)].append(float(norm) / math.sqrt(_holders(tensor)))
     own = math.hypot(*norms[True])
     parts = Processes.running().objects(own) if norms[True] else []
     return math.hypot(*norms[False], *parts)
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many processes have the same part of a tensor as this one."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = [
+        tensor.device_mesh.size(a) for a, p in enumerate(tensor.placements) if hasattr(p, "dim")
+    ]
+    return Processes.running().count // math.prod(sizes)
 
 
 def whole_tensor(parameter: Tensor, shard: Tensor | None = None) -> Tensor:

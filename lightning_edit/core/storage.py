@@ -19,6 +19,7 @@ from lightning_edit.core.files import atomic_folder, content_hash, file_hash
 from lightning_edit.core.provenance import BaseModelInfo, Provenance, utc_now
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.schema import DTYPES, check_description, check_header, version_of
+from lightning_edit.core.tensor_files import tensors_in
 from lightning_edit.rendering.card import CARD_TAG, make_card
 
 if TYPE_CHECKING:
@@ -153,9 +154,6 @@ def read_tensors(folder: Path, config: EditConfig) -> dict[str, Tensor]:
     Raises:
         ArtifactError: If the file is missing or damaged, or belongs to another description.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not (folder / TENSORS).is_file():
         raise ArtifactError(
             f"`{folder}` holds no saved edit: the file `{TENSORS}` is missing. Name the folder "
@@ -166,8 +164,8 @@ def read_tensors(folder: Path, config: EditConfig) -> dict[str, Tensor]:
         if expected and file_hash(folder / TENSORS) != expected:
             raise ValueError(f"its hash is not {str(expected)[:12]}…, as `{CONFIG}` says")
         check_header(folder / TENSORS)
-        tensors: dict[str, Tensor] = load_file(folder / TENSORS)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = tensors_in(folder / TENSORS)
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"`{folder / TENSORS}` is damaged ({error}). Restore the file from a backup, or make "
             "the edit again."

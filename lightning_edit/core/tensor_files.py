@@ -9,16 +9,35 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_edit.core.files import replacing
+from lightning_edit.core import files
 from lightning_edit.core.hashing import nested_hash
 from lightning_edit.core.schema import check_header
 
-__all__ = ["read_sealed", "write_sealed"]
+__all__ = ["read_sealed", "tensors_in", "write_sealed"]
 
 _VERSION = "2"
 _SEAL = {"format_version", "sha256"}
 # What files of version 0.1.0 say of themselves, always both.
 _BEFORE = {"base", "base_sha256"}
+
+
+def tensors_in(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which can be replaced while they are in use.
+
+    safetensors maps files into memory, where the system lets a file be replaced that is mapped.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    return {n: t.clone() for n, t in tensors.items()} if files.LOCKS_OPEN_FILES else tensors
 
 
 def write_sealed(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Path:
@@ -42,7 +61,7 @@ def write_sealed(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
     about = {**about, "format_version": _VERSION}
     sealed = {**about, "sha256": _hash(tensors, about)}
-    with replacing(file) as part:
+    with files.replacing(file) as part:
         save_file(dict(tensors), part, sealed)
     return file
 
@@ -68,9 +87,9 @@ def read_sealed(file: Path, *, is_needed: bool = False) -> tuple[dict[str, Tenso
     try:
         with safe_open(file, "pt") as stream:
             about = dict(stream.metadata() or {})
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from None
+    tensors = tensors_in(file)
     digest = about.pop("sha256", None)
     if digest is None and "format_version" not in about and not is_needed:
         if len(_BEFORE & about.keys()) == 1:

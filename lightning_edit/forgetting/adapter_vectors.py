@@ -19,6 +19,7 @@ from lightning_edit.core.documents import parse_json, read_text
 from lightning_edit.core.errors import ArtifactError, ModelError
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.sharding import whole_tensor
+from lightning_edit.core.tensor_files import tensors_in
 from lightning_edit.core.wrappers import plain_names
 
 if TYPE_CHECKING:
@@ -168,12 +169,9 @@ def _read_config(folder: Path) -> _Config:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        tensors: dict[str, Tensor] = load_file(folder / TENSORS)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = tensors_in(folder / TENSORS)
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"`{folder / TENSORS}` cannot be read ({error}). Save the adapter again with peft's "
             "`save_pretrained`, as safetensors."

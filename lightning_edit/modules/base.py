@@ -108,7 +108,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     unused_arguments: ClassVar[Mapping[str, str]] = {}
     #: Whether requests must name their subjects.
     needs_subject: bool = False
-    #: Ways of dividing weights among processes that the method works with: ``FSDP2``, ``TP``.
+    #: Ways of dividing weights that the method works with: ``FSDP2``, ``TP``, ``FSDP2+TP``.
     edits_shards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -302,7 +302,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
                     revision=self.revision,
                     dtype=self.dtype_name,
                     cache_dir=self.cache_dir,
+                    divide=sharded.division_of(self),
                 )
+                sharded.begin_(self, model)
                 self.adopt(model, load_tokenizer(self.model_id, self.revision, self.cache_dir))
         sharded.shard_model(self)
         if self._trainer is not None and self.trainer.state.fn is not None:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, cast
@@ -18,7 +19,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     Strategy,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_edit.checkpoints import load_plainly
@@ -49,8 +50,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "asked_of_all",
+    "begin_",
     "check_alike",
     "counts",
+    "division_of",
     "prepare_strategy",
     "restore_edits",
     "shard_model",
@@ -85,26 +88,64 @@ def _check_strategy(trainer: Trainer, editor: EditModule[E]) -> None:
     if not isinstance(strategy, ModelParallelStrategy):
         return
     sizes = [strategy.device_mesh[f"{kind}_parallel"].size() for kind in ("data", "tensor")]
-    ways = _ways(strategy.device_mesh)
     if not editor.edits_shards:
         raise EditError(
             f"{name} does not work on weights that are divided among processes. Set "
             "`trainer.strategy` to `ddp`, by which each process has all of them, or choose an "
             "editor that does: ROME, MEMIT, FineTune or GRACE, for example."
         )
-    if len(ways) > 1 or not set(ways) <= set(editor.edits_shards):
+    if _way(strategy.device_mesh) not in editor.edits_shards:
         raise EditError(
             f"`data_parallel_size` is {sizes[0]} and `tensor_parallel_size` {sizes[1]}, but {name} "
-            f"works with one of them above 1: {' or '.join(editor.edits_shards)}. Set "
+            f"works with {', '.join(editor.edits_shards)}. Set "
             f"`data_parallel_size={trainer.world_size}` and `tensor_parallel_size=1`, which is "
             "FSDP2."
         )
 
 
-def _ways(mesh: DeviceMesh) -> list[str]:
+def _way(mesh: DeviceMesh) -> str:
     """How a mesh divides weights; by FSDP2 where it has one process."""
     ways = {"data_parallel": "FSDP2", "tensor_parallel": "TP"}
-    return [way for kind, way in ways.items() if mesh[kind].size() > 1] or ["FSDP2"]
+    return "+".join(way for kind, way in ways.items() if mesh[kind].size() > 1) or "FSDP2"
+
+
+def division_of(editor: EditModule[E]) -> Callable[[nn.Module], None] | None:
+    """What has a process keep its part of a model, if the Trainer's strategy divides it."""
+    mesh = editor.device_mesh
+    return None if mesh is None else functools.partial(_divide_, mesh=mesh)
+
+
+def _divide_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Has each process keep its part of a model, which may be without weights yet.
+
+    Raises:
+        ModelError: If it has an encoder, or no plan by which it can be divided.
+    """
+    tree = ModelTree.of(model)
+    if tree.is_encoder_decoder:
+        raise ModelError(
+            f"{type(model).__name__} has an encoder; `ModelParallelStrategy` works with "
+            "decoder-only models. Set `trainer.strategy` to `ddp`, or choose another model."
+        )
+    way = _way(mesh)
+    if way != "FSDP2":
+        split_(model, tree.block_names, mesh["tensor_parallel"])
+    if way != "TP":
+        shard_(model, tree.blocks, mesh["data_parallel"])
+
+
+def begin_(editor: EditModule[E], model: nn.Module) -> None:
+    """Brings a process's part of a model to its device, and runs the model once, as FSDP2 expects.
+
+    Does nothing to a model that the Trainer's strategy does not divide.
+    """
+    if editor.device_mesh is None:
+        return
+    model.to(editor.device_mesh.device_type)
+    row = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad(), borrowed(model):
+        model(input_ids=row)
+    reshard(model)
 
 
 def shard_model(editor: EditModule[E]) -> None:
@@ -114,8 +155,8 @@ def shard_model(editor: EditModule[E]) -> None:
         EditError: If edits are committed already, which whole weights were kept of.
         ModelError: If the model has an encoder, or no plan by which it can be divided.
     """
-    mesh = editor.device_mesh
-    if mesh is None or is_sharded(editor.model):
+    divide = division_of(editor)
+    if divide is None or is_sharded(editor.model):
         return
     if len(editor.delta):
         raise EditError(
@@ -123,19 +164,8 @@ def shard_model(editor: EditModule[E]) -> None:
             "`ModelParallelStrategy` would divide. Commit them under it from the beginning, or go "
             "on from a checkpoint (`ckpt_path`)."
         )
-    tree = ModelTree.of(editor.model)
-    if tree.is_encoder_decoder:
-        raise ModelError(
-            f"{type(editor.model).__name__} has an encoder; `ModelParallelStrategy` works with "
-            "decoder-only models. Set `trainer.strategy` to `ddp`, or choose another model."
-        )
-    if _ways(mesh) == ["TP"]:
-        split_(editor.model, tree.block_names, mesh["tensor_parallel"])
-    else:
-        shard_(editor.model, tree.blocks, mesh["data_parallel"])
-        row = torch.zeros(1, 1, dtype=torch.long, device=next(editor.model.parameters()).device)
-        with torch.no_grad(), borrowed(editor.model):
-            editor.model(input_ids=row)
+    divide(editor.model)
+    begin_(editor, editor.model)
     editor.adopt(editor.model, editor.tokens.tokenizer)  # what is kept of it is divided, too
 
 
@@ -224,7 +254,9 @@ class _OneFile(Generic[E]):
         reshard(self.editor)
         state = self.editor.state_dict()
         parts = [name for name, tensor in state.items() if lies_in_parts(tensor)]
-        trained = self.editor.target.kept(state) if self.editor.automatic_optimization else {}
+        trained: dict[str, Tensor] = {}
+        if self.editor.automatic_optimization:
+            trained = self.editor.fitting.kept(self.editor, state)
         for name in parts:
             tensor = state.pop(name)
             if name in trained:  # others follow from the edits

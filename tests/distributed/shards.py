@@ -49,13 +49,14 @@ __all__ = [
 #: Seconds after which processes that do not meet give up.
 PATIENCE = 60
 # Ways of dividing weights, with the sizes of both kinds of groups.
-WAYS = {"one": (1, 1), "FSDP2": (2, 1), "TP": (1, 2)}
+WAYS = {"one": (1, 1), "FSDP2": (2, 1), "TP": (1, 2), "FSDP2+TP": (2, 2)}
 # Name of a case: editor, its arguments, requests in a batch, epochs.
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    **{name: (*case, 1) for name, case in whole.CASES.items() if name != "lora"},
+    **{name: (*case, 1) for name, case in whole.CASES.items()},
     "fine_tune_all": ("FineTune", {"parameters": "all", "steps": 2}, 2, 1),
     "loc_ft": ("LocFT", {"lr": 5e-3}, 4, 3),
     "full_tuning": ("FullTuning", {"lr": 1e-3}, 4, 3),
+    "lora_tuning": ("LoRATuning", {"layers": [1, 2], "rank": 2, "lr": 1e-2}, 4, 3),
 }
 
 # Those by which every verb is tried.
@@ -227,14 +228,22 @@ def leave(model: Path, folder: Path) -> None:
 
 
 def edit_kinds(folder: Path, way: str) -> None:
-    """Edits models of all kinds, given in memory, by ROME, and writes what comes of it."""
-    folder = folder / way
+    """Edits models of all kinds by ROME, and writes what comes of it.
+
+    One process is given them in memory, and saves them for others to load.
+    """
+    models, folder = folder / "models", folder / way
     folder.mkdir(parents=True, exist_ok=True)
     for kind in zoo.DECODERS:
         seed_everything(0, verbose=False)
-        editor = lightning_edit.ROME.from_model(
-            zoo.build(kind), tiny_tokenizer(), steps=3, tokens_per_dimension=1, **QUICKLY
-        )
+        settings = {"steps": 3, "tokens_per_dimension": 1, **QUICKLY}
+        if way == "one":
+            model = zoo.build(kind)
+            model.save_pretrained(models / kind)
+            tiny_tokenizer().save_pretrained(models / kind)
+            editor = lightning_edit.ROME.from_model(model, tiny_tokenizer(), **settings)
+        else:
+            editor = lightning_edit.ROME(model=str(models / kind), **settings)
         data, tensor = WAYS[way]
         strategy: Any = "auto" if way == "one" else ModelParallelStrategy(data, tensor)
         trainer = bare_trainer(devices=data * tensor, strategy=strategy, max_epochs=1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests import zoo
 from tests.contract.enumeration import EDITORS, quick_editor
 from tests.distributed import shards
 from tests.modules.helpers import bare_trainer, same, snapshot
-from tests.processes import run_pair
+from tests.processes import run_group, run_pair
 from tests.runs import TinyWorld, metrics_of
 
 pytestmark = [
@@ -34,9 +35,9 @@ pytestmark = [
 ]
 
 # Cases in which `make test` tries a way; all others are slow.
-QUICK = {"FSDP2": ["memit"], "TP": []}
+QUICK = {"FSDP2": ["memit"], "TP": [], "FSDP2+TP": []}
 # Partial sums of a product come in another order, to which each search reacts in its own way.
-CLOSE = {"FSDP2": 1e-6, "TP": 5e-3}
+CLOSE = {"FSDP2": 1e-6, "TP": 5e-3, "FSDP2+TP": 5e-3}
 
 
 def cases_of(way: str) -> list[str]:
@@ -45,7 +46,7 @@ def cases_of(way: str) -> list[str]:
         name
         for name, (method, settings, *_) in shards.CASES.items()
         if way in getattr(lightning_edit, method).edits_shards
-        and not (way == "TP" and settings.get("parameters") == "all")
+        and not (way != "FSDP2" and settings.get("parameters") == "all")
     ]
 
 
@@ -69,7 +70,8 @@ def done(world: TinyWorld) -> Callable[[str, tuple[str, ...]], Path]:
     def folder_of(way: str, cases: tuple[str, ...]) -> Path:
         for case in cases:
             alone(case)
-        run_pair(shards.edit_all, cases, world.model, world.folder, way)
+        count = math.prod(shards.WAYS[way])
+        run_group(count, shards.edit_all, cases, world.model, world.folder, way)
         return world.folder
 
     return folder_of
@@ -90,7 +92,7 @@ def compare(folder: Path, way: str, case: str, model: Path) -> None:
     shards.go_on(case, model, alone / f"from_{way}", "one", step)
     texts: dict[str, Any] = {}
     files = [alone / f"from_{way}" / "kept-0.safetensors"]
-    for rank in range(2):
+    for rank in range(math.prod(shards.WAYS[way])):
         two: dict[str, Any] = json.loads((folder / way / case / f"{rank}.json").read_text())
         own, kept = folder / way / case, f"kept-{rank}.safetensors"
         files += [own / kept, own / "resumed" / kept, own / "from_one" / kept]
@@ -106,7 +108,7 @@ def compare(folder: Path, way: str, case: str, model: Path) -> None:
             assert (two["rows"][key][:2], two["rows"][key][2]) == (close, n), key
         texts |= {row["id"]: row for row in two["texts"]}  # a process returns those of its share
     assert texts.keys() == {row["id"] for row in one["texts"]}
-    assert way == "TP" or all(texts[row["id"]] == row for row in one["texts"])
+    assert way != "FSDP2" or all(texts[row["id"]] == row for row in one["texts"])
     for file in files:
         assert distance(alone / "kept-0.safetensors", file) <= CLOSE[way], file
 
@@ -121,7 +123,7 @@ def test_divided_weights_are_edited_as_whole_ones(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("locates", [True, False])
-@pytest.mark.parametrize("way", ["FSDP2", "TP"])
+@pytest.mark.parametrize("way", ["FSDP2", "TP", "FSDP2+TP"])
 def test_all_editors_of_divided_weights(
     way: str,
     locates: bool,
@@ -222,10 +224,10 @@ def test_what_does_not_work_with_divided_weights_is_refused(subtests: pytest.Sub
     for cls in EDITORS.values():
         editor: EditModule[Any] = quick_editor(cls)
         for data, tensor in ((2, 1), (1, 2), (2, 2)):
-            ways = {"FSDP2"} if tensor == 1 else {"TP"} if data == 1 else {"FSDP2", "TP"}
+            way = "FSDP2" if tensor == 1 else "TP" if data == 1 else "FSDP2+TP"
             trainer._accelerator_connector.strategy = strategies(data, tensor)
             with subtests.test(cls.__name__, data=data, tensor=tensor):
-                if len(ways) == 1 and ways <= set(cls.edits_shards):
+                if way in cls.edits_shards:
                     prepare_strategy(trainer, editor)
                     continue
                 with pytest.raises(EditError, match=cls.__name__):

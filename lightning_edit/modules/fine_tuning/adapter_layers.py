@@ -95,7 +95,8 @@ class AdapterLayers:
     def attach(self) -> None:
         """Puts the layers into the model; what is beneath them is called ``base_layer`` then."""
         for layer in self.layers:
-            layer.to(layer.base_layer.weight.device)
+            layer.lora_A.to(layer.base_layer.weight.device)
+            layer.lora_B.to(layer.base_layer.weight.device)
         self._place(self.layers)
         self.is_attached = True
 

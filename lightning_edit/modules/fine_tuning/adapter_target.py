@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.sharding import local_shard, shard_like
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.modules.fine_tuning.adapter_layers import AdapterLayers
 from lightning_edit.modules.fine_tuning.tuned_weights import (
@@ -170,7 +171,8 @@ class AdapterTarget(TunedTarget):
         self._attach()
         with torch.no_grad():
             for name, weight in self.adapter.base().items():
-                weight.copy_(state.get(f"model.{name}", self.originals[name]))
+                beneath = state.get(f"model.{name}", self.originals[name])
+                local_shard(weight).copy_(shard_like(weight, beneath))
         if not was_attached:
             # The plain model gets the change, and the layers, which are not in it, have theirs.
             self._merge()

@@ -24,6 +24,7 @@ from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.sharding import is_sharded, lies_in_parts
 from lightning_edit.functional.token_weights import token_weights
 from lightning_edit.modules.fitting import (
     EditState,
@@ -232,6 +233,10 @@ class LightningLoop(Fitting[E]):
         check_requests(batch)
         share = editor.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         processes = Processes(share["rank"], share["num_replicas"])
+        groups = [group for one in editor.trainer.optimizers for group in one.param_groups]
+        tuned = [parameter for group in groups for parameter in group["params"]]
+        if is_sharded(editor.model) and not any(map(lies_in_parts, tuned)):
+            processes = Processes()  # nobody averages gradients of what each process has whole
         for request in batch:
             self.row(request)
             self.requests[request.id] = self._asked[request.id] = request

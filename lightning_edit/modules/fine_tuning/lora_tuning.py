@@ -56,6 +56,7 @@ class LoRATuning(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
 
     def __init__(
         self,

@@ -121,7 +121,7 @@ def search_turns(
         >>> tokens = PromptTokenizer(tiny_tokenizer())
         >>> turns = search_turns(tokens, tiny_requests(6), 3, 12, torch.device("cpu"))
         >>> [len(turn) for turn in turns]
-        [3, 3]
+        [2, 2, 2]
     """
     widths = []
     for request in requests:

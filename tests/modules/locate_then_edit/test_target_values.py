@@ -189,9 +189,10 @@ def test_looking_every_few_passes_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, settles: bool
 ) -> None:
     model = zoo.build("llama").requires_grad_(False)
-    settings = TargetValueSettings(steps=9, lr=0.2, settles=settles)
+    settings = TargetValueSettings(steps=9, lr=0.05, weight_decay=0.0, settles=settles)
     free = batched(model, REQUESTS, settings)
-    bound = max(losses[4]["total"] for losses in free.losses)
+    # A bound that all of them reach, one of them after some passes.
+    bound = max(losses[min(4, len(losses) - 1)]["total"] for losses in free.losses)
     settings = replace(settings, stop_loss=bound + 1e-4)
     with torch.no_grad():
         model.get_input_embeddings().weight[tiny_tokenizer()(REQUESTS[1].prompt).input_ids[0]] = (
@@ -205,8 +206,7 @@ def test_looking_every_few_passes_changes_nothing(
 
     wanted = search()
     made = [len(losses) for losses in wanted.losses]
-    assert len(set(made)) > 1
-    assert 1 < max(made) < 9
+    assert made[1] == 1 < max(made) < 9
     monkeypatch.setattr(target_values, "_passes_between_tests", lambda _: 4)
     found = search()
     assert found.failed == wanted.failed == {1: 1}

@@ -527,7 +527,7 @@ def test_what_stands_between_texts_may_be_given(kind: Any) -> None:
     model, tokenizer = (
         trained_tiny_model() if kind == "llama" else (tiny_model(kind), tiny_tokenizer())
     )
-    settings = {"width": 32, "pretrained": True}
+    settings: dict[str, Any] = {"width": 32, "pretrained": True}
     editor = SERAC.from_model(model, tokenizer, separator=" is ", answer_mark=" or ", **settings)
     memory: Any = editor.memory
     assert memory.settings["separator"] == tokenizer(" is ", add_special_tokens=False).input_ids
@@ -535,9 +535,9 @@ def test_what_stands_between_texts_may_be_given(kind: Any) -> None:
     edit = editor.edit(request)
     entry = edit.entries[request.id]
     assert entry is not None
-    space = "" if kind == "t5" else " "  # its decoder begins with the answer
-    words = f"{request.prompt} or {space}{request.target_new}"
-    ids = tokenizer(words, add_special_tokens=False).input_ids
+    answer = request.target_new if kind == "t5" else f" {request.target_new}"
+    words = (f"{request.prompt} or ", answer)  # a decoder of its own begins with the answer
+    ids = [i for text in words for i in tokenizer(text, add_special_tokens=False).input_ids]
     torch.testing.assert_close(entry.tensors["embeddings"], memory.encode([ids])[0])
     memory.detach_()
     plain = SERAC.from_model(model, tokenizer, **settings)

@@ -141,8 +141,7 @@ def test_learning_rates_warm_up_from_zero() -> None:
 
 def test_learning_rates_fall_to_zero_after_the_steps_that_are_given() -> None:
     editor = KE.from_model(*trained_tiny_model(), layers=[3], warmup_steps=2, decay_steps=6)
-    found = editor.configure_optimizers()
-    assert isinstance(found, dict)
+    found: Any = editor.configure_optimizers()
     optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
     rates = []
     for _ in range(8):
