@@ -354,8 +354,9 @@ class WeightDelta(Edit):
     def made(self, name: str, tensor: Tensor, original: Tensor) -> bool:
         """Whether a tensor is original + change, or the original where nothing is changed.
 
-        On another machine the terms of u vᵀ are summed in another order; in float32 that changes
-        a sum of R terms by less than 2 R ε |u| |v|ᵀ, which is allowed for.
+        On another machine or device the terms of u vᵀ are summed in another order; in float32 that
+        changes a sum of R terms by less than 2 R ε |u| |v|ᵀ, and original + change by a rounding
+        more, which is allowed for.
 
         Args:
             name: Name of a parameter.
@@ -372,8 +373,9 @@ class WeightDelta(Edit):
         wanted = before.float() + local_change(tensor, change)
         slack = torch.zeros((), device=found.device)
         if isinstance(change, LowRank):
-            slack = local_change(tensor, LowRank(change.u.abs(), change.v.abs()))
-            slack = slack * 2 * change.rank * torch.finfo(torch.float32).eps
+            terms = local_change(tensor, LowRank(change.u.abs(), change.v.abs()))
+            slack = 2 * change.rank * terms + (terms > 0) * (before.float().abs() + terms)
+            slack = slack * torch.finfo(torch.float32).eps
         # Rounding keeps order.
         least, most = (wanted - slack).to(found.dtype), (wanted + slack).to(found.dtype)
         return everywhere(tensor, bool(((least <= found) & (found <= most)).all()))
