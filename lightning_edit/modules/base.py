@@ -219,8 +219,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             model: A Hugging Face language model. It is edited in place, not copied.
             tokenizer: Its fast tokenizer.
             preset: The model whose settings to take from the method's file in ``configs/method``,
-                such as ``smollm2``; the class's own defaults, those of its paper, when None. Of
-                another model than this a warning says so.
+                with a warning where it is another; the class's own defaults, its paper's, if None.
             settings: Further arguments of the editor. They overrule the preset's.
 
         Raises:
@@ -235,10 +234,10 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             >>> edit.apply_(model)
             >>> edit.revert_(model)
         """
-        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         if preset is not None:
-            settings = with_preset(cls.__name__, preset, name or type(model).__name__, settings)
-        module = cls(model=name or type(model).__name__, **settings)
+            settings = with_preset(cls.__name__, preset, name, settings)
+        module = cls(model=name, **settings)
         module.adopt(model, tokenizer)
         return module
 
