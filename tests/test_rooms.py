@@ -45,6 +45,7 @@ OPTIONAL = {
     "shtab",
     "sqlalchemy",
     "cryptography",
+    "lm_eval",
 }
 FAMILIES = {
     "locate_then_edit",
@@ -106,6 +107,16 @@ ROOMS = {
         "rendering",
         "report",
     },
+    "tuning": {
+        "benchmark",
+        "core",
+        "data",
+        "modules",
+        "passes",
+        "presets",
+        "report",
+        "tracing",
+    },
     "cli": {
         "__about__",
         "artifacts",
@@ -118,6 +129,7 @@ ROOMS = {
         "presets",
         "rendering",
         "report",
+        "tuning",
     },
 }
 # Packages that a room may import at all, and those among them only where they are needed.
