@@ -25,7 +25,7 @@ $(VENV)/.base: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e '.[cli,compare,data,dev,encoders,ledger,peft,plot,quantise,serve-test]'
+	$(PIP) -e '.[browser-test,cli,compare,data,dev,encoders,ledger,peft,plot,quantise,serve-test]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

@@ -16,6 +16,7 @@ from .callbacks.edit_report import EditReport as EditReport
 from .callbacks.progress import EditProgressBar as EditProgressBar
 from .callbacks.retention_curve import RetentionCurve as RetentionCurve
 from .callbacks.save_task_vector import SaveTaskVector as SaveTaskVector
+from .callbacks.side_effects import SideEffects as SideEffects
 from .callbacks.task_vector_forgetting import TaskVectorForgetting as TaskVectorForgetting
 from .core.batch import EditBatch as EditBatch
 from .core.batch import PromptTokenizer as PromptTokenizer
@@ -42,6 +43,7 @@ from .evaluation.evaluator import Evaluator as Evaluator
 from .ledger.ledger import Ledger as Ledger
 from .memories import EditMemory as EditMemory
 from .memories import MemoryWrite as MemoryWrite
+from .metrics import Fluency as Fluency
 from .metrics import Generality as Generality
 from .metrics import Locality as Locality
 from .metrics import Portability as Portability
@@ -74,5 +76,6 @@ from .modules.meta_learning.malmen import MALMEN as MALMEN
 from .modules.meta_learning.mend import MEND as MEND
 from .modules.meta_learning.rledit import RLEdit as RLEdit
 from .modules.meta_learning.trained_editor import TrainedEditor as TrainedEditor
+from .tuning.tune import tune as tune
 
 __all__: list[str]

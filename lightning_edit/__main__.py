@@ -29,6 +29,7 @@ On saved edits:
 
 Over many runs:
 {comparison}
+{tuning}
 
   lightning-edit fit --config configs/edit.yaml
   lightning-edit fit -c method/rome.yaml -c data/facts.yaml -c trainer/ddp.yaml --print_config

@@ -55,9 +55,10 @@ def test_entries_are_there_and_say_what_they_are(hook: ModuleType) -> None:
 
 def test_names_come_with_the_bases_that_live_beside_them(hook: ModuleType) -> None:
     found = entries(hook, "# Metrics\n\n{{ metrics }}\n")
-    assert found[0] == "lightning_edit.Generality"
-    assert found[-2:] == [
+    assert found[:2] == ["lightning_edit.Fluency", "lightning_edit.Generality"]
+    assert found[-3:] == [
         "lightning_edit.metrics.base.EditMetric",
+        "lightning_edit.metrics.reading.ReadingMetric",
         "lightning_edit.metrics.base.CountingMetric",
     ]
     assert len(found) == len(set(found))

@@ -46,6 +46,7 @@ OPTIONAL = {
     "sqlalchemy",
     "cryptography",
     "torchao",
+    "lm_eval",
 }
 FAMILIES = {
     "locate_then_edit",
@@ -116,6 +117,16 @@ ROOMS = {
         "rendering",
         "report",
     },
+    "tuning": {
+        "benchmark",
+        "core",
+        "data",
+        "modules",
+        "passes",
+        "presets",
+        "report",
+        "tracing",
+    },
     "cli": {
         "__about__",
         "artifacts",
@@ -128,6 +139,7 @@ ROOMS = {
         "presets",
         "rendering",
         "report",
+        "tuning",
     },
 }
 # Packages that a room may import at all, and those among them only where they are needed.

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -22,28 +26,52 @@ __all__ = ["FORMATS", "ComparisonTable", "Curve", "Section", "sections", "write_
 
 #: Endings of the files that ``write_tables`` writes.
 FORMATS = ("html", "md", "tex", "csv")
-# Nothing may be fetched or run, whatever a label or an id says.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+# Nothing may be fetched, and nothing run but the page's own script, whatever a label or an id says.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{script}'"
+# Two of them, side by side, are as wide as the page.
+_CHART_WIDTH = 470.0
+
+
+class TableCell(NamedTuple):
+    """A cell of a table.
+
+    Args:
+        text: What it says.
+        key: What its column is sorted by; nan where there is no number.
+    """
+
+    text: str
+    key: float = math.nan
 
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """Cells of text under headings.
+    """Cells under headings.
 
     Args:
         title: What it shows.
         columns: Headings; those that begin with ``>`` are of columns of numbers.
-        rows: Cells, as many in each row as there are columns; the first one names the row.
+        cells: As many in each row as there are columns; the first one names the row.
     """
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    cells: Sequence[Sequence[TableCell]]
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The text of each cell."""
+        return [tuple(cell.text for cell in row) for row in self.cells]
 
     @property
     def heads(self) -> list[tuple[str, bool]]:
         """Headings, and whether the column is one of numbers."""
         return [(column.removeprefix(">"), column.startswith(">")) for column in self.columns]
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether each row is of one metric, which its second cell names."""
+        return "metric" in self.columns[1:2]
 
 
 @dataclass(frozen=True)
@@ -51,14 +79,20 @@ class Curve:
     """A metric over a sequence of edits, a line a method.
 
     Args:
-        title: The metric and its reading.
+        metric: The metric.
+        reading: ``teacher_forced`` or ``autoregressive``.
+        title: Both, as a heading.
         legend: Inline SVG and HTML of the key.
         chart: Inline SVG.
+        values: The same figures as a table.
     """
 
+    metric: str
+    reading: str
     title: str
     legend: Markup
     chart: Markup
+    values: ComparisonTable
 
 
 @dataclass(frozen=True)
@@ -66,14 +100,21 @@ class Section:
     """One data set by one protocol.
 
     Args:
-        title: Both of them.
+        data: The data set.
+        protocol: The protocol.
         tables: Of its methods.
         curves: Over the sequence, where there is one.
     """
 
-    title: str
+    data: str
+    protocol: str
     tables: Sequence[ComparisonTable]
     curves: Sequence[Curve] = field(default_factory=tuple)
+
+    @property
+    def title(self) -> str:
+        """Both of them."""
+        return f"{self.data}, {self.protocol}"
 
 
 def sections(found: Sequence[Figure]) -> list[Section]:
@@ -94,8 +135,8 @@ def sections(found: Sequence[Figure]) -> list[Section]:
         own = [f for f in found if (f.data, f.protocol) == (data, protocol)]
         final = [figure for figure in own if figure.is_final]
         tables = [_summary(final), _rates(final), _differences(final), _kinds(final)]
-        whole = [table for table in tables if table.rows]
-        made.append(Section(f"{data}, {protocol}", whole, _curves(own)))
+        whole = [table for table in tables if table.cells]
+        made.append(Section(data, protocol, whole, _curves(own)))
     return made
 
 
@@ -113,15 +154,23 @@ def write_tables(
     """
     folder.mkdir(parents=True, exist_ok=True)
     style = (files("lightning_edit.report") / "templates" / "page.css").read_text("utf-8")
+    script = (files("lightning_edit.benchmark") / "templates" / "tables.js").read_text("utf-8")
     values = {
         "study": name,
         "sections": sections(found),
+        "choices": {
+            "data": list(dict.fromkeys(figure.data for figure in found)),
+            "protocol": list(dict.fromkeys(figure.protocol for figure in found)),
+            "method": list(dict.fromkeys(figure.method for figure in found)),
+            "metric": [m for m in RATES if any(figure.metric == m for figure in found)],
+        },
         "facts": facts,
         "notes": list(notes),
         "terms": [METRICS[metric] for metric in RATES],
         "readings": [READINGS[reading] for reading in ("teacher_forced", "autoregressive")],
-        "policy": _POLICY,
+        "policy": _POLICY.format(script=_source_hash(script)),
         "style": Markup(style),  # noqa: S704 - a file of the package
+        "script": Markup(script),  # noqa: S704 - likewise
     }
     texts: dict[str, Callable[[], str]] = {
         kind: lambda kind=kind: str(render("lightning_edit.benchmark", f"tables.{kind}", **values))  # type: ignore[misc]
@@ -133,6 +182,12 @@ def write_tables(
         write_file(folder / f"{name}.{kind}", texts[kind]())
         written.append(folder / f"{name}.{kind}")
     return written
+
+
+def _source_hash(script: str) -> str:
+    """What a page's policy calls the one script that it may run."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 class _Lookup:
@@ -157,8 +212,19 @@ class _Lookup:
         )
 
 
-def _pair(figures: tuple[Figure | None, Figure | None]) -> str:
-    return " / ".join(DASH if f is None else number(f.value, 2) for f in figures)
+def _number(value: float | None, digits: int | None = None) -> TableCell:
+    return TableCell(number(value, digits), math.nan if value is None else value)
+
+
+def _interval(ends: tuple[float, float] | None) -> TableCell:
+    return TableCell(interval(ends, 3), math.nan if ends is None else ends[0])
+
+
+def _pair(figures: tuple[Figure | None, Figure | None]) -> TableCell:
+    """Both readings; sorted by the autoregressive one, which is what users will see."""
+    text = " / ".join(DASH if f is None else number(f.value, 2) for f in figures)
+    strictest = figures[1] or figures[0]
+    return TableCell(text, strictest.value if strictest else math.nan)
 
 
 def _summary(found: Sequence[Figure]) -> ComparisonTable:
@@ -170,12 +236,13 @@ def _summary(found: Sequence[Figure]) -> ComparisonTable:
     rows = []
     for method in look.methods:
         peak, failed = look.value(method, "peak_memory_bytes"), look.value(method, "failed")
-        cells = [method, *(_pair(look.both(method, metric)) for metric in RATES)]
-        cells.append(number(look.value(method, "seconds")))
-        cells.append(byte_count(None if peak is None else int(peak)))
-        cells.append(DASH if failed is None else f"{failed:.0f}")
-        cells += [number(look.value(method, "perplexity_ratio"))] if has_prose else []
-        rows.append(tuple(cells))
+        cells = [TableCell(method), *(_pair(look.both(method, metric)) for metric in RATES)]
+        cells.append(_number(look.value(method, "seconds")))
+        held = byte_count(None if peak is None else int(peak))
+        cells.append(TableCell(held, math.nan if peak is None else peak))
+        cells.append(_number(failed, 0))
+        cells += [_number(look.value(method, "perplexity_ratio"))] if has_prose else []
+        rows.append(cells)
     return ComparisonTable("Teacher-forced / autoregressive", columns, rows)
 
 
@@ -190,11 +257,12 @@ def _rates(found: Sequence[Figure]) -> ComparisonTable:
             one = forced or free
             if one is None:
                 continue
-            cells = [method, metric]
+            cells = [TableCell(method), TableCell(metric)]
             for figure in (forced, free):
-                ends = None if figure is None else (figure.low, figure.high)
-                cells += [number(figure.value if figure else None, 3), interval(ends, 3)]
-            rows.append((*cells, number(one.gap, 3), str(one.n), str(one.requests)))
+                cells.append(_number(figure.value if figure else None, 3))
+                cells.append(_interval((figure.low, figure.high) if figure else None))
+            counts = (TableCell(str(count), count) for count in (one.n, one.requests))
+            rows.append([*cells, _number(one.gap, 3), *counts])
     return ComparisonTable("With intervals", columns, rows)
 
 
@@ -209,18 +277,19 @@ def _differences(found: Sequence[Figure]) -> ComparisonTable:
             both = look.both(method, metric)
             if not any(figure and figure.reference for figure in both):
                 continue
-            cells = [method, metric]
+            cells = [TableCell(method), TableCell(metric)]
             for figure in both:
-                ends = None if figure is None else (figure.difference_low, figure.difference_high)
                 cells.append(_signed(figure.difference if figure else None))
-                cells += [interval(ends, 3), number(figure.p if figure else None, 4)]
-            rows.append(tuple(cells))
+                ends = (figure.difference_low, figure.difference_high) if figure else None
+                cells += [_interval(ends), _number(figure.p if figure else None, 4)]
+            rows.append(cells)
     return ComparisonTable(f"Difference from {reference}, on the same requests", columns, rows)
 
 
-def _signed(value: float | None) -> str:
-    text = number(value, 3).removeprefix("-0.000") or "0.000"
-    return f"+{text}" if text[0].isdigit() else text
+def _signed(value: float | None) -> TableCell:
+    cell = _number(value, 3)
+    text = cell.text.removeprefix("-0.000") or "0.000"
+    return cell._replace(text=f"+{text}" if text[0].isdigit() else text)
 
 
 def _kinds(found: Sequence[Figure]) -> ComparisonTable:
@@ -232,7 +301,7 @@ def _kinds(found: Sequence[Figure]) -> ComparisonTable:
         counted = max(figure.n for figure in of_kind)
         columns.append(f">{metric}: {kind.replace('_', ' ')} (n = {counted})")
     rows = [
-        (method, *(_pair(look.both(method, metric, kind)) for metric, kind in kinds))
+        [TableCell(method), *(_pair(look.both(method, metric, kind)) for metric, kind in kinds)]
         for method in look.methods
         if kinds
     ]
@@ -245,20 +314,34 @@ def _curves(found: Sequence[Figure]) -> list[Curve]:
     made = []
     drawn = [f for f in found if f.metric in RATES and not f.kind and f.edits]
     for metric in RATES:
-        for reading in ("teacher_forced", "autoregressive"):
-            series: dict[str, list[tuple[float, float]]] = {}
-            for figure in sorted(drawn, key=lambda f: f.edits):
-                if (figure.metric, figure.reading) == (metric, reading):
-                    point = (float(figure.edits), figure.value)
-                    series.setdefault(figure.method, []).append(point)
-            names = list(series)
-            for start in range(0, len(names), MAX_SERIES):
-                part = {name: series[name] for name in names[start : start + MAX_SERIES]}
-                made.append(
-                    Curve(
-                        f"{METRICS[metric].label}, {READINGS[reading].label}, of the edits so far",
-                        Markup(sequence_legend(part, str)),  # noqa: S704 - escaped in there
-                        Markup(sequence_chart(part, "edits", str)),  # noqa: S704
-                    )
-                )
+        of_metric = [figure for figure in drawn if figure.metric == metric]
+        names = list(dict.fromkeys(figure.method for figure in of_metric))
+        for start in range(0, len(names), MAX_SERIES):
+            part = names[start : start + MAX_SERIES]
+            for reading in ("teacher_forced", "autoregressive"):
+                series: dict[str, list[tuple[float, float]]] = {}
+                for figure in sorted(of_metric, key=lambda f: f.edits):
+                    if figure.reading == reading and figure.method in part:
+                        point = (float(figure.edits), figure.value)
+                        series.setdefault(figure.method, []).append(point)
+                if series:
+                    made.append(_curve(metric, reading, series))
     return made
+
+
+def _curve(metric: str, reading: str, series: dict[str, list[tuple[float, float]]]) -> Curve:
+    title = f"{METRICS[metric].label}, {READINGS[reading].label}, of the edits so far"
+    places = sorted({at for points in series.values() for at, _ in points})
+    rows = []
+    for name, points in series.items():
+        values = dict(points)
+        rows.append([TableCell(name), *(_number(values.get(at), 3) for at in places)])
+    columns = ["method", *(f">after {at:g}" for at in places)]
+    return Curve(
+        metric,
+        reading,
+        title,
+        Markup(sequence_legend(series, str)),  # noqa: S704 - escaped in there
+        Markup(sequence_chart(series, "edits", str, _CHART_WIDTH)),  # noqa: S704
+        ComparisonTable(title, columns, rows),
+    )

@@ -10,6 +10,7 @@ from lightning_edit.callbacks.edit_report import EditReport
 from lightning_edit.callbacks.progress import EditProgressBar
 from lightning_edit.callbacks.retention_curve import RetentionCurve
 from lightning_edit.callbacks.save_task_vector import SaveTaskVector
+from lightning_edit.callbacks.side_effects import SideEffects
 from lightning_edit.callbacks.task_vector_forgetting import TaskVectorForgetting
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "EditReport",
     "RetentionCurve",
     "SaveTaskVector",
+    "SideEffects",
     "TaskVectorForgetting",
 ]

@@ -55,6 +55,9 @@ VERBS: dict[str, Verb] = {
         "methods on data sets by protocols, as tables; goes on where it was stopped",
         own="comparison",
     ),
+    "tune": Verb(
+        "settings of methods for a model, by rules and a search, as presets", own="tuning"
+    ),
     "ledger": Verb(
         "the record of edits: list, show, verify, blame, undo, export",
         verbs={

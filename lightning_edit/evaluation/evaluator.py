@@ -24,7 +24,12 @@ from lightning_edit.evaluation.scoring import (
     score_targets,
 )
 from lightning_edit.functional.counterfact import efficacy_success, neighborhood_success
-from lightning_edit.functional.matching import autoregressive_hit, states_answer
+from lightning_edit.functional.matching import (
+    autoregressive_hit,
+    contains_answer,
+    states_answer,
+    token_f1,
+)
 from lightning_edit.functional.metrics import kl_divergence
 from lightning_edit.metrics.reading import Reading, default_readings
 
@@ -49,6 +54,8 @@ class ScoredProbe:
         exact: Whether all of them were.
         autoregressive: Whether the continuation gives the answer.
         stated: Whether it states the answer, as a reply in a chat; not for locality.
+        contains: Whether the answer stands anywhere in it; not for locality.
+        token_f1: F1 of the words that it and the answer share, in [0, 1]; not for locality.
         nll_new: Mean negative log-likelihood of the new answer's tokens, in nats.
         nll_old: The same of the old answer.
         kl: KL(unedited ‖ now) of the next token, in nats (locality).
@@ -65,6 +72,8 @@ class ScoredProbe:
     exact: bool | None = None
     autoregressive: bool | None = None
     stated: bool | None = None
+    contains: bool | None = None
+    token_f1: float | None = None
     nll_new: float | None = None
     nll_old: float | None = None
     kl: float | None = None
@@ -79,6 +88,8 @@ class _Scores(TypedDict, total=False):
     exact: bool
     autoregressive: bool | None
     stated: bool
+    contains: bool
+    token_f1: float
     nll_new: float
     nll_old: float
     kl: float
@@ -141,6 +152,8 @@ _FIELDS = {
     "teacher_forced_strict": "exact",
     "autoregressive": "autoregressive",
     "stated": "stated",
+    "contains": "contains",
+    "token_f1": "token_f1",
 }
 
 
@@ -265,14 +278,14 @@ class Evaluator:
         scored: list[_Scores] = [{} for _ in probes]
         if not probes:
             return Evaluation([], baseline)
-        if "autoregressive" in self.readings or "stated" in self.readings:
+        if set(self.readings) - {"teacher_forced"}:
             written = self._written(probes, known)
             for probe, fields, said in zip(probes, scored, written, strict=True):
                 fields["text"] = said.text
                 if "autoregressive" in self.readings:
                     fields["autoregressive"] = self._hit(probe, said, baseline)
-                if "stated" in self.readings and probe.metric != "locality":
-                    fields["stated"] = states_answer(said.text, probe.answers)
+                if probe.metric != "locality":
+                    fields.update(self._judged(said.text, probe.answers))
         if "teacher_forced" in self.readings:
             by_id = {request.id: request for request in requests}
             self._add_teacher_forced(probes, scored, by_id, baseline)
@@ -302,6 +315,17 @@ class Evaluator:
         found = {item: Continuation(text, ()) for item, text in known.items()}
         found |= dict(zip(todo, written, strict=True))
         return [found[item] for item in asked]
+
+    def _judged(self, text: str, answers: Sequence[str]) -> _Scores:
+        """What is said of a text by its answers alone, in the readings that are taken."""
+        found = _Scores()
+        if "stated" in self.readings:
+            found["stated"] = states_answer(text, answers)
+        if "contains" in self.readings:
+            found["contains"] = contains_answer(text, answers)
+        if "token_f1" in self.readings:
+            found["token_f1"] = token_f1(text, answers)
+        return found
 
     def _hit(self, probe: ScoredProbe, said: Continuation, baseline: Baseline) -> bool | None:
         if probe.metric == "locality":

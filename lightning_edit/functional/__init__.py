@@ -15,7 +15,7 @@ from lightning_edit.functional.counterfact import (
     neighborhood_magnitude,
     neighborhood_success,
 )
-from lightning_edit.functional.fluency import ngram_entropy
+from lightning_edit.functional.fluency import ngram_entropy, ngram_fluency
 from lightning_edit.functional.intervals import wilson_interval
 from lightning_edit.functional.matching import (
     answer_matches,
@@ -61,6 +61,7 @@ __all__ = [
     "neighborhood_magnitude",
     "neighborhood_success",
     "ngram_entropy",
+    "ngram_fluency",
     "normalize_answer",
     "percentile_interval",
     "retention_area",

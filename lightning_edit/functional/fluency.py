@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-__all__ = ["ngram_entropy"]
+__all__ = ["ngram_entropy", "ngram_fluency"]
 
 
 def ngram_entropy(
@@ -61,3 +61,35 @@ def ngram_entropy(
         size = grams.total()
         total += weight * sum(count / size * math.log2(size / count) for count in grams.values())
     return total / len(n)
+
+
+def ngram_fluency(
+    tokens: Sequence[Hashable],
+    n: Sequence[int] = (2, 3),
+    weights: Sequence[float] = (2 / 3, 4 / 3),
+) -> float:
+    """The entropy of a text's n-grams as a share of the largest that a text of its length has.
+
+    Args:
+        tokens: Words or token ids of one text.
+        n: Lengths of the n-grams.
+        weights: One weight for each length.
+
+    Returns:
+        In [0, 1]: 1 where no n-gram comes twice, 0 where there is but one; nan if the text is
+        too short for two of the longest n-grams.
+
+    Raises:
+        TypeError: If ``tokens`` is an unsplit text.
+        ValueError: If the lengths and weights do not pair up, or a length is below 1.
+
+    Examples:
+        >>> ngram_fluency("a b c d e".split()), ngram_fluency(["Rome"] * 100)
+        (1.0, 0.0)
+        >>> round(ngram_fluency("a b a b a b".split()), 4)
+        0.4699
+    """
+    entropy = ngram_entropy(tokens, n, weights)
+    if len(tokens) <= max(n):
+        return math.nan
+    return min(1.0, entropy / ngram_entropy(range(len(tokens)), n, weights))

@@ -10,6 +10,7 @@ from lightning_edit.metrics.counterfact import (
     NeighborhoodSuccess,
     ParaphraseSuccess,
 )
+from lightning_edit.metrics.fluency import Fluency
 from lightning_edit.metrics.generality import Generality
 from lightning_edit.metrics.locality import Locality
 from lightning_edit.metrics.portability import Portability
@@ -21,6 +22,7 @@ __all__ = [
     "EditMetric",
     "EditScore",
     "EfficacySuccess",
+    "Fluency",
     "Generality",
     "Locality",
     "NeighborhoodSuccess",

@@ -4,19 +4,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_edit.functional.matching import autoregressive_hit, states_answer
+from lightning_edit.functional.matching import (
+    autoregressive_hit,
+    contains_answer,
+    states_answer,
+    token_f1,
+)
 from lightning_edit.functional.metrics import token_accuracy
 from lightning_edit.metrics.base import EditMetric
 
 __all__ = ["Reading", "ReadingMetric", "answer_scores", "default_readings"]
 
-Reading = Literal["teacher_forced", "autoregressive", "stated"]
+Reading = Literal["teacher_forced", "autoregressive", "stated", "contains", "token_f1"]
+
+# Readings that judge a generated text by its answers alone, whatever was asked.
+_JUDGES: Mapping[str, Callable[[str, Sequence[str]], float]] = MappingProxyType(
+    {"stated": states_answer, "contains": contains_answer, "token_f1": token_f1}
+)
 
 
 def default_readings(in_chat: bool = False) -> tuple[Reading, ...]:
@@ -63,7 +74,8 @@ class ReadingMetric(EditMetric):
         reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.
             ``autoregressive``: whether freely generated text gives the answer. ``stated``: whether
             it states the answer, as the replies of chat models do
-            ([`states_answer`][lightning_edit.functional.states_answer]).
+            ([`states_answer`][lightning_edit.functional.states_answer]). ``contains``: whether the
+            answer stands anywhere in it. ``token_f1``: the words that both have, as in SQuAD.
         strict: In the teacher-forced reading, count a row only if all its tokens are right.
         kind: Kind of the probes, where only those of one kind are given; becomes part of the name.
         kwargs: Arguments of every torchmetrics metric.
@@ -75,7 +87,7 @@ class ReadingMetric(EditMetric):
 
     name: ClassVar[str]
     #: Readings that there are.
-    readings: ClassVar[tuple[Reading, ...]] = ("teacher_forced", "autoregressive", "stated")
+    readings: ClassVar[tuple[Reading, ...]] = get_args(Reading)
     #: Judges generated texts, by the arguments of ``update`` after the metric's own key.
     text_scores: ClassVar[staticmethod[..., list[float]]] = staticmethod(answer_scores)
 
@@ -146,8 +158,9 @@ class ReadingMetric(EditMetric):
                     f"{self.key}: `preds`, `target` and `question` are expected to be of one "
                     f"length, but got {lengths}."
                 )
-            if self.reading == "stated":
-                texts = [float(states_answer(*row)) for row in zip(preds, target, strict=True)]
+            judge = _JUDGES.get(self.reading)
+            if judge is not None:
+                texts = [float(judge(*row)) for row in zip(preds, target, strict=True)]
             else:
                 texts = self.text_scores(self.key, preds, target, question)
             scores = torch.tensor(texts, dtype=torch.float32)

@@ -16,7 +16,8 @@ class Reliability(ReadingMetric):
         reading: ``teacher_forced``: fraction of target tokens predicted after the right prefix.
             ``autoregressive``: whether freely generated text gives the answer. ``stated``: whether
             it states the answer, as the replies of chat models do
-            ([`states_answer`][lightning_edit.functional.states_answer]).
+            ([`states_answer`][lightning_edit.functional.states_answer]). ``contains``: whether the
+            answer stands anywhere in it. ``token_f1``: the words that both have, as in SQuAD.
         strict: In the teacher-forced reading, count a row only if all its tokens are right.
         kind: Kind of the prompts, where they are told apart; becomes part of the name.
         kwargs: Arguments of every torchmetrics metric.

@@ -109,6 +109,18 @@ READINGS = {
         "The model writes by itself, and what counts is whether its first sentence states the "
         "answer without denying it.",
     ),
+    "contains": Term(
+        "autoregressive, answer contained",
+        "whether the answer stands anywhere in what it writes",
+        "The model writes by itself, and what counts is whether the answer stands anywhere in it: "
+        "a generous reading, for a text that denies the answer contains it, too.",
+    ),
+    "token_f1": Term(
+        "autoregressive, token F1",
+        "how many words it shares with the answer",
+        "The model writes by itself; F1 of its words and those of the answer, for answers that may "
+        "be worded in several ways.",
+    ),
     "kl": Term(
         "KL divergence (nats)",
         "how far the predictions moved",

@@ -157,9 +157,10 @@ def sequence_chart(
     series: dict[str, list[tuple[float, float]]],
     unit: str = "edits",
     label_of: Callable[[str], str] = _metric_label,
+    width: float = 980.0,
 ) -> str:
     """Rates against edits or steps made; every line has its own color, dash and marker."""
-    width, height, left, right, top, bottom = 980.0, 300.0, 56.0, 16.0, 12.0, 44.0
+    height, left, right, top, bottom = 300.0, 56.0, 16.0, 12.0, 44.0
     places = sorted({at for points in series.values() for at, _ in points})
     first, last = places[0], places[-1]
     span = (last - first) or 1.0
@@ -194,11 +195,14 @@ def sequence_chart(
         f'<text class="axis" x="{(left + width - right) / 2:g}" y="{height - 5:g}" '
         f'text-anchor="middle">{unit} made</text>'
     )
-    for i, points in enumerate(series.values()):
+    for i, (name, points) in enumerate(series.items()):
         path = "M" + "L".join(f"{x(at):g} {y(value):g}" for at, value in points)
-        parts.append(f'<path class="line series{i}" d="{path}"/>')
+        parts.append(f'<g data-series="{_escape(name)}"><path class="line series{i}" d="{path}"/>')
         if len(points) <= MAX_MARKERS:
-            parts.extend(_marker(i, x(at), y(value)) for at, value in points)
+            for at, value in points:
+                told = f"{label_of(name)}: {percent(value)} after {at:.12g} {unit}"
+                parts.append(_marker(i, x(at), y(value), told))
+        parts.append("</g>")
     return "".join([*parts, "</svg>"])
 
 
@@ -208,7 +212,8 @@ def sequence_legend(
 ) -> str:
     """The key to ``sequence_chart``, in its colors, dashes and markers."""
     items = (
-        f'<li><svg class="key" viewBox="0 0 44 14" aria-hidden="true">'
+        f'<li data-series="{_escape(name)}">'
+        f'<svg class="key" viewBox="0 0 44 14" aria-hidden="true">'
         f'<path class="line series{i}" d="M2 7H42"/>{_marker(i, 22, 7)}</svg>'
         f"{_escape(label_of(name))}</li>"
         for i, name in enumerate(series)
@@ -216,11 +221,12 @@ def sequence_legend(
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _marker(i: int, x: float, y: float) -> str:
+def _marker(i: int, x: float, y: float, told: str = "") -> str:
     shapes = (
         f"M{x - 4:g} {y:g}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
         f"M{x - 4:g} {y - 4:g}h8v8h-8Z",
         f"M{x:g} {y - 5:g}l5 9h-10Z",
         f"M{x:g} {y - 5:g}l5 5l-5 5l-5 -5Z",
     )
-    return f'<path class="marker series{i}" d="{shapes[i % len(shapes)]}"/>'
+    path = f'<path class="marker series{i}" d="{shapes[i % len(shapes)]}"/>'
+    return f"<g><title>{_escape(told)}</title>{path}</g>" if told else path

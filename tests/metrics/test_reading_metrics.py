@@ -74,7 +74,10 @@ def wrong_constructor(**kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"reading": "generated"}, "autoregressive, stated, but got 'generated'"),
+        (
+            {"reading": "generated"},
+            "autoregressive, stated, contains, token_f1, but got 'generated'",
+        ),
         ({"reading": "autoregressive", "strict": True}, "right or wrong as a whole"),
         ({"kind": "one.hop"}, "'one_hop', but got 'one.hop'"),
         ({"kind": ""}, "`kind`"),

@@ -52,7 +52,7 @@ def test_text_is_escaped_everywhere() -> None:
         "lang", "charset", "http-equiv", "content", "name", "class", "id", "title", "dir", "open",
         "aria-label", "aria-labelledby", "aria-hidden", "role", "scope", "rowspan", "tabindex",
         "style", "type", "value", "checked", "width", "height", "viewbox", "x", "y", "x1", "x2",
-        "y1", "y2", "d", "rx", "r", "cx", "cy", "text-anchor",
+        "y1", "y2", "d", "rx", "r", "cx", "cy", "text-anchor", "data-series",
     }  # fmt: skip
 
 
