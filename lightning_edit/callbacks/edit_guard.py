@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, cast
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_edit.callbacks.edit_ledger import EditLedger
 from lightning_edit.callbacks.model_access import find_requests
 from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.edit import Edit
@@ -38,8 +39,8 @@ class Breach:
     """An edit that was taken back.
 
     Args:
-        step: Number of the optimizer step that wrote it, from 1.
-        request_ids: Ids of its requests.
+        step: Number of the optimizer step after which it was measured, from 1.
+        request_ids: Ids of its requests, and of those that were edited since the last measurement.
         why: Each budget that it broke, with what was measured.
         figures: What was measured, by name.
     """
@@ -90,6 +91,9 @@ class EditGuard(CheckedArguments, Callback):
         on_breach: ``stop`` ends the run after it has taken the edit back, with all that the end of
             a run has; ``continue`` goes on with the next batch.
         dry_run: Take every edit back once it was measured, and say what it would have changed.
+        every_n_edits: Measure after so many edits, and after the last. A breach then takes all
+            edits back that were made since the last measurement, which the ledger and checkpoints
+            have seen meanwhile: they are taken out as by ``editor.remove``.
         text: A UTF-8 file of prose for the perplexity; a page that comes with the package when
             None.
         max_new_tokens: Longest continuation of a canary that is read, in tokens.
@@ -113,6 +117,7 @@ class EditGuard(CheckedArguments, Callback):
         dry_run: bool = False,
         text: str | None = None,
         max_new_tokens: int = 24,
+        every_n_edits: int = 1,
     ) -> None:
         if on_breach not in ("stop", "continue"):
             raise ValueError(f"`on_breach` is {on_breach!r}. Expected `stop` or `continue`.")
@@ -130,6 +135,11 @@ class EditGuard(CheckedArguments, Callback):
             raise ValueError(
                 f"`max_new_tokens` is expected to be at least 1, but got {max_new_tokens}."
             )
+        if every_n_edits < 1 or (dry_run and every_n_edits > 1):
+            raise ValueError(
+                f"`every_n_edits` is expected to be at least 1, and 1 in a dry run, which measures "
+                f"every edit, but got {every_n_edits}."
+            )
         self.canaries = canaries
         self.locality = locality
         self.perplexity_ratio = perplexity_ratio
@@ -139,6 +149,7 @@ class EditGuard(CheckedArguments, Callback):
         self.dry_run = dry_run
         self.text = read_prose(text)
         self.max_new_tokens = max_new_tokens
+        self.every_n_edits = every_n_edits
         #: The edits that were taken back since a budget was broken, also before a run was resumed.
         self.breaches: list[Breach] = []
         #: What was measured after the last edit, by name.
@@ -146,10 +157,13 @@ class EditGuard(CheckedArguments, Callback):
         self._editor: EditModule[Edit] | None = None
         self._requests: list[EditRequest] = []
         self._reference = _Reference({}, Baseline({}), math.nan)
-        self._before: tuple[Edit, float] | None = None
+        self._before: Edit | None = None
+        self._norm = math.nan  # where the edits began that are not measured yet
+        self._unmeasured: list[str] = []
         self._step = 0
+        self._is_due = True
         self._is_new = False
-        self._restored: Sequence[Breach] = ()
+        self._restored: tuple[list[Breach], list[str], float] = [], [], math.nan
         self._handles: list[RemovableHandle] = []
 
     # -- a run -------------------------------------------------------------------------------
@@ -166,12 +180,20 @@ class EditGuard(CheckedArguments, Callback):
                 "ROME, MEMIT, FineTune or GRACE, or leave the guard out and measure with "
                 "`EditEvaluator` and `RetentionCurve`."
             )
+        ledgers = _ledgers(trainer)
+        if stage == "fit" and self.every_n_edits > 1 and any(one.propose for one in ledgers):
+            raise EditError(
+                "EditGuard measures several edits together (`every_n_edits`), but "
+                "`EditLedger(propose=True)` takes each back at once. Measure after every edit, or "
+                "do not propose."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After checkpoints are restored: asks the unedited model, and begins to watch."""
         self._editor = editor = cast("EditModule[Edit]", pl_module)
-        self.breaches, self._restored = list(self._restored), ()
+        self.breaches, self._unmeasured, self._norm = self._restored
+        self._restored = [], [], math.nan
         self.figures, self._is_new = {}, False
         self._requests = []
         if self.locality is not None:
@@ -195,6 +217,8 @@ class EditGuard(CheckedArguments, Callback):
     ) -> None:
         """Counts the step that comes."""
         self._step = trainer.global_step + 1
+        is_last = trainer.is_last_batch or self._step == trainer.max_steps
+        self._is_due = is_last or self._step % self.every_n_edits == 0
 
     @override
     def on_train_batch_end(
@@ -204,13 +228,17 @@ class EditGuard(CheckedArguments, Callback):
         if not self._is_new:
             return
         self._is_new = False
+        is_broken = bool(self.breaches) and self.breaches[-1].step == self._step
+        if is_broken and self._unmeasured:
+            self._take_out(trainer, cast("EditModule[Edit]", pl_module), self.breaches[-1].why)
+        self._unmeasured = []
         found = {f"guard/{name}": value for name, value in self.figures.items()}
         found["guard/breaches"] = float(len(self.breaches))
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.global_step)
         for name, value in found.items():
             pl_module.log(name, value, logger=False, batch_size=1)
-        if self.on_breach == "stop" and self.breaches and self.breaches[-1].step == self._step:
+        if self.on_breach == "stop" and is_broken:
             trainer.should_stop = True
             rank_zero_info("EditGuard ends the run. `on_breach='continue'` would go on.")
 
@@ -231,12 +259,16 @@ class EditGuard(CheckedArguments, Callback):
     @override
     def state_dict(self) -> dict[str, object]:
         rows = [asdict(breach) for breach in self.breaches]
-        return {"breaches": [{**row, "request_ids": list(row["request_ids"])} for row in rows]}
+        return {
+            "breaches": [{**row, "request_ids": list(row["request_ids"])} for row in rows],
+            "unmeasured": list(self._unmeasured),
+            "norm": self._norm,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         rows = cast("list[dict[str, object]]", state_dict["breaches"])
-        self._restored = [
+        breaches = [
             Breach(
                 cast(int, row["step"]),
                 tuple(cast("list[str]", row["request_ids"])),
@@ -245,6 +277,9 @@ class EditGuard(CheckedArguments, Callback):
             )
             for row in rows
         ]
+        unmeasured = cast("list[str]", state_dict.get("unmeasured", []))
+        norm = cast(float, state_dict.get("norm", math.nan))
+        self._restored = breaches, unmeasured, norm
 
     def _stop(self) -> None:
         for handle in self._handles:
@@ -256,24 +291,27 @@ class EditGuard(CheckedArguments, Callback):
     def _look(self, *_: object) -> None:
         """Before a step: keeps what stands."""
         editor = cast("EditModule[Edit]", self._editor)
-        is_bounded = self.relative_norm is not None or self.growth is not None
-        self._before = editor.delta, editor.relative_norm() if is_bounded else math.nan
+        self._before = editor.delta
+        if not self._unmeasured and (self.relative_norm is not None or self.growth is not None):
+            self._norm = editor.relative_norm()
 
     def _judge(self, optimizer: Optimizer, *_: object) -> None:
         """After a step: measures, and takes back what broke a budget."""
         editor = cast("EditModule[Edit]", self._editor)
-        edit, before, self._before = editor.edit_optimizer.written, self._before, None
-        if edit is None or before is None:
+        edit, standing, self._before = editor.edit_optimizer.written, self._before, None
+        if edit is None or standing is None:
             return
-        requests = _requests(edit)
-        if not requests:
+        requests = edit.answered
+        if not self._is_due:
+            self._unmeasured += [request.id for request in requests]
+            return
+        if not requests and not self._unmeasured:
             return  # the method failed on all of them, or a memory forgets something
-        standing, norm = before
         exact = torch.autocast(editor.session.device.type, enabled=False)
         try:
             with torch.inference_mode(False), torch.no_grad(), exact:
-                rows = editor.session.measured(requests)
-                self.figures, broken = self._measure(editor, rows, norm)
+                rows = editor.session.measured(requests) if requests else {}
+                self.figures, broken = self._measure(editor, rows, self._norm)
             told = Processes.running().objects(broken)
             if self.dry_run:
                 self._tell(edit, rows, editor)
@@ -284,11 +322,28 @@ class EditGuard(CheckedArguments, Callback):
         why = " ".join(dict.fromkeys(reason for part in told for reason in part))
         if why or self.dry_run:
             editor.edit_optimizer.rewind(standing)
-            _mark(edit, why or "It was taken back, since this was a dry run.")
+            edit.mark_taken_back(why or "It was taken back, since this was a dry run.")
         if why:
-            self.breaches.append(Breach(self._step, tuple(rows), why, self.figures))
-            names = ", ".join(map(repr, rows))
+            ids = (*self._unmeasured, *rows)
+            self.breaches.append(Breach(self._step, ids, why, self.figures))
+            names = ", ".join(map(repr, ids))
             rank_zero_warn(f"EditGuard took back the edit of {names}. {why}")
+
+    def _take_out(self, trainer: Trainer, editor: EditModule[Edit], why: str) -> None:
+        """Takes out what was edited before the measured edit, and is in ledger and checkpoint."""
+        gone, known = set(self._unmeasured), list(editor.history)
+        ledgers = _ledgers(trainer)
+        if ledgers:
+            ledgers[0].take_out(editor, self._unmeasured, why)
+        else:
+            editor.remove(self._unmeasured)
+        left = {row["id"]: row for row in editor.history}
+        editor.history = [
+            RequestFigures(id=row["id"], failed=why, took=False)
+            if row["id"] in gone and "failed" not in row
+            else left.get(row["id"], row)
+            for row in known
+        ]
 
     def _tell(
         self, edit: Edit, rows: Mapping[str, RequestFigures], editor: EditModule[Edit]
@@ -400,20 +455,10 @@ class EditGuard(CheckedArguments, Callback):
         )
 
 
-def _requests(edit: Edit) -> list[EditRequest]:
-    """The requests that an edit answers."""
-    failed = edit.details.get("failed", {})
-    asked = [request for batch in edit.batches if batch for request in batch.requests]
-    return [request for request in asked if request.id not in failed]
+def _ledgers(trainer: Trainer) -> list[EditLedger]:
+    """The ledgers of a run."""
+    return [one for one in trainer.callbacks if isinstance(one, EditLedger)]  # type: ignore[attr-defined]
 
 
 def _listed(figures: Mapping[str, float]) -> str:
     return "".join(f" · {name} {value:.4g}" for name, value in figures.items())
-
-
-def _mark(edit: Edit, why: str) -> None:
-    """Has the requests of an edit that was taken back count as failed."""
-    failed = {request.id: why for request in _requests(edit)}
-    edit.details["failed"] = {**edit.details.get("failed", {}), **failed}
-    edit.details["requests"] = []
-    edit.details["taken_back"] = why

@@ -65,6 +65,9 @@ class EditLedger(Callback):
         key: PEM file with an Ed25519 key by which rows are signed.
         originals: Keep what an edit replaces with it, which an exact undo takes.
         measure: Measure each request before its edit, too.
+        propose: Take each edit back once it was measured and saved, and record it as ``proposed``
+            for ``lightning-edit ledger approve`` to keep. What an
+            [`EditGuard`][lightning_edit.EditGuard] of the same Trainer takes back is no proposal.
         model_attribute: Attribute of the LightningModule that holds the model; found by its type
             when None.
 
@@ -82,6 +85,7 @@ class EditLedger(Callback):
         key: str | None = None,
         originals: bool = True,
         measure: bool = True,
+        propose: bool = False,
         model_attribute: str | None = None,
     ) -> None:
         if on_conflict not in ("error", "skip", "replace"):
@@ -95,6 +99,7 @@ class EditLedger(Callback):
         self.key = key
         self.originals = originals
         self.measure = measure
+        self.propose = propose
         self.model_attribute = model_attribute
         #: The ledger of the run; in the first process alone.
         self.ledger: Ledger | None = None
@@ -134,23 +139,32 @@ class EditLedger(Callback):
                 why=self.why,
                 at_once=False,
                 measure=self.measure,
+                propose=self.propose,
             )
-            self._compare(editor.session.unanswered(requests), pl_module)
-            self._recorder.start()
+            self._compare(editor.session.unanswered(requests))
             return
+        if self.propose:
+            raise LedgerError(
+                f"What {type(pl_module).__name__} learns cannot be proposed: its steps are no "
+                "edits, which are there one by one. Take an editor that commits edits, such as "
+                "ROME or GRACE, or leave `propose` out."
+            )
         self._begin_whole(pl_module, saved["before"] if saved is not None else "")
         if self._before:
-            self._compare(requests, pl_module)
+            self._compare(requests)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Leaves out of a batch what is not to be edited."""
-        if self._recorder is None or not isinstance(batch, list):
+        """Begins to watch, and leaves out of a batch what is not to be edited."""
+        if self._recorder is None:
+            return
+        self._recorder.start()  # after whoever else watches, such as a guard, which decides first
+        if not isinstance(batch, list):
             return
         new = [r for r in batch if isinstance(r, EditRequest) and r.id not in self._compared]
-        self._compare(self._recorder.editor.session.unanswered(new), pl_module)
+        self._compare(self._recorder.editor.session.unanswered(new))
         batch[:] = [r for r in batch if getattr(r, "id", None) not in self._left_out]
 
     @override
@@ -179,6 +193,23 @@ class EditLedger(Callback):
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
+
+    def take_out(self, editor: EditModule[Edit], request_ids: Sequence[str], why: str) -> None:
+        """Takes requests of the run out of its model, as another callback asks, and records that.
+
+        Args:
+            editor: The editor of the run.
+            request_ids: Ids of the requests.
+            why: Why.
+        """
+        if self._recorder is None:
+            editor.remove(request_ids)
+            return
+        self._recorder.flush()
+        gone = set(request_ids)
+        _, standing = self._standing()
+        asked = {one.entry.id: [r for r in one.requests if r.id in gone] for one in standing}
+        self._recorder.remove({row: some for row, some in asked.items() if some}, why)
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -266,13 +297,13 @@ class EditLedger(Callback):
 
     # -- conflicts ---------------------------------------------------------------------------
 
-    def _compare(self, requests: Sequence[EditRequest], pl_module: LightningModule) -> None:
+    def _compare(self, requests: Sequence[EditRequest]) -> None:
         """Looks for conflicts of requests that were not looked at yet, and does what is told."""
         new = [request for request in requests if request.id not in self._compared]
         self._compared |= {request.id for request in new}
         if not new:
             return
-        now, standing = self._standing(pl_module)
+        now, standing = self._standing()
         among, known = conflicts_among(new), conflicts_with(new, standing)
         found = [*among, *known]
         if not found:
@@ -294,12 +325,16 @@ class EditLedger(Callback):
                 why = f"replaced by request {conflict.request.id!r}"
                 self._recorder.remove({conflict.entry: [conflict.other]}, why)
 
-    def _standing(self, pl_module: LightningModule) -> tuple[str, tuple[Standing, ...]]:
-        """The model's fingerprint, and the edits in it, as the first process reads them."""
-        if isinstance(pl_module, EditModule):
-            now = fingerprint(pl_module.model, pl_module.session.state.sha256)
-        else:
-            now = self._before
+    def _standing(self) -> tuple[str, tuple[Standing, ...]]:
+        """The model's fingerprint, and the edits in it, as the first process reads them.
+
+        Where the whole fit is one edit, those that were there before it: a run that goes on after
+        its row was written does not contradict itself.
+        """
+        now = self._before
+        if self._recorder is not None:
+            editor = self._recorder.editor
+            now = fingerprint(editor.model, editor.session.state.sha256)
         own = () if self.ledger is None else self.ledger.standing_at(now)
         return now, Processes.running().objects(own)[0]
 

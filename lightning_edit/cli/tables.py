@@ -21,7 +21,7 @@ from lightning_edit.artifacts.outcomes import (
 )
 from lightning_edit.core.request import EditRequest
 from lightning_edit.ledger.entries import Entry
-from lightning_edit.ledger.outcomes import Blamed, Exported, Listed, Undone, Verified
+from lightning_edit.ledger.outcomes import Approved, Blamed, Exported, Listed, Undone, Verified
 from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.table import COLUMNS, metrics_rows
 from lightning_edit.report.text import DASH, number
@@ -106,6 +106,8 @@ def tables(result: Any) -> list[Table]:
             return [_blamed(result)]
         case Undone():
             return [_undone(result)]
+        case Approved():
+            return [_approved(result)]
         case Exported():
             return [Table(title=f"Wrote {result.rows} row(s) to {result.path}")]
         case ServedPatches():
@@ -300,6 +302,15 @@ def _undone(result: Undone) -> Table:
         f"The model has the fingerprint {result.fingerprint[:12]}….",
     )
     return Table(columns, rows, f"Wrote the model without them to {result.folder}", notes)
+
+
+def _approved(result: Approved) -> Table:
+    facts = (
+        ("row", str(result.entry.id)),
+        ("requests", "; ".join(map(_request, result.entry.requests)) or DASH),
+        ("fingerprint", result.entry.after),
+    )
+    return Table(("", ""), facts, f"Wrote the model with the edit to {result.folder}")
 
 
 def _offers(offers: Sequence[Offer]) -> Iterator[Table]:

@@ -59,13 +59,14 @@ VERBS: dict[str, Verb] = {
         "settings of methods for a model, by rules and a search, as presets", own="tuning"
     ),
     "ledger": Verb(
-        "the record of edits: list, show, verify, blame, undo, export",
+        "the record of edits: list, show, verify, blame, undo, approve, export",
         verbs={
             "list": Verb("the rows, in order", "list_"),
             "show": Verb("all that is kept of a row", "show"),
             "verify": Verb("whether anything was changed since it was written", "verify"),
             "blame": Verb("which edits changed the answer to a prompt", "blame"),
             "undo": Verb("a model without some of its edits", "undo"),
+            "approve": Verb("a model with an edit that was proposed", "approve"),
             "export": Verb("the rows as JSON lines or CSV", "export"),
         },
     ),

@@ -19,6 +19,7 @@ from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import Provenance
+from lightning_edit.core.request import EditRequest
 from lightning_edit.core.storage import EditConfig, read_config, read_tensors
 
 __all__ = ["Edit"]
@@ -65,6 +66,24 @@ class Edit(ABC):
     def parts(self) -> Batches:
         """What each part of the edit was made of; one that is not known where nothing is."""
         return self.batches or (None,) * bool(len(self))
+
+    @property
+    def answered(self) -> list[EditRequest]:
+        """The requests that the edit was made of, but for those that failed."""
+        failed = self.details.get("failed", {})
+        asked = [request for batch in self.batches if batch for request in batch.requests]
+        return [request for request in asked if request.id not in failed]
+
+    def mark_taken_back(self, why: str) -> None:
+        """Has the requests of an edit that was taken back as soon as it was made count as failed.
+
+        Args:
+            why: What is told of each of them.
+        """
+        failed = {request.id: why for request in self.answered}
+        self.details["failed"] = {**self.details.get("failed", {}), **failed}
+        self.details["requests"] = []
+        self.details["taken_back"] = why
 
     @abstractmethod
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from lightning_edit.core.errors import LedgerError
 from lightning_edit.core.provenance import BaseModelInfo
@@ -19,8 +19,9 @@ from lightning_edit.core.request import EditRequest
 
 __all__ = ["COLUMNS", "GENESIS", "Columns", "Draft", "Entry", "EntryKind", "entry_of", "row_hash"]
 
-#: What happened: an edit was kept, taken out, or made and taken back at once, or never made.
-EntryKind = Literal["edit", "undo", "rollback", "refused"]
+#: What happened: an edit was kept, taken out, or made and taken back at once, or never made; or it
+#: was made, taken back, and kept beside the ledger until somebody approves it.
+EntryKind = Literal["edit", "undo", "rollback", "refused", "proposed"]
 #: A row as it lies in the database.
 Columns = dict[str, str | int]
 
@@ -103,7 +104,8 @@ class Entry(Draft):
 
     Args:
         kind: ``edit``, ``undo``, ``rollback`` (kept, and taken back since it did harm or its
-            result was lost) or ``refused`` (never made).
+            result was lost), ``refused`` (never made) or ``proposed`` (made, measured, and taken
+            back until it is approved).
         requests: The requests in full, with their metadata.
         method: Name of the editor.
         settings: Its arguments, as JSON types.
@@ -165,7 +167,7 @@ def entry_of(row: Mapping[str, str | int]) -> Entry:
     try:
         records = cast("Sequence[Mapping[str, object]]", json.loads(texts["requests"]))
         kind = texts["kind"]
-        if kind not in ("edit", "undo", "rollback", "refused"):
+        if kind not in get_args(EntryKind):
             raise ValueError(f"there is no kind {kind!r}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they were warned of when they were made

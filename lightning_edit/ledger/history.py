@@ -63,8 +63,8 @@ class History:
 
     def add(self, entry: Entry) -> None:
         """Takes note of the next row."""
-        if entry.kind != "edit" and entry.before == entry.after:
-            return  # nothing came of it
+        if entry.kind == "proposed" or (entry.kind != "edit" and entry.before == entry.after):
+            return  # nothing came of it, or not yet
         earlier = self._states.get(entry.before)
         if entry.kind != "edit" and not entry.delta:
             # The model is what it was before: so is all that is known of it.

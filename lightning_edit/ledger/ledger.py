@@ -24,6 +24,7 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.wrappers import unwrapped
+from lightning_edit.ledger.approval import approve
 from lightning_edit.ledger.blame import blame
 from lightning_edit.ledger.database import Database
 from lightning_edit.ledger.deltas import DeltaFolder
@@ -311,7 +312,13 @@ class Ledger:
 
     @contextmanager
     def recording(
-        self, editor: EditModule[E], *, who: str = "", why: str = "", measure: bool = False
+        self,
+        editor: EditModule[E],
+        *,
+        who: str = "",
+        why: str = "",
+        measure: bool = False,
+        propose: bool = False,
     ) -> Iterator[Recorder[E]]:
         """Context manager: records every edit that an editor commits inside it.
 
@@ -322,13 +329,37 @@ class Ledger:
             who: Who asks for the edits.
             why: Why.
             measure: Whether each request is measured before its edit, too.
+            propose: Whether each edit is taken back once it is saved, until ``approve`` keeps it.
         """
-        recorder = Recorder(self, editor, who=who, why=why, measure=measure)
+        recorder = Recorder(self, editor, who=who, why=why, measure=measure, propose=propose)
         recorder.start()
         try:
             yield recorder
         finally:
             recorder.stop()
+
+    def approve(self, model: nn.Module, number: int, *, who: str = "", why: str = "") -> Entry:
+        """Writes a proposed edit into a model, and records that it is kept.
+
+        Into the model that it was proposed for, it is written bit for bit as it was measured. Where
+        other edits came into that model since, the weights become original + all changes, rounded
+        once, and a memory gets its entries; it was not measured together with them.
+
+        Args:
+            model: The model that it was proposed for, or that with later edits which this ledger
+                knows.
+            number: Row of the proposal.
+            who: Who approves it.
+            why: Why.
+
+        Returns:
+            The row of the edit.
+
+        Raises:
+            LedgerError: If the row is no proposal, was made for another model, or is in this one
+                already. The model is as it was then.
+        """
+        return approve(self, model, number, who=who, why=why)
 
     # -- taking out --------------------------------------------------------------------------
 

@@ -11,7 +11,17 @@ from typing import Literal
 
 from lightning_edit.ledger.entries import Entry
 
-__all__ = ["BlameRow", "Blamed", "Exported", "Listed", "Problem", "UndoPlan", "Undone", "Verified"]
+__all__ = [
+    "Approved",
+    "BlameRow",
+    "Blamed",
+    "Exported",
+    "Listed",
+    "Problem",
+    "UndoPlan",
+    "Undone",
+    "Verified",
+]
 
 #: How an edit is taken out: what it replaced is put back; it is subtracted, by the sum of the
 #: others; a memory forgets it; or the others are made again by the editor.
@@ -150,6 +160,19 @@ class Undone:
     entries: tuple[Entry, ...] = ()
     folder: Path | None = None
     fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Approved:
+    """A proposed edit that is kept.
+
+    Args:
+        entry: The row that says so.
+        folder: The model with the edit.
+    """
+
+    entry: Entry
+    folder: Path
 
 
 @dataclass(frozen=True)

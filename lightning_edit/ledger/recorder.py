@@ -28,15 +28,17 @@ if TYPE_CHECKING:
 __all__ = ["Recorder"]
 
 _FIGURES = ("loss", "p_target", "took")
+_PROPOSED = "It was taken back until it is approved (`lightning-edit ledger approve`)."
 
 
 @dataclass(frozen=True)
-class _Before:
+class _Before(Generic[E]):
     """A model before an edit."""
 
     weights: str
     fingerprint: str
     parameters: Mapping[str, Tensor]
+    standing: E
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class _Committed(Generic[E]):
     before: str
     after: str
     measured: Mapping[str, RequestFigures]
+    #: What was measured with a proposed edit, before it was taken back; None of what is kept.
+    proposed: Mapping[str, RequestFigures] | None
 
 
 class Recorder(Generic[E]):
@@ -63,6 +67,7 @@ class Recorder(Generic[E]):
         why: Why.
         at_once: Write each row when its edit is committed; else when ``flush`` is called.
         measure: Measure each request before its edit, too.
+        propose: Take each edit back once it is saved, and record it as proposed.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Recorder(Generic[E]):
         why: str = "",
         at_once: bool = True,
         measure: bool = False,
+        propose: bool = False,
     ) -> None:
         self.ledger = ledger
         self.editor = editor
@@ -81,15 +87,18 @@ class Recorder(Generic[E]):
         self.why = why
         self.at_once = at_once
         self.measure = measure
+        self.propose = propose
         #: The rows that were written, those that the ledger had already included.
         self.entries: list[Entry] = []
-        self._before: _Before | None = None
+        self._before: _Before[E] | None = None
         self._waiting: list[_Committed[E]] = []
         self._measured: dict[str, RequestFigures] = {}
         self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Begins to watch, if it does not already."""
+        if self._handles:
+            return
         optimizer = self.editor.edit_optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._look),
@@ -111,7 +120,9 @@ class Recorder(Generic[E]):
         now = waiting[-1].after if self.at_once else self._now(keep=False).fingerprint
         for one in waiting:
             # Something else may have taken the edit back meanwhile, such as a callback that guards.
-            is_gone = "taken_back" in one.edit.details or now == one.before != one.after
+            is_gone = one.proposed is None and (
+                "taken_back" in one.edit.details or now == one.before != one.after
+            )
             self._write(one, is_gone=is_gone)
 
     def remove(self, undoes: Mapping[int, Sequence[EditRequest]], why: str) -> Entry | None:
@@ -147,12 +158,12 @@ class Recorder(Generic[E]):
         if self.measure and staged is not None:
             self._measured = self.editor.session.measured(_requests(staged))
 
-    def _now(self, *, keep: bool = True) -> _Before:
+    def _now(self, *, keep: bool = True) -> _Before[E]:
         """The model as it stands, gathered by all processes."""
         editor = self.editor
         weights = editor.session.state.sha256
         kept = {n: p.detach().clone() for n, p in editor.target.parameters.items()} if keep else {}
-        return _Before(weights, fingerprint(editor.model, weights), kept)
+        return _Before(weights, fingerprint(editor.model, weights), kept, editor.delta)
 
     def _take(self, optimizer: Optimizer, *_: object) -> None:
         edit, before, self._before = self.editor.edit_optimizer.written, self._before, None
@@ -165,7 +176,17 @@ class Recorder(Generic[E]):
         base = replace(self.editor.base, sha256=before.weights)
         after = self._now(keep=False).fingerprint
         measured, self._measured = self._measured, {}
-        self._waiting.append(_Committed(edit, sealed, base, before.fingerprint, after, measured))
+        proposed = None
+        # What something else has taken back already, such as a guard, is not proposed.
+        if self.propose and "taken_back" not in edit.details:
+            try:
+                proposed = self.editor.session.measured(edit.answered)
+            finally:
+                self.editor.edit_optimizer.rewind(before.standing)
+            edit.mark_taken_back(_PROPOSED)
+        self._waiting.append(
+            _Committed(edit, sealed, base, before.fingerprint, after, measured, proposed)
+        )
         if self.at_once:
             self.flush()
 
@@ -175,11 +196,13 @@ class Recorder(Generic[E]):
         taken_back = edit.details.get("taken_back")
         failed = {id_: why for id_, why in failed.items() if why != taken_back}
         known = _requests(edit)
-        after = {row["id"]: row for row in edit.details.get("requests", [])}
+        after = one.proposed
+        if after is None:
+            after = {row["id"]: row for row in edit.details.get("requests", [])}
         about = edit.provenance if edit.provenance.method else editor.provenance
         answered = tuple(request for request in known if request.id not in failed)
         draft = Draft(
-            "rollback" if is_gone else "edit",
+            "proposed" if one.proposed is not None else "rollback" if is_gone else "edit",
             answered,
             about.method,
             about.settings,
@@ -188,7 +211,7 @@ class Recorder(Generic[E]):
             one.before if is_gone else one.after,
             (),
             self.who,
-            taken_back or self.why,
+            taken_back if is_gone and taken_back else self.why,
             _scores(answered, one.measured, after),
         )
         if len(edit) or answered:
@@ -198,7 +221,8 @@ class Recorder(Generic[E]):
             self._append(draft, one.sealed if len(edit) and not is_gone else None)
         for request in known:
             if request.id in failed:
-                refusal = replace(draft, kind="refused", requests=(request,), before=draft.after)
+                now = draft.after if one.proposed is None else one.before
+                refusal = replace(draft, kind="refused", requests=(request,), before=now, after=now)
                 self._append(replace(refusal, why=failed[request.id], scores={}))
 
     def _append(self, draft: Draft, edit: E | None = None) -> Entry | None:

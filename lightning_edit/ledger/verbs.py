@@ -9,12 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_edit.ledger.outcomes import Blamed, Exported, Listed, Undone, Verified
+from lightning_edit.ledger.outcomes import Approved, Blamed, Exported, Listed, Undone, Verified
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_edit.core.edit import Edit
     from lightning_edit.ledger.ledger import Ledger
 
-__all__ = ["blame", "export", "list_", "show", "undo", "verify"]
+__all__ = ["approve", "blame", "export", "list_", "show", "undo", "verify"]
 
 
 def list_(ledger: str) -> Listed:
@@ -134,9 +137,7 @@ def undo(
     """
     from torch import nn
 
-    from lightning_edit.artifacts.cards import model_card
-    from lightning_edit.artifacts.folders import check_output, held_memory, save_model
-    from lightning_edit.artifacts.stacks import record_of
+    from lightning_edit.artifacts.folders import check_output
     from lightning_edit.ledger.fingerprints import fingerprint
     from lightning_edit.models import load_model, load_tokenizer
 
@@ -150,21 +151,49 @@ def undo(
     if dry_run:
         return Undone(plans, fingerprint=fingerprint(loaded))
     rows = opened.undo(target, entry, to=to, everything=all, why=why)
-    memory = held_memory(loaded, model)
-    kept = [one.entry for one in opened.standing(loaded) if one.entry.delta]
-    edits = [edit for row in kept if (edit := opened.edit(row.id)).changes_weights]
-    last = memory or (edits[-1] if edits else None)
-    earlier = [edit for edit in edits if edit is not last]
-    paths = [opened.deltas.path(row.delta) for row in kept if row.delta and memory is None]
-    save_model(
-        loaded,
-        folder,
-        source=model,
-        card="" if last is None else model_card(last, memory, earlier),
-        memory=memory,
-        edits=record_of(paths, folder),
-    )
+    _save(opened, loaded, model, folder)
     return Undone(plans, tuple(rows), folder, fingerprint(loaded))
+
+
+def approve(
+    ledger: str,
+    entry: int,
+    model: str | None = None,
+    output: str = "edited",
+    who: str = "",
+    why: str = "",
+    key: str | None = None,
+    force: bool = False,
+) -> Approved:
+    """Writes a model with an edit that was proposed, and records that it is kept.
+
+    Args:
+        ledger: The database.
+        entry: Row of the proposal.
+        model: The model that it was proposed for: a folder, a hub id, a GGUF file or `smollm2`; or
+            the folder of that model with later edits. By default the one that the row names.
+        output: Folder to write.
+        who: Who approves it.
+        why: Why.
+        key: PEM file with the Ed25519 key by which the row is signed.
+        force: Replace a model that lies in the output folder.
+
+    Raises:
+        LedgerError: If the row is no proposal, or was made for another model.
+        ArtifactError: If the output folder must not be replaced.
+        ModelError: If the model cannot be loaded.
+    """
+    from lightning_edit.artifacts.folders import check_output
+    from lightning_edit.artifacts.sources import base_name, load_base
+
+    opened = _open(ledger, who, key)
+    proposed = opened.edit(entry)
+    source = base_name(proposed, opened.deltas.path(opened.entry(entry).delta), model)
+    folder = check_output(output, force=force, inputs=(ledger, source))
+    loaded = load_base(proposed, source, given=model is not None)
+    row = opened.approve(loaded, entry, why=why)
+    _save(opened, loaded, source, folder, proposed)
+    return Approved(row, folder)
 
 
 def export(ledger: str, output: str, force: bool = False) -> Exported:
@@ -179,6 +208,42 @@ def export(ledger: str, output: str, force: bool = False) -> Exported:
         LedgerError: If the file is there, or its name ends otherwise.
     """
     return Exported(Path(output), _open(ledger).export(output, force=force))
+
+
+def _save(
+    ledger: Ledger,
+    loaded: PreTrainedModel,
+    source: str,
+    folder: Path,
+    edit: Edit | None = None,
+) -> None:
+    """Writes a model whose edits a ledger knows.
+
+    Args:
+        ledger: The ledger.
+        loaded: The model.
+        source: What it was loaded from.
+        folder: Where to.
+        edit: What was written into it since.
+    """
+    from lightning_edit.artifacts.cards import model_card
+    from lightning_edit.artifacts.folders import held_memory, save_model
+    from lightning_edit.artifacts.stacks import record_of
+
+    memory = held_memory(loaded, source, edit)
+    kept = [one.entry for one in ledger.standing(loaded) if one.entry.delta]
+    edits = [edit for row in kept if (edit := ledger.edit(row.id)).changes_weights]
+    last = memory or (edits[-1] if edits else None)
+    earlier = [edit for edit in edits if edit is not last]
+    paths = [ledger.deltas.path(row.delta) for row in kept if row.delta and memory is None]
+    save_model(
+        loaded,
+        folder,
+        source=source,
+        card="" if last is None else model_card(last, memory, earlier),
+        memory=memory,
+        edits=record_of(paths, folder),
+    )
 
 
 def _open(path: str, who: str = "", key: str | None = None) -> Ledger:

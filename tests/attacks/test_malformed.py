@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sqlite3
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import lightning_edit
-from lightning_edit import Edit, EditDataModule, EditRequest, WeightDelta
+from lightning_edit import Edit, EditDataModule, EditRequest, Ledger, WeightDelta
 from lightning_edit.artifacts import report
 from lightning_edit.checkpoints import read_checkpoint
 from lightning_edit.core.change import LowRank
@@ -31,6 +33,7 @@ from lightning_edit.core.files import content_hash
 from lightning_edit.core.tensor_files import read_sealed
 from lightning_edit.data import OldNewPairs
 from lightning_edit.demos import tiny_requests
+from lightning_edit.ledger.entries import COLUMNS, row_hash
 from lightning_edit.presets import find_config
 from lightning_edit.report import RunReport, write_results
 
@@ -159,6 +162,65 @@ def _results(data: st.DataObject, folder: Path) -> None:
     report(str(folder))
 
 
+def _ledger(data: st.DataObject, folder: Path) -> None:
+    """A ledger of two edits, in whose database a value or some bytes are others."""
+    file = folder / "ledger.db"
+    for left in folder.glob("ledger.db*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(4, 3))
+    whole = Ledger(file)
+    for number in range(2):
+        edit = WeightDelta({"w": LowRank(torch.ones(4, 1), torch.ones(3, 1))})
+        edit.apply_(model)
+        whole.record(edit, model, requests=tiny_requests(2)[number:][:1])
+    if data.draw(st.booleans()):
+        _change_row(data, file)
+    else:
+        found = file.read_bytes()
+        at = data.draw(st.integers(0, len(found)))
+        file.write_bytes(found[:at] + data.draw(BYTES) + found[at + data.draw(st.integers(0, 9)) :])
+    before = model.w.detach().clone()
+    for ask in (
+        lambda: whole.verify(),
+        lambda: Ledger(file).entries(),
+        lambda: whole.export(folder / "ledger.csv", force=True),
+        lambda: whole.note("refused", tiny_requests(1), model),
+        lambda: whole.standing(model),
+        lambda: whole.plan(model, everything=True),
+        lambda: whole.approve(model, 1),
+    ):
+        with suppress(EditError):
+            ask()
+        assert torch.equal(model.w, before)
+    try:
+        whole.undo(model, 1)
+    except EditError:
+        assert torch.equal(model.w, before)
+        raise
+
+
+def _change_row(data: st.DataObject, file: Path) -> None:
+    """Writes something into a row past the ledger, with a hash that fits or without."""
+    column = data.draw(st.sampled_from(COLUMNS[1:]))
+    value = data.draw(st.one_of(LEAVES, VALUES.map(repr), BYTES, st.builds(_json, VALUES)))
+    with closing(sqlite3.connect(file)) as connection:
+        connection.row_factory = sqlite3.Row
+        connection.execute("DROP TRIGGER edits_keep_update")
+        with suppress(sqlite3.Error, OverflowError, UnicodeEncodeError):
+            connection.execute(f"UPDATE edits SET {column} = ? WHERE id = 2", [value])  # noqa: S608
+        if data.draw(st.booleans()):
+            [row] = connection.execute("SELECT * FROM edits WHERE id = 2")
+            with suppress(TypeError):
+                fitting = row_hash(dict(row))
+                connection.execute("UPDATE edits SET hash = ? WHERE id = 2", [fitting])
+        connection.commit()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)
+
+
 KINDS: dict[str, Callable[[st.DataObject, Path], None]] = {
     "requests": _request,
     "data files": _data_file,
@@ -166,6 +228,7 @@ KINDS: dict[str, Callable[[st.DataObject, Path], None]] = {
     "tensors": _tensors,
     "checkpoints": _checkpoint,
     "configurations": _config,
+    "ledgers": _ledger,
     "results": _results,
 }
 

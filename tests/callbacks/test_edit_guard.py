@@ -114,6 +114,55 @@ def test_a_run_stops_where_it_is_told_to(name: str) -> None:
     assert fingerprint(editor.model) == fingerprint(without.model)
 
 
+class PowerCut(Callback):
+    """Ends a run between its first edit and its second."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            raise RuntimeError("The power is gone.")
+
+
+@pytest.mark.parametrize("name", ["ROME", "AlphaEdit", "GRACE"])
+def test_edits_that_are_measured_together_go_together(name: str, tmp_path: Path) -> None:
+    without = quick_editor(EDITORS[name])
+    fit(without, None, requests=[THIRD])
+    for case in ("whole", "resumed", "unrecorded"):
+        guard = Breaks(on_breach="continue", every_n_edits=2, growth=1e9)
+        folder = tmp_path / case
+        beside = [EditCheckpoint(str(folder))]
+        if case != "unrecorded":
+            beside.append(EditLedger(str(folder / "ledger.db")))
+        editor, ckpt = quick_editor(EDITORS[name]), None
+        if case == "resumed":
+            with pytest.raises(RuntimeError, match="power is gone"):
+                fit(quick_editor(EDITORS[name]), guard, PowerCut(), *beside)
+            ckpt = folder / "last.ckpt"
+        fit(editor, guard, *beside, ckpt_path=ckpt)
+        [breach] = guard.breaches
+        assert (breach.step, breach.request_ids) == (2, (FIRST.id, SECOND.id))
+        assert guard.figures.keys() >= ({"growth"} if editor.target.originals else set())
+        assert fingerprint(editor.model) == fingerprint(without.model)
+        assert list(editor.delta.provenance.request_ids) == [THIRD.id]
+        rows = [(row["id"], row.get("failed")) for row in editor.history]
+        assert rows == [(FIRST.id, breach.why), (SECOND.id, breach.why), (THIRD.id, None)]
+        if case == "unrecorded":
+            continue
+        entries = Ledger(folder / "ledger.db").entries()
+        assert [(e.kind, e.request_ids) for e in entries] == [
+            ("edit", (FIRST.id,)),
+            ("rollback", (SECOND.id,)),
+            ("undo", (FIRST.id,)),
+            ("edit", (THIRD.id,)),
+        ]
+        assert (entries[2].undoes, entries[2].why) == ((1,), breach.why)
+
+
+def test_what_is_not_measured_alone_is_not_proposed() -> None:
+    guard = EditGuard(every_n_edits=2)
+    with pytest.raises(EditError, match="takes each back at once"):
+        fit(quick_editor(EDITORS["ROME"]), guard, EditLedger(propose=True))
+
+
 def harsh() -> Any:
     """An editor that breaks the model with its first edit."""
     return quick_editor(EDITORS["FineTune"], lr=0.3, steps=8, stop_loss=0.0)
@@ -306,6 +355,8 @@ def test_budgets_are_checked() -> None:
         {"relative_norm": -1.0},
         {"growth": 0.0},
         {"max_new_tokens": 0},
+        {"every_n_edits": 0},
+        {"every_n_edits": 2, "dry_run": True},
     ]
     for settings in wrong:
         with pytest.raises(ValueError, match=next(iter(settings))):

@@ -219,7 +219,8 @@ class LightningLoop(Fitting[E]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._asked = {}
+        # A run that goes on measures in the end what it was asked for before, too.
+        self._asked = {} if trainer.ckpt_path is None else dict(self.requests)
         cast(nn.Module, pl_module.model).train(self.train_mode)
 
     @override
