@@ -94,7 +94,16 @@ ROOMS = {
         "tracing",
     },
     "serving": {"core", "rendering"},
-    "artifacts": {"core", "models", "modules", "presets", "rendering", "report", "serving"},
+    "artifacts": {
+        "core",
+        "functional",
+        "models",
+        "modules",
+        "presets",
+        "rendering",
+        "report",
+        "serving",
+    },
     "benchmark": {
         "core",
         "data",

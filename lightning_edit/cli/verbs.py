@@ -47,6 +47,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("turn an edit into a LoRA adapter or a whole model", "export"),
     "serve-patch": Verb("put edits on a running server, and take them back", "serve_patch"),
     "report": Verb("write a run's report again", "report"),
+    "plan": Verb("what edits will take: memory, seconds, bytes sent, and what fits", "plan"),
     "list": Verb(
         "what there is: methods, data sets, configurations, or the edits in a folder", "list_"
     ),
