@@ -3,12 +3,16 @@
 """What an edit costs when there are many: CPU seconds and peak memory, in a batch and in sequence.
 
     python benchmarks/scaling.py                                   # the tiny model, up to 10 000
+    python benchmarks/scaling.py --modes run --editors GRACE       # with a checkpoint each
     python benchmarks/scaling.py --model smollm2 --counts 1 10 100
     python benchmarks/scaling.py --model smollm2 --device cuda     # seconds and memory of the GPU
+    python benchmarks/scaling.py --sums 4096 14336 --counts 1 64 512 2047 2049  # one matrix alone
 
-``batch`` writes all requests at once, ``sequence`` commits them one after another, as a run of
-batches of one does. Requests are made up, each about a subject of its own. A process of its own
-takes each editor and mode, so that peaks are theirs; statistics and contexts are not counted.
+``batch`` writes all requests at once, ``sequence`` commits them one after another, and ``run`` is a
+run of the Trainer with batches of one and a checkpoint after each: it also tells the bytes that an
+edit has the checkpoint write, and those that it has in the end. Requests are made up, each about a
+subject of its own. A process of its own takes each editor and mode, so that peaks are theirs;
+statistics and contexts are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 EDITORS = ("ROME", "MEMIT", "AlphaEdit")
@@ -61,7 +67,7 @@ def peak_on(device: str) -> float:
 
 
 def measure(
-    model_name: str, method: str, mode: str, counts: list[int], device: str
+    model_name: str, method: str, mode: str, counts: list[int], device: str, limit: float
 ) -> dict[str, Any]:
     import torch
 
@@ -77,11 +83,18 @@ def measure(
         model, tokenizer = le.load_model(model_name), le.load_tokenizer(model_name)
         place = {"preset": "smollm2"}
     contexts: Any = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
-    settings: dict[str, Any] = {"context_templates": contexts, "steps": 5}
+    settings: dict[str, Any] = {"steps": 5}
+    if method == "GRACE":
+        place = {"radius": 0.01}
+    else:
+        settings["context_templates"] = contexts
     model = model.to(device)
     editor: Any = getattr(le, method).from_model(model, tokenizer, **place, **settings)
-    for site in editor.sites(editor.tree):
-        editor.second_moment(site.layer)
+    if method != "GRACE":
+        for site in editor.sites(editor.tree):
+            editor.second_moment(site.layer)
+    if mode == "run":
+        return measure_run(editor, counts, device, limit)
     requests = requests_of(max(counts))
     editor.edit(requests[:1])  # warms allocators and kernels up
     seconds, peaks = [], []
@@ -102,6 +115,86 @@ def measure(
     return {"seconds": seconds, "peak_gigabytes": peaks}
 
 
+def measure_run(editor: Any, counts: list[int], device: str, limit: float) -> dict[str, Any]:
+    """A run of the Trainer, which is stopped when its seconds are over."""
+    from lightning.pytorch import Callback, Trainer
+    from torch.utils.data import DataLoader
+
+    import lightning_edit as le
+
+    found: dict[str, Any] = {n: [] for n in ("counts", "seconds", "peak_gigabytes", "written")}
+    found["held"] = []
+
+    class Meter(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            self.done, self.bytes, self.sizes = 0, 0, dict[tuple[str, int], int]()
+            self.began, self.first = seconds_on(device), time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            stats = {path.name: path.stat() for path in folder.iterdir()}
+            # A file that is replaced is written anew; one that grew, as far as it did.
+            sizes = {(name, stat.st_ino): stat.st_size for name, stat in stats.items()}
+            self.bytes += sum(size - self.sizes.get(key, 0) for key, size in sizes.items())
+            self.sizes = sizes
+            step, is_over = trainer.global_step, time.perf_counter() - self.first > limit
+            if step not in counts and not is_over:
+                return
+            now, edits = seconds_on(device), step - self.done
+            found["counts"].append(step)
+            found["seconds"].append((now - self.began) / edits)
+            found["peak_gigabytes"].append(peak_on(device))
+            found["written"].append(self.bytes / edits)
+            found["held"].append(sum(sizes.values()))
+            self.began, self.done, self.bytes = now, step, 0
+            trainer.should_stop = is_over
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = DataLoader(requests_of(max(counts)), batch_size=1, collate_fn=list)
+        trainer = Trainer(
+            accelerator="cpu" if device == "cpu" else "gpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[le.EditCheckpoint(name), Meter()],
+        )
+        trainer.fit(editor, data)
+    return found
+
+
+def measure_sums(rows: int, columns: int, counts: list[int]) -> dict[str, Any]:
+    """Seconds of adding an edit of rank one to a sum, writing that and computing its norm."""
+    import torch
+    from torch import nn
+
+    from lightning_edit import WeightDelta
+    from lightning_edit.core.change import LowRank
+
+    torch.set_num_threads(1)
+    layer = nn.Linear(columns, rows, bias=False)
+    originals = {"weight": layer.weight.detach().clone()}
+
+    def one() -> WeightDelta:
+        left, right = torch.randn(rows, 1), torch.randn(columns, 1)
+        return WeightDelta({"weight": LowRank(1e-4 * left, right)})
+
+    total, seconds, held = one(), [], []
+    for count in range(2, max(counts) + 2):
+        is_timed = count - 1 in counts
+        if is_timed:
+            total.write_(layer, originals)  # as after each edit of a run
+        began = time.process_time()
+        total = total + one()
+        if is_timed:
+            total.write_(layer, originals)
+            total.norm()
+            seconds.append(time.process_time() - began)
+            held.append(total.nbytes)
+    return {"counts": counts, "seconds": seconds, "held": held}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -112,11 +205,19 @@ def main() -> None:
     parser.add_argument(
         "--here", action="store_true", help="measure the one named, in this process"
     )
+    parser.add_argument("--sums", type=int, nargs=2, help="rows and columns of one matrix")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which a run ends")
     options = parser.parse_args()
     counts = sorted(options.counts)
+    if options.sums:
+        found = measure_sums(*options.sums, counts)
+        figures = zip(counts, found["seconds"], found["held"], strict=True)
+        for count, seconds, held in figures:
+            sys.stdout.write(f"{count} terms: {seconds:.3f} s, {held / 1e6:.0f} MB\n")
+        return
     if options.here:
         [editor], [mode] = options.editors, options.modes
-        found = measure(options.model, editor, mode, counts, options.device)
+        found = measure(options.model, editor, mode, counts, options.device, options.limit)
         sys.stdout.write(json.dumps(found) + "\n")
         return
     results: dict[str, Any] = {}
@@ -130,6 +231,8 @@ def main() -> None:
             editor,
             "--modes",
             mode,
+            "--limit",
+            str(options.limit),
             "--counts",
             *map(str, counts),
         ]
@@ -139,13 +242,21 @@ def main() -> None:
             f"{1000 * s:.1f} ms, {peak:.2f} GB"
             for s, peak in zip(found["seconds"], found["peak_gigabytes"], strict=True)
         ]
+        if mode == "run":
+            figures = zip(cells, found["counts"], found["written"], found["held"], strict=True)
+            cells = [
+                f"{count}: {cell}, {written / 1000:.0f} kB written, {held / 1000:.0f} kB held"
+                for cell, count, written, held in figures
+            ]
         sys.stdout.write(f"{editor} | {mode} | " + " | ".join(cells) + "\n")
         sys.stdout.flush()
         results[f"{editor}/{mode}"] = found
     # What an edit costs at the largest count, against ten edits.
     base = counts.index(10) if 10 in counts else 0
     ratio = {
-        name: round(found["seconds"][-1] / found["seconds"][base], 2)
+        name: round(
+            found["seconds"][-1] / found["seconds"][min(base, len(found["seconds"]) - 1)], 2
+        )
         for name, found in results.items()
     }
     sys.stdout.write(json.dumps({"ratio": ratio, "counts": counts, **results}) + "\n")

@@ -3,6 +3,8 @@
 # The public names and where they live: `__init__.py` imports each on first use.
 
 from .__about__ import __version__ as __version__
+from .artifacts.plan import Plan as Plan
+from .artifacts.plan import plan as plan
 from .benchmark.compare import compare as compare
 from .benchmark.specs import DataSpec as DataSpec
 from .benchmark.specs import MethodSpec as MethodSpec

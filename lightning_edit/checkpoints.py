@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Self, cast
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from lightning_edit.core.append_log import appended_to, read_log
 from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import is_sharded, nested_hash
+from lightning_edit.core.memory import with_entries
+from lightning_edit.core.side_memory import MEMORY_PREFIX
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,6 +40,7 @@ __all__ = [
     "read_plainly",
     "record_in",
     "seal",
+    "seal_of_last",
 ]
 
 #: 2: with a checksum of all that the checkpoint holds.
@@ -90,6 +95,10 @@ class PlainCheckpoints(CheckedArguments):
                 kwargs["_class_path"] = class_path
         if not isinstance(source, (str, Path)):
             source.seek(0)
+        elif appended_to(Path(where)).exists():
+            source = io.BytesIO()
+            torch.save(saved, source)
+            source.seek(0)
         loader: Any = super()
         module: Self = loader.load_from_checkpoint(
             source, *args, **{**kwargs, "weights_only": True}
@@ -124,7 +133,7 @@ class _PlainLoading:
             found = loads(self.strategy, checkpoint_path, weights_only=True)
         if loads is Strategy.load_checkpoint:
             check_seal(found, where)
-        return found
+        return _with_appended(found, where)
 
 
 class _SealedSaving:
@@ -132,6 +141,7 @@ class _SealedSaving:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.sha256 = ""  # of the last one
 
     def __call__(
         self,
@@ -143,6 +153,7 @@ class _SealedSaving:
             loops = cast(Mapping[str, Mapping[str, Any]], checkpoint.get("loops", {}))
             _count_epoch(loops.get("fit_loop", {}))
             seal(checkpoint)
+            self.sha256 = str(record_in(checkpoint).get("sha256", ""))
         type(self.strategy).save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
 
 
@@ -176,6 +187,64 @@ def load_plainly(strategy: Strategy) -> None:
     if not isinstance(strategy.load_checkpoint, _PlainLoading):
         cast(Any, strategy).load_checkpoint = _PlainLoading(strategy)
         cast(Any, strategy).save_checkpoint = _SealedSaving(strategy)
+
+
+def seal_of_last(strategy: Strategy) -> str:
+    """Checksum of the last checkpoint that a strategy saved; none if it is not known here.
+
+    Args:
+        strategy: Of the Trainer that runs an editor.
+    """
+    saving = strategy.save_checkpoint
+    plain = isinstance(strategy.checkpoint_io, TorchCheckpointIO)
+    return saving.sha256 if isinstance(saving, _SealedSaving) and plain else ""
+
+
+def _with_appended(checkpoint: dict[str, Any], where: str) -> dict[str, Any]:
+    """A checkpoint with what a run has appended to it in the file beside it.
+
+    What was not written to its end is not there.
+
+    Args:
+        checkpoint: As it was read and checked.
+        where: Its file; others, such as addresses, have nothing beside them.
+
+    Raises:
+        ArtifactError: If what was appended is damaged.
+    """
+    digest = checkpoint.get("lightning_edit", {}).get("sha256")
+    if "://" in where or not digest:
+        return checkpoint
+    later = []
+    for record in read_log(appended_to(Path(where)), digest):
+        with read_plainly(where):
+            later.append(torch.load(io.BytesIO(record), map_location="cpu", weights_only=True))
+    return _extended(checkpoint, later) if later else checkpoint
+
+
+def _extended(checkpoint: dict[str, Any], later: list[dict[str, Any]]) -> dict[str, Any]:
+    """A checkpoint and those after it, each with what is new in it, as one that holds all."""
+    parts = [part for one in later for part in one["optimizer_states"][0]["increments"]]
+    [edits], last = checkpoint["optimizer_states"], later[-1]
+    ids = [*edits["request_ids"], *(name for part in parts for name in part["request_ids"])]
+    edits = {
+        **edits,
+        "parts": [part["tensors"] for part in parts if not part["entries"]],
+        "carried": {name: t for part in (edits, *parts) for name, t in part["carried"].items()},
+        "request_ids": list(dict.fromkeys(ids)),
+        "batches": [*edits["batches"], *(batch for part in parts for batch in part["batches"])],
+    }
+    prefix, state = f"model.{MEMORY_PREFIX}", dict(checkpoint["state_dict"])
+    memory = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    if memory:
+        changes = ((part["tensors"], part["entries"]) for part in parts)
+        state |= {f"{prefix}{name}": t for name, t in with_entries(memory, changes).items()}
+    kept = [record_in(one)["edit_state"] for one in (checkpoint, *later)]
+    history = [row for one in kept for row in one["history"]]
+    record = {**record_in(last), "edit_state": {**kept[-1], "history": history}}
+    whole = {**last, "state_dict": state, "optimizer_states": [edits], "lightning_edit": record}
+    seal(whole)
+    return whole
 
 
 def seal(checkpoint: Mapping[str, Any]) -> None:
@@ -342,7 +411,7 @@ def read_checkpoint(source: str | Path | IO[bytes], where: str = "") -> dict[str
             "that a run has written."
         )
     check_seal(saved, where)
-    return saved
+    return _with_appended(saved, where) if isinstance(source, (str, Path)) else saved
 
 
 @contextmanager

@@ -36,6 +36,7 @@ __all__ = [
     "DTypeName",
     "load_model",
     "load_tokenizer",
+    "model_outline",
     "resolve_model",
 ]
 
@@ -125,6 +126,29 @@ def load_model(
     ):
         _recall(loaded, name, revision)
     return loaded.eval()
+
+
+def model_outline(model: str, *, cache_dir: str | Path | None = None) -> PreTrainedModel:
+    """A language model without its weights, by its configuration alone, on the meta device.
+
+    Args:
+        model: As ``load_model`` takes it, or the file of a configuration, ``config.json``.
+        cache_dir: Where converted models are kept; ``~/.cache/lightning_edit`` when None.
+
+    Raises:
+        ModelError: If there is no such configuration, or it is none of a language model.
+    """
+    import torch
+    import transformers
+
+    is_file = Path(model).suffix == ".json" and Path(model).is_file()
+    name = model if is_file else resolve_model(model, cache_dir=cache_dir)
+    with _explained(model, "configuration"), _quiet(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        auto = _auto_of(config)
+        with torch.device("meta"):
+            made: PreTrainedModel = auto.from_config(config)
+    return made.eval()
 
 
 def _auto_of(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:

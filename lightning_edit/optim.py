@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Generic, cast, overload
 
 import torch
@@ -14,12 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 from typing_extensions import TypeVar
 
-from lightning_edit.core.committed import RequestBatch
+from lightning_edit.core.committed import RequestBatch, requests_of
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import quick_hash
-from lightning_edit.core.sharding import everywhere, reshard
+from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import everywhere, frobenius_norm, reshard
 
 __all__ = ["E", "EditOptimizer"]
 
@@ -66,6 +68,10 @@ class EditOptimizer(Optimizer, Generic[E]):
         self._staged: E | None = None
         #: The edit that the last step wrote; None before the first, and after a step without one.
         self.written: E | None = None
+        #: Edits that steps have written since whoever put a list here; None once anything else has
+        #: changed what is committed.
+        self.journal: list[E] | None = None
+        self._requests: dict[str, EditRequest] | None = None
         # Fingerprints of the weights as they were left here; unknown until they are asked for.
         self._marks: dict[str, tuple[object, ...]] = {}
 
@@ -81,6 +87,7 @@ class EditOptimizer(Optimizer, Generic[E]):
 
     def take_over(self, delta: E) -> None:
         """Goes on from edits that stand in the model already."""
+        self.journal = self._requests = None
         self.delta, self._marks = delta, self._quick_hashes()
 
     @property
@@ -126,6 +133,18 @@ class EditOptimizer(Optimizer, Generic[E]):
         return {name: quick_hash(self.model.get_parameter(name)) for name in self.originals}
 
     @property
+    def requests(self) -> Mapping[str, EditRequest]:
+        """Requests that edits were made of, where these are known, by id; the last of each."""
+        if self._requests is None:
+            self._requests = requests_of(self.delta.batches)
+        return self._requests
+
+    @cached_property
+    def norm_of_originals(self) -> float:
+        """‖W‖ over all originals, which stay what they are."""
+        return frobenius_norm(self.originals)
+
+    @property
     def marks(self) -> Mapping[str, tuple[object, ...]]:
         """Fingerprints of the weights, or of this process's parts, as the last step left them."""
         return self._marks
@@ -163,7 +182,7 @@ class EditOptimizer(Optimizer, Generic[E]):
             parts = self._staged.parts
             # Edits that were added up were not made after one another, so not of these requests.
             total.batches = (*self.delta.parts, *(parts if len(parts) < 2 else (None,)))
-            before = self.delta
+            before, journal, requests = self.delta, self.journal, self._requests
             try:
                 total.write_(self.model, self.originals)
                 self.take_over(total)
@@ -171,6 +190,12 @@ class EditOptimizer(Optimizer, Generic[E]):
                 self.rewind(before)
                 raise
             self.written, self._staged = self._staged, None
+            if journal is not None:
+                journal.append(self.written)
+                self.journal = journal
+            if requests is not None:
+                requests.update(requests_of(parts))
+                self._requests = requests
         return result
 
     def state_dict(self) -> StateDict:
@@ -187,6 +212,8 @@ class EditOptimizer(Optimizer, Generic[E]):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Takes over the edits of an earlier run; what they changed comes with the model."""
         delta = self._nothing.from_state(state_dict["delta"], self.model)
+        for part in state_dict.get("parts", ()):  # added up as the steps did that wrote them
+            delta = delta + self._nothing.from_state(part, self.model)
         delta.provenance = replace(
             self.delta.provenance, request_ids=tuple(state_dict.get("request_ids", ()))
         )
@@ -199,3 +226,4 @@ class EditOptimizer(Optimizer, Generic[E]):
         )
         # Lightning loads the weights before or after, so that they are looked at when it matters.
         self.delta, self._marks = delta, {}
+        self.journal = self._requests = None

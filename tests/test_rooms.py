@@ -99,6 +99,7 @@ ROOMS = {
     "artifacts": {
         "core",
         "evaluation",
+        "functional",
         "models",
         "modules",
         "presets",

@@ -11,6 +11,7 @@ import sys
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,19 +20,26 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from lightning_edit.callbacks.run_folder import hold, is_dry
+from lightning_edit.core.append_log import AppendLog, appended_to
 from lightning_edit.core.arguments import CheckedArguments
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.files import explained, sync, sync_folder, umask
+from lightning_edit.modules.base import EditModule, Journal
 
 __all__ = ["EditCheckpoint"]
+
+FEW_EDITS = 16  # so many are written anew each time
+SMALL_LOG = 2**22  # bytes to which a file of appended edits may grow beside a smaller checkpoint
 
 
 class EditCheckpoint(CheckedArguments, ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date, so that a run goes on at the very edit it was stopped at.
 
-    An editor's checkpoint holds only what the edits changed. After an interruption it says
-    which edits are safe, and the command that goes on, with the checkpoint's own path. A run that
-    begins anew keeps the checkpoint of the run before in ``earlier/``.
+    An editor's checkpoint holds only the edits. When there are many, the next ones are appended to
+    ``last.ckpt.edits`` beside it, which is read with it, and both become one file again once that
+    has grown as large, and at the end: so a checkpoint costs what is new in it. After an
+    interruption it says which edits are safe, and the command that goes on, with the checkpoint's
+    own path. A run that begins anew keeps the checkpoint of the run before in ``earlier/``.
 
     Args:
         dirpath: Folder of the checkpoint; ``checkpoints`` in the run's folder when None.
@@ -51,6 +59,10 @@ class EditCheckpoint(CheckedArguments, ModelCheckpoint):
         )
         self.every_n_edits = every_n_edits
         self._has_begun = False
+        # What is new since the last whole checkpoint, the file that it goes to, and its bound.
+        self._journal: Journal[Any] | None = None
+        self._log: AppendLog | None = None
+        self._largest, self._appends = 0, 0
 
     @override
     def on_train_batch_end(
@@ -89,8 +101,16 @@ class EditCheckpoint(CheckedArguments, ModelCheckpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._appends:
+            self._journal = None  # one file in the end
+            self._last_global_step_saved = 0
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._journal = self._log = None
 
     @override
     def on_exception(
@@ -111,26 +131,67 @@ class EditCheckpoint(CheckedArguments, ModelCheckpoint):
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self._has_room(trainer):
+            self._append(trainer, Path(filepath))
+        else:
+            self._save_whole(trainer, Path(filepath))
+            self._begin_log(trainer, Path(filepath))
+        self._last_checkpoint_saved = filepath
+        trainer.strategy.barrier("EditCheckpoint")
+
+    def _has_room(self, trainer: Trainer) -> bool:
+        """Whether the next edits are to be appended, which all processes answer alike."""
+        journal, log = self._journal, self._log
+        has = journal is not None and journal.is_complete and log is not None
+        is_small = log is not None and log.size < self._largest
+        return trainer.strategy.broadcast(has and is_small)
+
+    def _begin_log(self, trainer: Trainer, file: Path) -> None:
+        """Has the next edits appended to what was just saved, if there are many in it."""
+        self._journal = self._log = None
+        self._appends = 0
+        if trainer.is_global_zero:
+            appended_to(file).unlink(missing_ok=True)  # belongs to what was there before
+        editor = trainer.lightning_module
+        if not isinstance(editor, EditModule) or trainer.global_step < FEW_EDITS:
+            return
+        self._journal = None if self.save_weights_only else editor.journal()
+        if self._journal is not None and self._journal.owner and file.is_file():
+            self._log = AppendLog(appended_to(file), self._journal.owner)
+            self._largest = max(SMALL_LOG, file.stat().st_size)
+
+    def _append(self, trainer: Trainer, file: Path) -> None:
+        """Adds what is new to what was saved before."""
+        part = file.with_name(f"{file.name}.part")
+        journal, log = cast("Journal[Any]", self._journal), self._log
+        with explained(file), journal.alone():
+            super()._save_checkpoint(trainer, str(part))
+            if log is not None and trainer.is_global_zero:
+                log.append(part.read_bytes())
+                part.unlink()
+        journal.begin()
+        self._appends += 1
+
+    def _save_whole(self, trainer: Trainer, file: Path) -> None:
+        filepath = str(file)
         # Lightning writes to a temporary folder and moves the file here, which between two file
         # systems is a copy: a run killed meanwhile would lose the earlier checkpoint, too.
         part = Path(f"{filepath}.part")
         own = {self._last_checkpoint_saved, str(trainer.ckpt_path)}
-        with explained(Path(filepath)):
+        with explained(file):
             super()._save_checkpoint(trainer, str(part))
             if trainer.is_global_zero and part.exists():
                 if part.is_file():
                     part.chmod(0o666 & ~umask())  # fsspec makes it private
                 sync(part)
         if trainer.is_global_zero:
-            if Path(filepath).is_dir():  # of a sharded strategy
-                if str(filepath) in own:
-                    shutil.rmtree(filepath)
+            if file.is_dir():  # of a sharded strategy
+                if filepath in own:
+                    shutil.rmtree(file)
                 else:  # not this run's to delete
-                    _move_aside(Path(filepath).parent)
-            os.replace(part, filepath)
-            sync_folder(part.parent)
-        self._last_checkpoint_saved = filepath
-        trainer.strategy.barrier("EditCheckpoint")
+                    _move_aside(file.parent)
+            os.replace(part, file)
+            sync_folder(file.parent)
 
 
 def _remove(path: Path) -> None:
@@ -147,7 +208,10 @@ def _move_aside(folder: Path) -> None:
         return
     stamp = f"{datetime.fromtimestamp(last.stat().st_mtime, UTC):%Y%m%d-%H%M%S-%f}"
     (folder / "earlier").mkdir(exist_ok=True)
-    os.replace(last, folder / "earlier" / f"{stamp}{last.suffix}")
+    kept = folder / "earlier" / f"{stamp}{last.suffix}"
+    if appended_to(last).exists():
+        os.replace(appended_to(last), appended_to(kept))
+    os.replace(last, kept)
 
 
 def _resume_command(checkpoint: str) -> str:

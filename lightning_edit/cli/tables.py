@@ -19,6 +19,7 @@ from lightning_edit.artifacts.outcomes import (
     Survived,
     Written,
 )
+from lightning_edit.artifacts.plan import Plan
 from lightning_edit.core.request import EditRequest
 from lightning_edit.ledger.entries import Entry
 from lightning_edit.ledger.outcomes import Approved, Blamed, Exported, Listed, Undone, Verified
@@ -100,6 +101,8 @@ def tables(result: Any) -> list[Table]:
             return [_in_full(entry) for entry in result.entries]
         case Listed():
             return [_rows(result.entries)]
+        case Plan():
+            return list(_plan(result))
         case Verified():
             return [_verified(result)]
         case Blamed():
@@ -128,6 +131,22 @@ def tables(result: Any) -> list[Table]:
 def _written(result: Written) -> Table:
     rows = [(k, number(v) if isinstance(v, float) else str(v)) for k, v in result.facts.items()]
     return Table(("", ""), rows, f"Wrote the {result.what} to {result.folder}", result.notes)
+
+
+def _plan(result: Plan) -> Iterator[Table]:
+    held = {**result.memory, "all": result.total_memory}
+    memory = [(name, f"{size / 1e9:.3f}") for name, size in held.items() if size]
+    fits = {None: [], True: ["It fits."], False: ["It does not fit."]}[result.fits]
+    title = f"{result.method} on {result.model}, {result.edits} edit(s), {result.devices} device(s)"
+    yield Table(("memory of a device", ">gigabytes"), memory, title, fits)
+    seconds = [
+        (name, f"{result.operations[name] / 1e12:.3g}", f"{value:.3g}")
+        for name, value in result.seconds.items()
+    ]
+    seconds.append(("an edit", "", f"{result.seconds_per_edit:.3g}"))
+    sent = [f"A device receives {result.sent / 1e9:.3g} gigabytes in an edit."]
+    columns = ("work", ">teraflop", ">seconds")
+    yield Table(columns, seconds, notes=sent if result.sent else ())
 
 
 def _rendered(result: Rendered) -> Iterator[Table]:

@@ -48,6 +48,7 @@ VERBS: dict[str, Verb] = {
     "survive": Verb("which edits hold once the edited model is quantised", "survive"),
     "serve-patch": Verb("put edits on a running server, and take them back", "serve_patch"),
     "report": Verb("write a run's report again", "report"),
+    "plan": Verb("what edits will take: memory, seconds, bytes sent, and what fits", "plan"),
     "list": Verb(
         "what there is: methods, data sets, configurations, or the edits in a folder", "list_"
     ),

@@ -4,12 +4,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 __all__ = ["Change", "LowRank", "add_changes", "dense_change", "tensors_of"]
+
+# Terms that are multiplied out at once: so many cost about as much as adding two matrices.
+_BLOCK = 64
+
+
+@dataclass
+class _Head:
+    """What the first terms of a sum come to, with which later sums begin, too."""
+
+    made: tuple[int, Tensor | None] = (0, None)  # in one, so that no interrupt comes between
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class LowRank:
 
     u: Tensor
     v: Tensor
+    # Kept in sums alone, to which edit after edit is added; any other is multiplied out but seldom.
+    _head: _Head | None = field(default=None, repr=False, compare=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -35,9 +47,23 @@ class LowRank:
         return self.u.shape[1]
 
     def dense(self) -> Tensor:
-        """The change as one matrix, [rows, columns] float32, under mixed precision, too."""
+        """The change as one matrix, [rows, columns] float32, under mixed precision, too.
+
+        Terms are added up in blocks, each a product of its own, from the first to the last: so a
+        sum that goes on from an earlier one has the bits of one made at once.
+        """
+        terms, matrix = (0, None) if self._head is None else self._head.made
         with torch.autocast(self.u.device.type, enabled=False):
-            return self.u @ self.v.T
+            while terms + _BLOCK < self.rank:
+                terms, matrix = terms + _BLOCK, self._grown(matrix, terms)
+            if self._head is not None:
+                self._head.made = terms, matrix
+            return self._grown(matrix, terms)
+
+    def _grown(self, matrix: Tensor | None, start: int) -> Tensor:
+        """A matrix and the block of terms that begins there."""
+        u, v = (factor[:, start : start + _BLOCK] for factor in (self.u, self.v))
+        return u @ v.T if matrix is None else torch.addmm(matrix, u, v.T)
 
 
 Change = LowRank | Tensor
@@ -69,5 +95,6 @@ def add_changes(a: Change, b: Change) -> Change:
     device = tensors_of(a)[0].device
     if isinstance(a, LowRank) and isinstance(b, LowRank) and 2 * (a.rank + b.rank) <= min(a.shape):
         u, v = b.u.to(device), b.v.to(device)
-        return LowRank(torch.cat([a.u, u], 1), torch.cat([a.v, v], 1))
+        head = _Head() if a._head is None else replace(a._head)
+        return LowRank(torch.cat([a.u, u], 1), torch.cat([a.v, v], 1), head)
     return dense_change(a) + dense_change(b).to(device)

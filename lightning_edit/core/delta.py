@@ -35,6 +35,7 @@ from lightning_edit.core.storage import (
     CONFIG,
     TENSORS,
     EditConfig,
+    EntryRecord,
     ParameterRecord,
     provenance_of,
     save_artifact,
@@ -429,6 +430,10 @@ class WeightDelta(Edit):
             else:
                 tensors[f"{name}.dense"] = change
         return tensors
+
+    def recorded(self) -> tuple[dict[str, Tensor], list[EntryRecord]]:
+        """Factors and dense tensors by name; there are no entries."""
+        return self.state_dict(), []
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:

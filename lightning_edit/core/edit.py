@@ -20,7 +20,7 @@ from lightning_edit.core.figures import EditDetails
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.request import EditRequest
-from lightning_edit.core.storage import EditConfig, read_config, read_tensors
+from lightning_edit.core.storage import EditConfig, EntryRecord, read_config, read_tensors
 
 __all__ = ["Edit"]
 
@@ -242,6 +242,21 @@ class Edit(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold of the edit beside the model's own state."""
+
+    def increment(self) -> dict[str, object]:
+        """What a checkpoint has to hold of the edit beside one of all edits before it."""
+        tensors, entries = self.recorded()
+        return {
+            "tensors": tensors,
+            "entries": entries,
+            "carried": dict(self.carried),
+            "request_ids": list(self.provenance.request_ids),
+            "batches": [batch and batch.to_dict() for batch in self.parts],
+        }
+
+    @abstractmethod
+    def recorded(self) -> tuple[dict[str, Tensor], list[EntryRecord]]:
+        """Tensors that the edit consists of, and the entries of a memory whose rows they are."""
 
     @classmethod
     @abstractmethod

@@ -18,6 +18,8 @@ from lightning_edit.core.wrappers import plain_parameters
 
 __all__ = ["WeightHashes", "is_sharded", "nested_hash", "quick_hash", "tensor_hash", "weight_hash"]
 
+_PIECE = 2**26  # bytes that are hashed at a time
+
 
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 over a tensor's dtype, shape and bytes, in hexadecimal.
@@ -33,9 +35,11 @@ def tensor_hash(tensor: Tensor) -> str:
         False
     """
     full_tensor = getattr(tensor, "full_tensor", None)
-    whole = (full_tensor() if full_tensor else tensor).detach().cpu().contiguous()
+    whole = (full_tensor() if full_tensor else tensor).detach().contiguous()
     digest = hashlib.sha256(f"{whole.dtype}{list(whole.shape)}".encode())
-    digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    # Piece by piece, so that of a tensor on another device no whole copy is made.
+    for piece in whole.reshape(-1).view(torch.uint8).split(_PIECE):
+        digest.update(piece.cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Self
@@ -17,9 +17,10 @@ from lightning_edit.core.committed import Batches
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.figures import EditDetails
+from lightning_edit.core.memory_entry import MemoryEntry, read_description, written_description
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import everywhere, local_shard, shard_like
-from lightning_edit.core.side_memory import EditMemory, MemoryEntry
+from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.core.storage import (
     EditAbout,
     EditConfig,
@@ -28,7 +29,7 @@ from lightning_edit.core.storage import (
     save_artifact,
 )
 
-__all__ = ["MemoryWrite"]
+__all__ = ["MemoryWrite", "with_entries"]
 
 
 class MemoryWrite(Edit):
@@ -107,7 +108,8 @@ class MemoryWrite(Edit):
         changed: dict[str, MemoryEntry | None] = dict.fromkeys(
             name for name in before if name not in entries
         )
-        changed |= {n: e for n, e in entries.items() if not e.equals(before.get(n))}
+        others = {n: e for n, e in entries.items() if e is not before.get(n)}
+        changed |= {n: e for n, e in others.items() if not e.equals(before.get(n))}
         return cls(
             type(memory).__name__,
             memory.settings,
@@ -327,6 +329,10 @@ class MemoryWrite(Edit):
         """Nothing: the memory is part of the model's state."""
         return {}
 
+    def recorded(self) -> tuple[dict[str, Tensor], list[EntryRecord]]:
+        """A row of each field for each entry that is not taken away, and all entries."""
+        return _stacked(self.entries), _records(self.entries)
+
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], model: nn.Module) -> Self:
         """The edit that brings an empty memory to what the model's memory holds."""
@@ -369,9 +375,7 @@ class MemoryWrite(Edit):
         shared = self.shared if self._present() else {}  # what is taken away needs none
         tensors: dict[str, Tensor] = {f"shared.{n}": t for n, t in shared.items()}
         for side, entries in sides.items():
-            present = {name: e for name, e in entries.items() if e is not None}
-            for f in next(iter(present.values())).tensors if present else ():
-                tensors[f"{side}.{f}"] = torch.stack([e.tensors[f].cpu() for e in present.values()])
+            tensors |= {f"{side}.{field}": rows for field, rows in _stacked(entries).items()}
         is_needed = originals and any(entry is not None for entry in self.replaced.values())
         about: EditAbout = {
             "parameters": {},
@@ -409,9 +413,41 @@ class MemoryWrite(Edit):
             ) from None
 
 
+def with_entries(
+    state: Mapping[str, Tensor], changes: Iterable[tuple[Mapping[str, Tensor], list[EntryRecord]]]
+) -> dict[str, Tensor]:
+    """What the state of a memory comes to with later edits of it.
+
+    Args:
+        state: State of a memory, by the names that it has in the memory.
+        changes: What ``recorded`` gave of the edits, in order.
+    """
+    about = read_description(state["_extra_state"])
+    fields = [name for name in state if name in EditMemory.kinds[about["kind"]].fields]
+    rows = [{name: state[name][i] for name in fields} for i in range(len(about["entries"]))]
+    held = {e["id"]: (e, row) for e, row in zip(about["entries"], rows, strict=True)}
+    for tensors, records in changes:
+        for name, entry in _entries(records, "", {f".{n}": t for n, t in tensors.items()}).items():
+            if entry is None:
+                held.pop(name, None)
+            else:
+                held[name] = _records({name: entry})[0], dict(entry.tensors)
+    about["entries"] = [record for record, _ in held.values()]
+    grown = {f: torch.stack([row[f] for _, row in held.values()]) for f in fields if held}
+    empty = {f: torch.zeros(0) for f in fields}
+    return {**state, **empty, **grown, "_extra_state": written_description(about)}
+
+
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Tensors whose names begin so, by the rest of their names."""
     return {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+
+
+def _stacked(entries: Mapping[str, MemoryEntry | None]) -> dict[str, Tensor]:
+    """A row of each field for each entry that is there, on the CPU."""
+    present = [entry for entry in entries.values() if entry is not None]
+    fields = present[0].tensors if present else ()
+    return {f: torch.stack([entry.tensors[f].detach().cpu() for entry in present]) for f in fields}
 
 
 def _records(entries: Mapping[str, MemoryEntry | None]) -> list[EntryRecord]:

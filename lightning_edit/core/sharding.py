@@ -295,6 +295,8 @@ def local_change(parameter: Tensor, change: Change) -> Tensor:
     """
     if not isinstance(change, LowRank):
         return shard_like(parameter, change)
+    if change.u.device == parameter.device and not lies_in_parts(parameter):
+        return change.dense()
     u, v = change.u.to(parameter.device), change.v.to(parameter.device)
     # Rows of the factors are rows and columns of the parameter.
     own_v = _own(parameter, v.T, 1).T

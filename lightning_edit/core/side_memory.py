@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from operator import eq, is_
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
@@ -19,6 +19,16 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ArtifactError, EditError
+from lightning_edit.core.growing_rows import GrowingRows
+from lightning_edit.core.memory_entry import (
+    MemoryEntry,
+    MemoryRecord,
+    entries_by_request,
+    read_description,
+    rows_fit,
+    stacked_rows,
+    written_description,
+)
 from lightning_edit.core.wrappers import check_not_compiled, unwrapped
 
 if TYPE_CHECKING:
@@ -29,36 +39,6 @@ __all__ = ["MEMORY_PREFIX", "EditMemory", "MemoryEntry", "MemoryRecord"]
 _ATTRIBUTE = "edit_memory"
 #: What the names of a memory's tensors in its model's state begin with.
 MEMORY_PREFIX = f"{_ATTRIBUTE}."
-
-#: What a memory keeps of a request or an entry, as JSON types: each kind of memory knows its own.
-MemoryRecord: TypeAlias = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class MemoryEntry:
-    """One row of a memory.
-
-    Args:
-        tensors: Field of the memory to this entry's row of it.
-        requests: Ids of the requests that the entry answers, each with what is kept of it, as JSON
-            types: its prompt and answer, and what the method has to know.
-        notes: What else the method keeps of the entry, as JSON types.
-    """
-
-    tensors: Mapping[str, Tensor]
-    requests: Mapping[str, MemoryRecord]
-    notes: MemoryRecord = field(default_factory=dict)
-
-    def equals(self, other: MemoryEntry | None) -> bool:
-        """Whether another entry is the same, bit for bit."""
-        return (
-            other is not None
-            and dict(self.requests) == dict(other.requests)
-            and dict(self.notes) == dict(other.notes)
-            and self.tensors.keys() == other.tensors.keys()
-            and all(torch.equal(t.cpu(), other.tensors[n].cpu()) for n, t in self.tensors.items())
-        )
-
 
 #: The buffers of a memory, and its entries without their tensors.
 Held: TypeAlias = tuple[dict[str, Tensor], dict[str, MemoryEntry]]
@@ -136,6 +116,10 @@ class EditMemory(nn.Module, ABC):
         # Entries with views of the buffers, and what they were made of.
         self._views: dict[str, MemoryEntry] = {}
         self._viewed: Held = {}, {}
+        # Names of the entries of each request, and the records that they were found in.
+        self._index: dict[str, list[str]] = {}
+        self._indexed: dict[str, MemoryEntry] = self._records
+        self._growing = GrowingRows()
         self._handles: list[RemovableHandle] = []
         self._stale: frozenset[int] = frozenset()  # numbers of hooks that a copy came with
         self._model: weakref.ref[nn.Module] | None = None
@@ -223,26 +207,43 @@ class EditMemory(nn.Module, ABC):
     @property
     def entries(self) -> dict[str, MemoryEntry]:
         """All entries by id, in order; their tensors are views of the buffers."""
+        return dict(self._viewing())
+
+    @property
+    def state(self) -> object:
+        """Another object whenever the memory holds something else."""
+        return self._records
+
+    def _viewing(self) -> dict[str, MemoryEntry]:
         held = self._held()
         if not _is_same(held, self._viewed):
             rows, records = held
-            self._views = {
+            views = {
                 name: replace(record, tensors={f: rows[f][i] for f in self.fields})
                 for i, (name, record) in enumerate(records.items())
             }
-            self._viewed = held
-        return dict(self._views)
+            self._views, self._viewed = views, held
+        return self._views
 
     @property
     def requests(self) -> dict[str, MemoryRecord]:
         """What is remembered, by the id of its request: the entries, and what is kept of it."""
-        entries: dict[str, list[str]] = {}
-        remembered: dict[str, MemoryRecord] = {}
-        for name, record in self._records.items():
-            for request, kept in record.requests.items():
-                entries.setdefault(request, []).append(name)
-                remembered.setdefault(request, kept)
-        return {name: {"entries": entries[name], **kept} for name, kept in remembered.items()}
+        return {
+            request: {"entries": names, **self._records[names[0]].requests[request]}
+            for request, names in self._names().items()
+        }
+
+    @property
+    def request_ids(self) -> KeysView[str]:
+        """Ids of the requests that are remembered."""
+        return self._names().keys()
+
+    def _names(self) -> dict[str, list[str]]:
+        """Names of the entries of each request."""
+        if self._indexed is not self._records:
+            self._index = entries_by_request(self._records)
+            self._indexed = self._records
+        return self._index
 
     def check_ids(self, request_ids: Sequence[str]) -> None:
         """Checks that requests are remembered.
@@ -253,7 +254,7 @@ class EditMemory(nn.Module, ABC):
         Raises:
             EditError: If the memory holds nothing of one of them.
         """
-        known = self.requests
+        known = self.request_ids
         unknown = [name for name in request_ids if name not in known]
         if unknown:
             names = ", ".join(list(known)[:5]) or "nothing"
@@ -273,14 +274,26 @@ class EditMemory(nn.Module, ABC):
             EditError: If the memory holds nothing of one of them.
         """
         self.check_ids(request_ids)
-        left: dict[str, MemoryEntry] = {}
-        for name, entry in self.entries.items():
+        left, names = self.entries, self._names()
+        for name in dict.fromkeys(name for request in request_ids for name in names[request]):
+            entry = left[name]
             others = {r: kept for r, kept in entry.requests.items() if r not in request_ids}
-            if len(others) == len(entry.requests):
-                left[name] = entry
-            elif others:
+            if others:
                 left[name] = self.narrowed(replace(entry, requests=others))
+            else:
+                del left[name]
         return left
+
+    def rows(self, field: str, entries: Mapping[str, MemoryEntry]) -> Tensor:
+        """What entries have in one field, [N, …], on the model's device.
+
+        Args:
+            field: The field.
+            entries: Entries by id; those that are held already are not put together anew.
+        """
+        if self._first_other(entries) == len(entries) == len(self):
+            return self.get_buffer(field)
+        return self._gathered(entries)[field]
 
     def write(self, entries: Mapping[str, MemoryEntry]) -> None:
         """Sets what the memory holds.
@@ -288,31 +301,59 @@ class EditMemory(nn.Module, ABC):
         Args:
             entries: All entries by id, in order.
         """
-        before, now, device = self._held(), self.entries, self._device()
-        pairs = enumerate(zip(entries.items(), now.items(), strict=False))
-        # Entries that stay where they were are not put together anew: an edit adds but few.
-        same = next((i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1]), None)
-        same = min(len(now), len(entries)) if same is None else same
-        new = list(entries.values())[same:]
-        if any(e.tensors[n].shape != t.shape[1:] for n, t in before[0].items() for e in new):
-            same, new = 0, list(entries.values())
-        rows: dict[str, Tensor] = {}
-        for name in self.fields:
-            parts = [before[0][name][:same].to(device)] if same else []
-            if new:
-                added = torch.stack([e.tensors[name].detach().to(device) for e in new])
-                parts = [*parts, added]
-            rows[name] = torch.cat(parts) if parts else torch.zeros(0, device=device)
-        kept = before[1]
-        records = {
-            name: kept[name] if i < same else replace(entry, tensors={})
-            for i, (name, entry) in enumerate(entries.items())
-        }
+        before, views = self._held(), self._viewing()
+        same = self._first_other(entries)
+        adds = same == len(self) and rows_fit(before[0], list(entries.values())[same:])
+        new = dict(list(entries.items())[same:]) if adds else {}
+        if not new:
+            rows = self._gathered(entries)
+            kept = before[1]
+            records = {
+                name: kept[name] if entry is views.get(name) else replace(entry, tensors={})
+                for name, entry in entries.items()
+            }
+            index = entries_by_request(records)
+        else:  # an edit adds but few to many
+            added = stacked_rows(self.fields, list(new.values()), self._device())
+            rows = {n: self._growing.added(n, before[0][n], added[n]) for n in self.fields}
+            records = {**before[1], **{n: replace(e, tensors={}) for n, e in new.items()}}
+            index = entries_by_request(new, self._names())
+        in_place = all(_at(rows[name]) == _at(before[0][name]) for name in self.fields)
         try:
+            self._index, self._indexed = index, records
             self._set((rows, records))
+            if new and in_place:
+                self._views = views | {
+                    name: replace(records[name], tensors={f: rows[f][i] for f in self.fields})
+                    for i, name in enumerate(new, same)
+                }
+                self._viewed = rows, records
         except BaseException:  # an interruption, too, leaves what it held
             self._set(before)
             raise
+
+    def _first_other(self, entries: Mapping[str, MemoryEntry]) -> int:
+        """How many entries stand where they stood, before one that does not."""
+        views = self._viewing()
+        names = list(map(eq, entries, views))
+        ones = list(map(is_, entries.values(), views.values()))
+        return min(same.index(False) if False in same else len(same) for same in (names, ones))
+
+    def _gathered(self, entries: Mapping[str, MemoryEntry]) -> dict[str, Tensor]:
+        """Rows of entries, of which those that are held already are copied at once."""
+        held, device = self._held()[0], self._device()
+        if not entries:
+            return {name: torch.zeros(0, device=device) for name in self.fields}
+        numbers = {id(entry): i for i, entry in enumerate(self._viewing().values())}
+        found = [numbers.get(id(entry), -1) for entry in entries.values()]
+        new = [entry for entry, number in zip(entries.values(), found, strict=True) if number < 0]
+        if len(new) == len(entries) or not rows_fit(held, new):
+            return stacked_rows(self.fields, list(entries.values()), device)
+        source = torch.tensor(found, device=device)
+        rows = {name: held[name].to(device)[source.clamp_min(0)] for name in self.fields}
+        for name, tensor in stacked_rows(self.fields, new, device).items() if new else ():
+            rows[name][source < 0] = tensor
+        return rows
 
     def _held(self) -> Held:
         return {name: self.get_buffer(name) for name in self.fields}, self._records
@@ -326,7 +367,7 @@ class EditMemory(nn.Module, ABC):
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Context manager: the memory holds after it what it held before, whatever happens."""
-        left = [self._held()]
+        left = [(self._held(), self._views, self._viewed)]
         try:
             try:
                 yield
@@ -335,9 +376,10 @@ class EditMemory(nn.Module, ABC):
         finally:
             self._put_back(left)  # if the first time was interrupted
 
-    def _put_back(self, left: list[Held]) -> None:
+    def _put_back(self, left: list[tuple[Held, dict[str, MemoryEntry], Held]]) -> None:
         if left:
-            self._set(left[0])
+            held, self._views, self._viewed = left[0]
+            self._set(held)
             left.clear()
 
     def _device(self) -> torch.device:
@@ -461,18 +503,17 @@ class EditMemory(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, object]:
         stale = frozenset(handle.id for handle in self._handles) | self._stale
-        made: dict[str, object] = {"_views": {}, "_viewed": ({}, {})}
+        made: dict[str, object] = {"_views": {}, "_viewed": ({}, {}), "_growing": GrowingRows()}
         return {**self.__dict__, **made, "_handles": [], "_model": None, "_stale": stale}
 
     @override
     def get_extra_state(self) -> Tensor:
         """Settings and texts, as JSON in bytes: a tensor goes into any file."""
-        text = json.dumps({"kind": type(self).__name__, **self.description()})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return written_description({"kind": type(self).__name__, **self.description()})
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        found = json.loads(bytes(state.tolist()).decode())
+        found = read_description(state)
         self.check_kind(found["kind"], found["settings"])
         self._records = {
             e["id"]: MemoryEntry({}, e["requests"], e["notes"]) for e in found["entries"]
@@ -515,7 +556,7 @@ class EditMemory(nn.Module, ABC):
         state_dict = {n: t for n, t in state_dict.items() if not n.startswith(own)}
         extra = state_dict.get(f"{prefix}_extra_state")
         if extra is not None and self.networks is not None:
-            settings = json.loads(bytes(extra.tolist()).decode())["settings"]
+            settings = read_description(extra)["settings"]
             self.networks.load(settings, shared)
         if extra is not None:
             for name in self.fields:  # as many rows as the state has
@@ -523,6 +564,10 @@ class EditMemory(nn.Module, ABC):
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
+
+
+def _at(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_same(one: Held, other: Held) -> bool:

@@ -43,6 +43,7 @@ from lightning_edit.modules.fitting import (
     request_rows,
     warn_of_not_taken,
 )
+from lightning_edit.modules.journal import Journal
 from lightning_edit.modules.lending import Lending, check_trainer, loaded
 from lightning_edit.modules.protocols import EditProtocol, ProtocolName
 from lightning_edit.modules.session import EditSession, requests_in
@@ -51,7 +52,6 @@ from lightning_edit.modules.targets import (
     WeightTarget,
     check_target,
     no_new_memory,
-    relative_norm,
 )
 from lightning_edit.modules.unedited import UneditedModel, evaluator_of
 from lightning_edit.optim import E, EditOptimizer
@@ -61,7 +61,7 @@ from lightning_edit.presets import with_preset
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-__all__ = ["DType", "EditModule"]
+__all__ = ["DType", "EditModule", "Journal"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -389,8 +389,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     def relative_norm(self) -> float:
         """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
-        originals = self.target.originals
-        return relative_norm(self.delta, originals) if originals else 0.0
+        return self.target.relative_norm()
 
     @property
     def evaluator(self) -> Evaluator:
@@ -430,9 +429,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             edit: An edit that was made of the model as it stands.
 
         Raises:
-            EditError: If it was made of another state of the model, changes what the editor did
-                not announce, or something else wrote to the weights, or ``fit`` trains this editor
-                rather than committing edits. Nothing is written then.
+            EditError: If it was made of another state of the model, changes what was not announced,
+                something else wrote to the weights, or ``fit`` trains it. Nothing is written then.
 
         Examples:
             >>> from lightning_edit import ROME
@@ -577,6 +575,10 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
         self.history = [row.copy() for row in state["history"]]
         for part in self.parts:
             part.load_edit_state(state)
+
+    def journal(self) -> Journal[E] | None:
+        """Keeps what is committed from here on; None where checkpoints hold what was trained."""
+        return Journal(self) if isinstance(self.fitting, CommitEdits) else None
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

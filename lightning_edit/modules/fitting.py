@@ -243,7 +243,8 @@ class CommitEdits(Fitting[E]):
 
     @override
     def kept(self, editor: EditModule[E], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return editor.target.kept(state)
+        # Edited weights follow from the base and the edits.
+        return {} if editor.edit_optimizer.originals else editor.target.kept(state)
 
     @override
     def on_save_checkpoint(

@@ -199,7 +199,7 @@ class EditSession(Generic[E]):
 
     def unanswered(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """Those of some requests that are not in the model, or were other ones when they were."""
-        ids, known = set(self.target.request_ids), requests_of(self.target.delta.batches)
+        ids, known = self.target.request_ids, self.target.optimizer.requests
         # One whose text is not known was committed by hand, or by an earlier version.
         return [r for r in requests if r.id not in ids or known.get(r.id, r).sha256() != r.sha256()]
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Generic
 
@@ -16,11 +16,10 @@ from typing_extensions import override
 
 from lightning_edit.core.committed import Batches, RequestBatch, batches_without
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.sharding import frobenius_norm, local_shard, reshard, shard_like
+from lightning_edit.core.sharding import local_shard, reshard, shard_like
 from lightning_edit.core.side_memory import MEMORY_PREFIX, EditMemory, MemoryEntry
 from lightning_edit.core.wrappers import check_not_compiled, plain_names
 from lightning_edit.optim import E, EditOptimizer
@@ -58,9 +57,14 @@ class Target(ABC, Generic[E]):
     def delta(self) -> E:
         """All that was committed so far."""
 
+    def relative_norm(self) -> float:
+        """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
+        size = self.optimizer.norm_of_originals
+        return self.delta.norm() / size if size else 0.0
+
     @property
     @abstractmethod
-    def request_ids(self) -> Sequence[str]:
+    def request_ids(self) -> Collection[str]:
         """Ids of the requests that were committed so far."""
 
     @property
@@ -152,7 +156,7 @@ class WeightTarget(Target[WeightDelta]):
 
     @property
     @override
-    def request_ids(self) -> Sequence[str]:
+    def request_ids(self) -> Collection[str]:
         return self.delta.provenance.request_ids
 
     @property
@@ -206,7 +210,7 @@ class WeightTarget(Target[WeightDelta]):
 
     @override
     def size(self) -> tuple[str, float]:
-        return "relative_norm", relative_norm(self.delta, self.originals)
+        return "relative_norm", self.relative_norm()
 
     @override
     def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -256,8 +260,8 @@ class MemoryTarget(Target[MemoryWrite]):
 
     @property
     @override
-    def request_ids(self) -> Sequence[str]:
-        return list(self.memory.requests)
+    def request_ids(self) -> Collection[str]:
+        return self.memory.request_ids
 
     @property
     @override
@@ -393,12 +397,6 @@ def restore(parameters: Mapping[str, nn.Parameter], originals: Mapping[str, Tens
         local_shard(parameter).copy_(shard_like(parameter, originals[name]))
 
 
-def relative_norm(delta: Edit, originals: Mapping[str, Tensor]) -> float:
-    """‖Δ‖ / ‖W‖ over the parameters that edits may change; 0 where there are none."""
-    size = frobenius_norm(originals)
-    return delta.norm() / size if size else 0.0
-
-
 class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
     """Writes edits of a memory, and asks the memory itself what was committed."""
 
@@ -406,23 +404,38 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
         self._order: tuple[str, ...] = ()
         self._carried: dict[str, Tensor] = {}
         self._batches: Batches = ()
+        # Ids in these, and the edit that was last made of all, by what it was made of.
+        self._asked: set[str] = set()
+        self._made: tuple[object, MemoryWrite] | None = None
         nothing = MemoryWrite(type(memory).__name__, memory.settings, {})
         super().__init__(model, {}, nothing)
 
     @property
     def delta(self) -> MemoryWrite:
         """All that the memory holds."""
-        edit = MemoryWrite.from_state({}, self.model)
-        entries = [entry for entry in edit.entries.values() if entry is not None]
-        known = dict.fromkeys(request for entry in entries for request in entry.requests)
+        memory = EditMemory.find(self.model)
+        if self._made is None or memory is None or self._made[0] is not memory.state:
+            edit = MemoryWrite.from_state({}, self.model)
+            self._describe(edit, [] if memory is None else memory.request_ids)
+            self._made = memory and memory.state, edit
+        return self._made[1]
+
+    def _describe(self, edit: MemoryWrite, known: Collection[str]) -> None:
+        """Adds what the memory itself does not know of an edit of all that it holds."""
         ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
         edit.provenance = Provenance(request_ids=tuple(ids))
-        edit.carried = self._carried
-        left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
-        edit.batches = tuple(batch for batch in left if batch.requests)
-        return edit
+        edit.carried, edit.batches = self._carried, self._batches
+        if not self._asked <= ids.keys():
+            left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
+            edit.batches = tuple(batch for batch in left if batch.requests)
 
     @delta.setter
     def delta(self, edit: MemoryWrite) -> None:
         self._order, self._carried = edit.provenance.request_ids, edit.carried
-        self._batches = edit.batches
+        added = edit.batches
+        if added[: len(self._batches)] == self._batches:  # compares by identity first
+            added = added[len(self._batches) :]
+        else:
+            self._asked = set()
+        self._asked |= {name for batch in added if batch for name in batch.ids}
+        self._batches, self._made = edit.batches, None

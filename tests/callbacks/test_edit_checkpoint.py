@@ -62,7 +62,9 @@ def stop_at(folder: Path, step: int, every_n_edits: int = 1, **fit: Any) -> Fine
 def test_a_checkpoint_holds_what_changed_and_loads_without_pickles(tmp_path: Path) -> None:
     trainer_of(tmp_path).fit(editor_of(), data_of(2))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert list(saved["state_dict"]) == ["model.model.layers.2.mlp.down_proj.weight"]
+    assert not saved["state_dict"]  # the weights follow from the base and the edits
+    name = "model.layers.2.mlp.down_proj.weight.dense"
+    assert list(saved["optimizer_states"][0]["delta"]) == [name]
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 

@@ -22,7 +22,6 @@ from lightning_edit.modules.fine_tuning.tuned_weights import (
     sealed,
     write_tuned,
 )
-from lightning_edit.modules.targets import relative_norm
 
 __all__ = ["AdapterTarget"]
 
@@ -151,7 +150,7 @@ class AdapterTarget(TunedTarget):
 
     @override
     def size(self) -> tuple[str, float]:
-        return "relative_norm", relative_norm(self.delta, self.originals)
+        return "relative_norm", self.relative_norm()
 
     # -- checkpoints -------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.core.side_memory import EditMemory
-from lightning_edit.modules.targets import Target, WeightTarget, relative_norm
+from lightning_edit.modules.targets import Target, WeightTarget
 
 __all__ = ["TunedTarget", "TunedWeights"]
 
@@ -104,7 +104,7 @@ class TunedWeights(TunedTarget):
 
     @override
     def size(self) -> tuple[str, float]:
-        return "relative_norm", relative_norm(self.delta, self.originals)
+        return "relative_norm", self.relative_norm()
 
     # -- as of any weights -------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class MemoryModule(EditModule[MemoryWrite]):
 
     def entries_without(self, request_ids: Sequence[str]) -> dict[str, MemoryEntry]:
         """What the memory holds beside what it holds of some requests, which it need not know."""
-        known = self.memory.requests
+        known = self.memory.request_ids
         return self.memory.without([name for name in request_ids if name in known])
 
     def entry_id(self, request_id: str, entries: Mapping[str, object]) -> str:

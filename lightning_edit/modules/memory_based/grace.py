@@ -232,7 +232,7 @@ class GRACE(MemoryModule):
         kept = {"prompt": request.prompt, "target": request.target_new, "distance": 0.0}
         radius = torch.tensor(self.radius, device=query.device)
         if entries:
-            keys = torch.stack([e.tensors["keys"].to(query.device) for e in entries.values()])
+            keys = self.memory.rows("keys", entries).to(query.device)
             distance, index = (found[0] for found in nearest_keys(query[None], keys))
             name = list(entries)[int(index)]
             entry = entries[name]

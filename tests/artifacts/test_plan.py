@@ -1,0 +1,116 @@
+# Copyright the lightning_edit developers.
+# SPDX-License-Identifier: Apache-2.0
+"""A plan's arithmetic comes to what edits take that are really made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lightning_edit
+from lightning_edit import EditError, plan
+from lightning_edit.__main__ import main
+from lightning_edit.core.change import LowRank, add_changes, tensors_of
+from lightning_edit.demos import tiny_requests, trained_tiny_model
+
+RATES = {"teraflops": 1.0, "bandwidth": 100.0}
+CONTEXTS = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the tiny model's configuration, and no weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    trained_tiny_model()[0].config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("method", "layers"), [("ROME", [1]), ("MEMIT", [0, 1, 2])])
+def test_operations_are_those_that_an_edit_takes(
+    method: str, layers: list[int], folder: str
+) -> None:
+    model, tokenizer = trained_tiny_model()
+    editor = getattr(lightning_edit, method).from_model(
+        model,
+        tokenizer,
+        layers=layers,
+        steps=20,
+        stop_loss=0.0,
+        context_templates=CONTEXTS if method == "ROME" else [["{}"], CONTEXTS[1:]],
+    )
+    for site in editor.sites(editor.tree):
+        editor.factor(site.layer)
+    [request] = tiny_requests(1)
+    rows = [editor.tokens.subject_of(request, c.removesuffix("{}")) for c in CONTEXTS]
+    answer = editor.tokens.target(request.prompt, request.target_new, request.glued)
+    prompt = sum(len(ids) for ids, _ in rows) // len(rows) + len(answer)
+    ids, last = rows[0]
+    with FlopCounterMode(display=False) as counter:
+        editor.edit(request)
+    made = plan(
+        folder,
+        method,
+        layers=layers,
+        steps=20,
+        contexts=3,
+        prompt=prompt,
+        tail=len(ids) - last + len(answer) - 1,
+        **RATES,
+    )
+    counted = sum(made.operations[name] for name in ("capture", "search", "keys", "measure"))
+    assert 0.6 < counted / counter.get_total_flops() < 1.6
+
+
+@pytest.mark.parametrize("edits", [1, 12, 1000])
+def test_memory_is_what_is_held(edits: int, folder: str) -> None:
+    model, tokenizer = trained_tiny_model()
+    editor = lightning_edit.ROME.from_model(model, tokenizer, layers=[1])
+    made = plan(folder, "ROME", edits=edits, layers=[1], **RATES)
+    [site] = editor.sites(editor.tree)
+    assert made.memory["weights"] == sum(p.nbytes for p in model.parameters())
+    assert made.memory["originals"] == sum(
+        t.nbytes for t in editor.edit_optimizer.originals.values()
+    )
+    assert made.memory["second moments"] == editor.second_moment(site.layer).nbytes
+    assert made.memory["their factors"] == editor.factor(site.layer).nbytes
+    one = LowRank(torch.ones(site.out_features, 1), torch.ones(site.in_features, 1))
+    total = one
+    for _ in range(edits - 1):
+        total = add_changes(total, one)
+    assert made.memory["sum of edits"] == sum(t.nbytes for t in tensors_of(total))
+
+
+def test_devices_share_what_is_divided(folder: str) -> None:
+    whole, half = (plan(folder, "ROME", devices=n, layers=[1], **RATES) for n in (1, 2))
+    assert half.memory["weights"] == whole.memory["weights"] // 2
+    assert half.total_memory < whole.total_memory
+    assert (whole.sent, whole.memory["gathered"]) == (0, 0)
+    rows = plan(folder, "ROME", devices=2, division="TP", layers=[1], **RATES)
+    assert half.sent > 0 < rows.sent
+    assert half.seconds_per_edit == pytest.approx(whole.seconds_per_edit / 2)
+
+
+def test_the_command_tells_what_fits(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", folder, "--method", "MEMIT", "--edits", "3", "--layers", "[1]"]
+    words += ["--teraflops", "1", "--bandwidth", "100", "--gigabytes"]
+    assert main([*words, "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "It fits." in printed
+    assert "second moments" in printed
+    assert main([*words, "0.0001"]) == 0
+    assert "It does not fit." in capsys.readouterr().out
+    file = str(Path(folder) / "config.json")
+    assert plan(file, "ROME", layers=[1], **RATES).memory == (
+        plan(folder, "ROME", layers=[1], **RATES).memory
+    )
+
+
+def test_what_cannot_be_planned_is_refused(folder: str) -> None:
+    with pytest.raises(EditError, match="no plan for 'GRACE'; there are plans for ROME"):
+        plan(folder, "GRACE")
+    for name in ("edits", "devices", "tail", "teraflops"):
+        with pytest.raises(EditError, match=f"`{name}` is expected to be a number above 0"):
+            plan(folder, "ROME", **{name: 0})  # type: ignore[arg-type]
