@@ -156,6 +156,8 @@ def restored_logging() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:.*The number of training batches:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*`val_dataloader`:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning")
+# A page gives a command line of its own its words, where the test's before it are still there.
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 # peft asks a model in a way that transformers is about to retire.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=ids)
