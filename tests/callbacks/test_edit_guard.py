@@ -129,7 +129,7 @@ def test_edits_that_are_measured_together_go_together(name: str, tmp_path: Path)
     for case in ("whole", "resumed", "unrecorded"):
         guard = Breaks(on_breach="continue", every_n_edits=2, growth=1e9)
         folder = tmp_path / case
-        beside = [EditCheckpoint(str(folder))]
+        beside: list[Callback] = [EditCheckpoint(str(folder))]
         if case != "unrecorded":
             beside.append(EditLedger(str(folder / "ledger.db")))
         editor, ckpt = quick_editor(EDITORS[name]), None

@@ -4,13 +4,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import random
 import shutil
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +25,9 @@ from lightning_edit import (
 from lightning_edit.core.errors import LedgerError, RequestError
 from lightning_edit.demos import tiny_requests
 from lightning_edit.ledger.fingerprints import fingerprint
-from lightning_edit.optim import EditOptimizer
 from tests.callbacks.foreign import data_of, foreign
 from tests.contract.enumeration import EDITORS, quick_editor
 from tests.modules.helpers import bare_trainer
-from tests.processes import run_process
 
 pytest.importorskip("sqlalchemy")
 pytestmark = [
@@ -224,89 +216,3 @@ def test_of_two_that_are_asked_for_together_one_is_made(tmp_path: Path) -> None:
 def test_a_policy_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected `error`, `skip` or `replace`"):
         EditLedger(on_conflict="ignore")  # type: ignore[arg-type]
-
-
-# -- killed runs ---------------------------------------------------------------------------------
-
-
-def arm(count: int) -> Callable[[], int]:
-    """Has this process kill itself at the so-manieth of the places where a run writes something."""
-    from sqlalchemy import Engine, event
-
-    passed = 0
-
-    def tick(*_: Any) -> None:
-        nonlocal passed
-        passed += 1
-        if passed == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def ticking(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tick()
-            result = function(*args, **kwargs)
-            tick()
-            return result
-
-        return call
-
-    for name in ("replace", "fsync", "mkdir"):
-        setattr(os, name, ticking(getattr(os, name)))
-    EditOptimizer.take_over = ticking(EditOptimizer.take_over)  # type: ignore[method-assign]
-    for name in ("begin", "commit", "before_cursor_execute"):
-        event.listen(Engine, name, tick)
-    return lambda: passed
-
-
-def run_once(name: str, folder: str, count: int) -> None:
-    """A run that goes on from its checkpoint, where there is one, and may be killed."""
-    torch.set_num_threads(1)
-    passed = arm(count)
-    last = Path(folder) / "last.ckpt"
-    editor = quick_editor(EDITORS[name])
-    fit(editor, tiny_requests(3), Path(folder), last if last.exists() else None)
-    (Path(folder) / "passed").write_text(str(passed()))
-    (Path(folder) / "fingerprint").write_text(fingerprint(editor.model))
-
-
-def forked(*arguments: Any) -> int:
-    process = multiprocessing.get_context("fork").Process(target=run_once, args=arguments)
-    process.start()
-    process.join()
-    return int(process.exitcode or 0)
-
-
-def kill_and_resume(folder: str, kills: int, seed: int) -> None:
-    """Kills runs, each at a place of its own, and compares what comes of them in the end."""
-    rng = random.Random(seed)  # noqa: S311
-    whole = {}
-    for name in METHODS:
-        run = Path(folder) / name
-        assert forked(name, str(run), 0) == 0
-        whole[name] = rows_of(run), (run / "fingerprint").read_text(), (run / "passed").read_text()
-    for i in range(kills):
-        name = METHODS[i % len(METHODS)]
-        rows, state, passed = whole[name]
-        place = rng.randint(1, int(passed))
-        run = Path(folder) / f"{i}"
-        assert forked(name, str(run), place) == -signal.SIGKILL, place
-        assert forked(name, str(run), 0) == 0, place
-        assert rows_of(run) == rows, (name, place)
-        assert (run / "fingerprint").read_text() == state, (name, place)
-
-
-def rows_of(run: Path) -> list[tuple[Any, ...]]:
-    """What a run has left in its ledger, which is to be whole."""
-    ledger = Ledger(run / "ledger.db")
-    entries = ledger.entries()
-    assert ledger.verify() == []
-    names = {path.name for path in ledger.deltas.folder.iterdir()}
-    assert names == {entry.delta for entry in entries}
-    return [(e.id, e.kind, e.requests, e.before, e.after, e.scores) for e in entries]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_anywhere_leaves_each_edit_once(tmp_path: Path, kills: int) -> None:
-    done = run_process(kill_and_resume, str(tmp_path), kills, kills)
-    assert done.returncode == 0, done.stderr
