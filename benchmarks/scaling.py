@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 EDITORS = ("ROME", "MEMIT", "AlphaEdit")
 MODES = ("batch", "sequence")
@@ -150,7 +150,7 @@ def measure_run(editor: Any, counts: list[int], device: str, limit: float) -> di
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = DataLoader(requests_of(max(counts)), batch_size=1, collate_fn=list)
+        data: Any = DataLoader(cast(Any, requests_of(max(counts))), batch_size=1, collate_fn=list)
         trainer = Trainer(
             accelerator="cpu" if device == "cpu" else "gpu",
             devices=1,
@@ -210,9 +210,9 @@ def main() -> None:
     options = parser.parse_args()
     counts = sorted(options.counts)
     if options.sums:
-        found = measure_sums(*options.sums, counts)
-        figures = zip(counts, found["seconds"], found["held"], strict=True)
-        for count, seconds, held in figures:
+        rows, columns = options.sums
+        found = measure_sums(rows, columns, counts)
+        for count, seconds, held in zip(counts, found["seconds"], found["held"], strict=True):
             sys.stdout.write(f"{count} terms: {seconds:.3f} s, {held / 1e6:.0f} MB\n")
         return
     if options.here:
@@ -243,10 +243,11 @@ def main() -> None:
             for s, peak in zip(found["seconds"], found["peak_gigabytes"], strict=True)
         ]
         if mode == "run":
-            figures = zip(cells, found["counts"], found["written"], found["held"], strict=True)
             cells = [
                 f"{count}: {cell}, {written / 1000:.0f} kB written, {held / 1000:.0f} kB held"
-                for cell, count, written, held in figures
+                for cell, count, written, held in zip(
+                    cells, found["counts"], found["written"], found["held"], strict=True
+                )
             ]
         sys.stdout.write(f"{editor} | {mode} | " + " | ".join(cells) + "\n")
         sys.stdout.flush()
