@@ -47,20 +47,13 @@ def measure(name: str, method: str) -> None:
     from lightning_edit.demos import tiny_tokenizer
 
     torch.set_num_threads(1)
+    began = peak()  # of PyTorch and what it loads
     layers = [5] if method == "ROME" else [3, 4, 5]
-    with tempfile.TemporaryDirectory() as folder:
-        if name == "random":
-            LlamaConfig(**RANDOM).save_pretrained(folder)
-        where = folder if name == "random" else name
-        # A prompt with its context has about 14 tokens, 6 of them from the end of the subject on.
-        size: Any = {"contexts": len(CONTEXTS), "steps": STEPS, "prompt": 14, "tail": 6}
-        planned = le.plan(where, method, EDITS, layers=layers, **size)
-        began = peak()
-        model: Any
-        if name == "random":
-            model, tokenizer = LlamaForCausalLM(LlamaConfig(**RANDOM)).eval(), tiny_tokenizer()
-        else:
-            model, tokenizer = le.load_model(name), le.load_tokenizer(name)
+    model: Any
+    if name == "random":
+        model, tokenizer = LlamaForCausalLM(LlamaConfig(**RANDOM)).eval(), tiny_tokenizer()
+    else:
+        model, tokenizer = le.load_model(name), le.load_tokenizer(name)
     editor: Any = getattr(le, method).from_model(
         model, tokenizer, layers=layers, steps=STEPS, context_templates=CONTEXTS, stop_loss=0.0
     )
@@ -70,12 +63,24 @@ def measure(name: str, method: str) -> None:
         le.EditRequest("The town of {} lies on the", subject, "Marn")
         for subject in ("Badofegu", "Kilomenu", "Parisote", "Vutebado")
     ]
+    rows = [editor.tokens.subject_of(requests[0], c.removesuffix("{}")) for c in CONTEXTS]
+    answer = len(editor.tokens.target(requests[0].prompt, requests[0].target_new))
+    ids, last = rows[0]
+    size = {
+        "contexts": len(CONTEXTS),
+        "steps": STEPS,
+        "prompt": sum(len(row) for row, _ in rows) // len(rows) + answer,
+        "tail": len(ids) - last + answer - 1,
+    }
     editor.commit(editor.edit(requests[0]))
     seconds = time.process_time()
     for request in requests[1:]:
         editor.commit(editor.edit(request))
     seconds = (time.process_time() - seconds) / (len(requests) - 1)
     held = peak() - began
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        planned = le.plan(folder, method, EDITS, layers=layers, **size)
     with FlopCounterMode(display=False) as counter:
         editor.edit(requests[0])
     counted = counter.get_total_flops() / 1e12

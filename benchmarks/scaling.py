@@ -7,6 +7,7 @@
     python benchmarks/scaling.py --model smollm2 --counts 1 10 100
     python benchmarks/scaling.py --model smollm2 --device cuda     # seconds and memory of the GPU
     python benchmarks/scaling.py --sums 4096 14336 --counts 1 64 512 2047 2049  # one matrix alone
+    python benchmarks/scaling.py --entries --counts 100 1000 10000  # GRACE's memory alone
 
 ``batch`` writes all requests at once, ``sequence`` commits them one after another, and ``run`` is a
 run of the Trainer with batches of one and a checkpoint after each: it also tells the bytes that an
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 EDITORS = ("ROME", "MEMIT", "AlphaEdit")
 MODES = ("batch", "sequence")
@@ -150,7 +151,7 @@ def measure_run(editor: Any, counts: list[int], device: str, limit: float) -> di
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = DataLoader(requests_of(max(counts)), batch_size=1, collate_fn=list)
+        data: Any = DataLoader(cast(Any, requests_of(max(counts))), batch_size=1, collate_fn=list)
         trainer = Trainer(
             accelerator="cpu" if device == "cpu" else "gpu",
             devices=1,
@@ -195,6 +196,37 @@ def measure_sums(rows: int, columns: int, counts: list[int]) -> dict[str, Any]:
     return {"counts": counts, "seconds": seconds, "held": held}
 
 
+def measure_entries(counts: list[int]) -> list[float]:
+    """Seconds that GRACE takes for an edit beside the model's passes."""
+    import torch
+
+    from lightning_edit import GRACE
+    from lightning_edit.core.committed import RequestBatch
+    from lightning_edit.core.provenance import Provenance
+    from lightning_edit.core.side_memory import MemoryEntry
+    from lightning_edit.demos import tiny_model, tiny_tokenizer
+
+    torch.set_num_threads(1)
+    editor = GRACE.from_model(tiny_model(), tiny_tokenizer())
+    seconds, done, began = [], 0, time.process_time()
+    for count, request in enumerate(requests_of(max(counts)), 1):
+        [asked] = editor.session.unanswered([request])
+        entries = editor.entries_without([asked.id])
+        if entries:
+            editor.memory.rows("keys", entries)
+        tensors = {"keys": torch.randn(128), "values": torch.randn(32), "radii": torch.ones(())}
+        entries[asked.id] = MemoryEntry(tensors, {asked.id: {"distance": 0.0}}, {"label": [1]})
+        edit = editor.memory_write(entries)
+        edit.provenance = Provenance(request_ids=(asked.id,))
+        edit.batches = (RequestBatch((asked,)),)
+        editor.session.commit(edit)
+        if count in counts:
+            now = time.process_time()
+            seconds.append((now - began) / (count - done))
+            began, done = now, count
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -206,13 +238,18 @@ def main() -> None:
         "--here", action="store_true", help="measure the one named, in this process"
     )
     parser.add_argument("--sums", type=int, nargs=2, help="rows and columns of one matrix")
+    parser.add_argument("--entries", action="store_true", help="a memory alone, without passes")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which a run ends")
     options = parser.parse_args()
     counts = sorted(options.counts)
+    if options.entries:
+        for count, each in zip(counts, measure_entries(counts), strict=True):
+            sys.stdout.write(f"{count} entries: {1000 * each:.2f} ms\n")
+        return
     if options.sums:
-        found = measure_sums(*options.sums, counts)
-        figures = zip(counts, found["seconds"], found["held"], strict=True)
-        for count, seconds, held in figures:
+        rows, columns = options.sums
+        found = measure_sums(rows, columns, counts)
+        for count, seconds, held in zip(counts, found["seconds"], found["held"], strict=True):
             sys.stdout.write(f"{count} terms: {seconds:.3f} s, {held / 1e6:.0f} MB\n")
         return
     if options.here:
@@ -243,10 +280,11 @@ def main() -> None:
             for s, peak in zip(found["seconds"], found["peak_gigabytes"], strict=True)
         ]
         if mode == "run":
-            figures = zip(cells, found["counts"], found["written"], found["held"], strict=True)
             cells = [
                 f"{count}: {cell}, {written / 1000:.0f} kB written, {held / 1000:.0f} kB held"
-                for cell, count, written, held in figures
+                for cell, count, written, held in zip(
+                    cells, found["counts"], found["written"], found["held"], strict=True
+                )
             ]
         sys.stdout.write(f"{editor} | {mode} | " + " | ".join(cells) + "\n")
         sys.stdout.flush()

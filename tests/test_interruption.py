@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lightning_edit import MemoryWrite
+from lightning_edit.checkpoints import read_checkpoint
 from lightning_edit.demos import WORLD, tiny_requests
 from tests.processes import run_module, run_program
 from tests.runs import (
@@ -45,7 +46,7 @@ def interrupted(
 
 
 def committed_steps(run: Path) -> int:
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == len(checkpoint["optimizer_states"][0]["request_ids"])
     return int(checkpoint["global_step"])
 

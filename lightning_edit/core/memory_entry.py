@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "MemoryEntry",
     "MemoryRecord",
+    "Row",
     "entries_by_request",
     "read_description",
     "rows_fit",
@@ -24,6 +25,34 @@ __all__ = [
 
 #: What a memory keeps of a request or an entry, as JSON types: each kind of memory knows its own.
 MemoryRecord: TypeAlias = Mapping[str, Any]
+
+
+class Row(Mapping[str, Tensor]):
+    """One row of several tensors, which is looked up when it is asked for.
+
+    Args:
+        rows: Field to all rows of it, [N, …].
+        number: Which row.
+
+    Examples:
+        >>> dict(Row({"sizes": torch.tensor([3.0, 4.0])}, 1))
+        {'sizes': tensor(4.)}
+    """
+
+    __slots__ = ("number", "rows")
+
+    def __init__(self, rows: Mapping[str, Tensor], number: int) -> None:
+        self.rows = rows
+        self.number = number
+
+    def __getitem__(self, field: str) -> Tensor:
+        return self.rows[field][self.number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lightning_edit.core.growing_rows import GrowingRows
 from lightning_edit.core.memory_entry import (
     MemoryEntry,
     MemoryRecord,
+    Row,
     entries_by_request,
     read_description,
     rows_fit,
@@ -219,7 +220,7 @@ class EditMemory(nn.Module, ABC):
         if not _is_same(held, self._viewed):
             rows, records = held
             views = {
-                name: replace(record, tensors={f: rows[f][i] for f in self.fields})
+                name: MemoryEntry(Row(rows, i), record.requests, record.notes)
                 for i, (name, record) in enumerate(records.items())
             }
             self._views, self._viewed = views, held
@@ -324,8 +325,8 @@ class EditMemory(nn.Module, ABC):
             self._set((rows, records))
             if new and in_place:
                 self._views = views | {
-                    name: replace(records[name], tensors={f: rows[f][i] for f in self.fields})
-                    for i, name in enumerate(new, same)
+                    name: MemoryEntry(Row(rows, i), entry.requests, entry.notes)
+                    for i, (name, entry) in enumerate(new.items(), same)
                 }
                 self._viewed = rows, records
         except BaseException:  # an interruption, too, leaves what it held

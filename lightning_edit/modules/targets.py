@@ -417,17 +417,8 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
         if self._made is None or memory is None or self._made[0] is not memory.state:
             edit = MemoryWrite.from_state({}, self.model)
             self._describe(edit, [] if memory is None else memory.request_ids)
-            self._made = memory and memory.state, edit
+            self._made = None if memory is None else memory.state, edit
         return self._made[1]
-
-    def _describe(self, edit: MemoryWrite, known: Collection[str]) -> None:
-        """Adds what the memory itself does not know of an edit of all that it holds."""
-        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
-        edit.provenance = Provenance(request_ids=tuple(ids))
-        edit.carried, edit.batches = self._carried, self._batches
-        if not self._asked <= ids.keys():
-            left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
-            edit.batches = tuple(batch for batch in left if batch.requests)
 
     @delta.setter
     def delta(self, edit: MemoryWrite) -> None:
@@ -439,3 +430,12 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
             self._asked = set()
         self._asked |= {name for batch in added if batch for name in batch.ids}
         self._batches, self._made = edit.batches, None
+
+    def _describe(self, edit: MemoryWrite, known: Collection[str]) -> None:
+        """Adds what the memory itself does not know of an edit of all that it holds."""
+        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
+        edit.provenance = Provenance(request_ids=tuple(ids))
+        edit.carried, edit.batches = self._carried, self._batches
+        if not self._asked <= ids.keys():
+            left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
+            edit.batches = tuple(batch for batch in left if batch.requests)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_edit
 from lightning_edit import EditError, plan
 from lightning_edit.__main__ import main
-from lightning_edit.core.change import LowRank, add_changes, tensors_of
+from lightning_edit.core.change import Change, LowRank, add_changes, tensors_of
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 
-RATES = {"teraflops": 1.0, "bandwidth": 100.0}
+RATES: Any = {"teraflops": 1.0, "bandwidth": 100.0}
 CONTEXTS = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
 
 
@@ -77,7 +78,7 @@ def test_memory_is_what_is_held(edits: int, folder: str) -> None:
     assert made.memory["second moments"] == editor.second_moment(site.layer).nbytes
     assert made.memory["their factors"] == editor.factor(site.layer).nbytes
     one = LowRank(torch.ones(site.out_features, 1), torch.ones(site.in_features, 1))
-    total = one
+    total: Change = one
     for _ in range(edits - 1):
         total = add_changes(total, one)
     assert made.memory["sum of edits"] == sum(t.nbytes for t in tensors_of(total))
@@ -112,5 +113,6 @@ def test_what_cannot_be_planned_is_refused(folder: str) -> None:
     with pytest.raises(EditError, match="no plan for 'GRACE'; there are plans for ROME"):
         plan(folder, "GRACE")
     for name in ("edits", "devices", "tail", "teraflops"):
+        wrong: Any = {name: 0}
         with pytest.raises(EditError, match=f"`{name}` is expected to be a number above 0"):
-            plan(folder, "ROME", **{name: 0})  # type: ignore[arg-type]
+            plan(folder, "ROME", **wrong)

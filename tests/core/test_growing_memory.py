@@ -19,6 +19,8 @@ class Growing(EditMemory):
     """A memory that does nothing."""
 
     fields: ClassVar[tuple[str, ...]] = ("keys", "sizes")
+    keys: Tensor
+    sizes: Tensor
 
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
         return []
