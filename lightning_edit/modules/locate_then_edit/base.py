@@ -70,7 +70,7 @@ class LocateModule(EditModule[WeightDelta]):
         stop_loss: Loss in nats below which a target value is found.
         max_rows: Rows whose target values are searched at once; it changes memory, not results.
         search: How target values are searched: ``adam``, as in the papers, or ``gauss_newton``,
-            which needs about a third of the passes; ``lr`` is Adam's alone.
+            which needs fewer passes; ``lr`` is Adam's alone.
         kwargs: Arguments of every editor, such as ``dtype``; see
             [`EditModule`][lightning_edit.EditModule].
     """
