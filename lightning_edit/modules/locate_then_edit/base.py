@@ -26,8 +26,13 @@ from lightning_edit.modules.locate_then_edit.attention_sink import sink_reasons
 from lightning_edit.modules.locate_then_edit.contexts import Contexts
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
+from lightning_edit.modules.locate_then_edit.searches import SearchKind
 from lightning_edit.modules.locate_then_edit.shared_search import search_target_values
-from lightning_edit.modules.locate_then_edit.target_values import TargetValues, TargetValueSettings
+from lightning_edit.modules.locate_then_edit.target_values import (
+    SEARCHES,
+    TargetValues,
+    TargetValueSettings,
+)
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.key_pass import KeyPasses
 from lightning_edit.passes.sampling import sample_templates
@@ -64,6 +69,8 @@ class LocateModule(EditModule[WeightDelta]):
         seed: Seed of sampled contexts and texts.
         stop_loss: Loss in nats below which a target value is found.
         max_rows: Rows whose target values are searched at once; it changes memory, not results.
+        search: How target values are searched: ``adam``, as in the papers, or ``gauss_newton``,
+            which needs fewer passes; ``lr`` is Adam's alone.
         kwargs: Arguments of every editor, such as ``dtype``; see
             [`EditModule`][lightning_edit.EditModule].
     """
@@ -93,6 +100,7 @@ class LocateModule(EditModule[WeightDelta]):
         seed: int = 0,
         stop_loss: float = 5e-2,
         max_rows: int = 512,
+        search: SearchKind = "adam",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
@@ -107,8 +115,20 @@ class LocateModule(EditModule[WeightDelta]):
         ):
             if value < 1:
                 raise ValueError(f"`{name}` is expected to be at least 1, but got {value}.")
+        if search not in SEARCHES:
+            raise ValueError(
+                f"`search` is expected to be one of {', '.join(SEARCHES)}, but got {search!r}."
+            )
         self.settings = TargetValueSettings(
-            steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, kl_prompt, max_rows
+            steps,
+            lr,
+            weight_decay,
+            clamp_norm_factor,
+            kl_factor,
+            stop_loss,
+            kl_prompt,
+            max_rows,
+            search=search,
         )
         self.seed = seed
         is_module = isinstance(second_moment_text, LightningDataModule)

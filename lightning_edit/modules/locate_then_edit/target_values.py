@@ -25,7 +25,14 @@ from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import ends_whole
-from lightning_edit.functional.adam import adam_step, clamp_norm
+from lightning_edit.modules.locate_then_edit.searches import (
+    AdamSearch,
+    GaussNewtonSearch,
+    Losses,
+    Search,
+    SearchKind,
+    StepSettings,
+)
 from lightning_edit.modules.locate_then_edit.target_rows import TargetRows, search_turns
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.norms import fused_norms
@@ -41,6 +48,10 @@ TEST_EVERY = 4
 # Once all target tokens are the likeliest, a search that settles counts their likelihood for this
 # much less, and ends where the divergence is not above the other.
 SETTLED_FACTOR, SETTLED_KL = 0.1, 1e-2
+SEARCHES: dict[SearchKind, Callable[[Tensor, Tensor, StepSettings], Search]] = {
+    "adam": AdamSearch,
+    "gauss_newton": GaussNewtonSearch,
+}
 LOSSES = ("total", "nll", "kl", "wd")
 
 
@@ -62,6 +73,7 @@ class TargetValueSettings:
         nll_factor: Factor of the targets' negative log-likelihood.
         settles: Once all target tokens are the likeliest, count their likelihood a tenth, and
             finish where the divergence is at most 0.01 (PMET, arXiv 2308.08742).
+        search: ``adam``, as in the papers, or ``gauss_newton``, which needs fewer passes.
     """
 
     steps: int = 20
@@ -75,6 +87,7 @@ class TargetValueSettings:
     place: Place = "mlp"
     nll_factor: float = 1.0
     settles: bool = False
+    search: SearchKind = "adam"
 
 
 @dataclass
@@ -195,31 +208,6 @@ def optimize_target_values(
 
 
 @dataclass(frozen=True)
-class _Losses:
-    """Losses of requests at a pass, [E] each.
-
-    Args:
-        total: Sum of the others.
-        nll: Negative log-likelihood of the target, with its factor.
-        kl: Divergence at the anchor, with its factor.
-        wd: Weight decay, with its factor.
-        likely: Mean probability of the target's tokens (geometric).
-        right: Whether all of them are the likeliest, where that is asked for.
-    """
-
-    total: Tensor
-    nll: Tensor
-    kl: Tensor
-    wd: Tensor
-    likely: Tensor
-    right: Tensor | None
-
-    def table(self) -> Tensor:
-        """What is reported of them, in the order of ``LOSSES``, [E, 4]."""
-        return torch.stack([self.total, self.nll, self.kl, self.wd], 1).detach()
-
-
-@dataclass(frozen=True)
 class _Passes:
     """The losses of a batch as functions of its requests' δ.
 
@@ -247,22 +235,25 @@ class _Passes:
     factor: Tensor
     reference: Tensor | None = None
 
-    def next_tokens(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def next_tokens(self, change: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of target tokens, [X, V], and log-probabilities at the anchors, [E, V]."""
-        state = self.tail.hidden(delta[self.owner])
+        state = self.tail.hidden(change)
         # Logits only where a loss reads them.
         read = torch.cat([state[self.row, self.column], state[self.anchor, 0]])
         logits_X, logits_E = self.tail.logits(read).split([len(self.row), len(self.anchor)])
         return logits_X, log_softmax(logits_E, dim=-1)
 
-    def losses(self, delta: Tensor, settings: TargetValueSettings) -> tuple[_Losses, Self]:
+    def losses(
+        self, delta: Tensor, change: Tensor, settings: TargetValueSettings
+    ) -> tuple[Losses, Self]:
         """Losses of a pass, and the same passes with the reference that the first one gives.
 
         Args:
             delta: δ of each request, [E, C, D].
+            change: The same of each row, [N, C, D].
             settings: Factors of the losses.
         """
-        logits_XV, logp_EV = self.next_tokens(delta)
+        logits_XV, logp_EV = self.next_tokens(change)
         nll_X = cross_entropy(logits_XV, self.token, reduction="none")
         owner_X, zeros_E = self.owner[self.row], torch.zeros_like(self.factor)
         plain_E = zeros_E.index_add(0, owner_X, nll_X * self.weight)
@@ -270,12 +261,18 @@ class _Passes:
         kl_E = settings.kl_factor * (logp_EV.exp() * (logp_EV - reference_EV)).sum(-1)
         size_EC = torch.linalg.vector_norm(delta, dim=-1)
         wd_E = settings.weight_decay * (size_EC / self.norm**2).sum(-1)
-        nll_E, likely_E = self.factor * plain_E, torch.exp(-plain_E.detach())
-        right_E = None
+        nll_E = self.factor * plain_E
+        right_E = zeros_E > 0
         if settings.settles:
             missed_X = (logits_XV.argmax(-1) != self.token).float()
             right_E = zeros_E.index_add(0, owner_X, missed_X) == 0
-        losses = _Losses(nll_E + kl_E + wd_E, nll_E, kl_E, wd_E, likely_E, right_E)
+        # Rows are a request's templates and then its anchor, over and over.
+        rows_N = torch.zeros(len(self.owner), device=delta.device)
+        rows_N = rows_N.index_add(0, self.row, nll_X * self.weight)
+        rows_ET = rows_N.reshape(len(self.anchor), -1)[:, :-1]
+        rows_ET = rows_ET * rows_ET.shape[1]
+        total_E = nll_E + kl_E + wd_E
+        losses = Losses(total_E, nll_E, kl_E, wd_E, plain_E, right_E, rows_ET)
         return losses, replace(self, reference=reference_EV)
 
     def select(self, kept: Tensor) -> Self:
@@ -304,11 +301,11 @@ def _passes_between_tests(device: torch.device) -> int:
     return 1 if device.type == "cpu" else TEST_EVERY
 
 
-def _goes_on(losses: _Losses, settings: TargetValueSettings) -> Tensor:
+def _goes_on(losses: Losses, settings: TargetValueSettings) -> Tensor:
     """Whether each request is to be searched further, [E] bool."""
     total_E = losses.total.detach()
     going_E = (total_E >= settings.stop_loss) & total_E.isfinite()
-    if losses.right is not None:
+    if settings.settles:
         going_E &= ~(losses.right & (losses.kl.detach() <= SETTLED_KL))
     return going_E
 
@@ -348,7 +345,8 @@ def _optimize(
         torch.full((count,), settings.nll_factor, device=device),
     )
     delta_ECD = torch.zeros_like(first_ECD)
-    moment1, moment2 = torch.zeros_like(delta_ECD), torch.zeros_like(delta_ECD)
+    steps = StepSettings(settings.lr, settings.clamp_norm_factor, settings.weight_decay)
+    search = SEARCHES[settings.search](torch.zeros_like(first_ECD), norm_EC, steps)
     # All figures stay on the device until the end.
     table_SEL = torch.zeros(settings.steps, count, len(LOSSES), device=device)
     likely_SE = torch.zeros(settings.steps, count, device=device)
@@ -360,11 +358,15 @@ def _optimize(
 
     with torch.enable_grad(), borrowed(tree.model), fused_norms(tree.model):
         for step in range(settings.steps):
-            delta = delta_ECD[live_E].requires_grad_()
-            losses, passes = passes.losses(delta, settings)
-            table_SEL[step, live_E] = losses.table()
+            delta = search.trial.clone().requires_grad_()
+            change = delta[passes.owner]
+            losses, passes = passes.losses(delta, change, settings)
+            seen = search.look(losses, passes.factor, active_E)
+            delta_ECD[live_E] = search.found
+            table_SEL[step, live_E] = seen.table()
             likely_SE[step] = likely_SE[step - 1]
-            likely_SE[step, live_E] = torch.where(active_E, losses.likely, likely_SE[step, live_E])
+            likely = seen.likely.detach()
+            likely_SE[step, live_E] = torch.where(active_E, likely, likely_SE[step, live_E])
             passes_E[live_E] += active_E
             is_last = step == settings.steps - 1
             is_tested = is_last or (step + 1) % every == 0
@@ -375,38 +377,30 @@ def _optimize(
                 told = step + 1
             if is_last:
                 break
-            going_E = active_E & _goes_on(losses, settings)
+            going_E = active_E & _goes_on(seen, settings)
             # The host waits for the device here and nowhere else in the loop.
             kept_E = going_E.nonzero()[:, 0] if is_tested else None
             if kept_E is not None and not len(kept_E):
                 break
-            if losses.right is not None:
-                factor_E = torch.where(losses.right, SETTLED_FACTOR, 1.0) * settings.nll_factor
+            if settings.settles:
+                factor_E = torch.where(seen.right, SETTLED_FACTOR, 1.0) * settings.nll_factor
                 passes = replace(passes, factor=factor_E)
             # What is finished is frozen: it gets no gradient and no step.
-            searched = torch.where(going_E, losses.total, 0.0).sum()
-            (gradient,) = torch.autograd.grad(searched, delta)
-            with torch.no_grad():
-                # Every request that is not finished has made the same number of steps.
-                move, moment1[live_E], moment2[live_E] = adam_step(
-                    gradient, moment1[live_E], moment2[live_E], step, settings.lr
-                )
-                limit = settings.clamp_norm_factor * passes.norm[..., None]
-                moved = clamp_norm(delta + move, limit)
-                delta_ECD[live_E] = torch.where(going_E[:, None, None], moved, delta)
-                active_E = going_E
-                if kept_E is not None and len(kept_E) < len(live_E):
-                    # Finished requests leave the batch.
-                    passes, live_E = passes.select(kept_E), live_E[kept_E]
-                    active_E = going_E[kept_E]
+            search.step(losses, delta, change, going_E)
+            active_E = going_E
+            if kept_E is not None and len(kept_E) < len(live_E):
+                # Finished requests leave the batch.
+                search.select(kept_E)
+                passes, live_E = passes.select(kept_E), live_E[kept_E]
+                active_E = going_E[kept_E]
     made, table = passes_E.tolist(), table_SEL.transpose(0, 1).tolist()
     losses_of = [
         [dict(zip(LOSSES, figures, strict=True)) for figures in own[:n]]
         for own, n in zip(table, made, strict=True)
     ]
-    likely = likely_SE[max(made) - 1].tolist()
+    probabilities = likely_SE[max(made) - 1].tolist()
     failed = {e: n for e, n in enumerate(made) if not math.isfinite(losses_of[e][-1]["total"])}
     attention = torch.stack([first_ECD[:, 1:], delta_ECD[:, 1:]], 2).flatten(1, 2)
     return TargetValues(
-        keys, values_ETCD[:, :, 0], delta_ECD[:, 0], attention, losses_of, likely, failed
+        keys, values_ETCD[:, :, 0], delta_ECD[:, 0], attention, losses_of, probabilities, failed
     )

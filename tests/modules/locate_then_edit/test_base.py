@@ -56,6 +56,10 @@ def editor_of(model: Any = None, **settings: Any) -> ROME:
     ("settings", "message"),
     [
         ({"context_templates": ["{}", "Yes."]}, r"`context_templates`: 'Yes\.' .* end in \{\}"),
+        (
+            {"search": "newton"},
+            r"`search` is expected to be one of adam, gauss_newton, but got 'newton'",
+        ),
         ({"context_templates": ["Yes. {}"]}, r"`context_templates`: the first .* '\{\}'"),
         (
             {"context_templates": ["{}", ["Yes. {}"]]},
@@ -425,3 +429,17 @@ def test_requests_longer_than_the_context_are_refused_by_name(kind: str) -> None
     with pytest.raises(RequestError, match=r"'short': .* behind the context 'so so .* the prompt"):
         editor.edit(short)
     assert same(model, kept)
+
+
+@pytest.mark.parametrize("method", [ROME, MEMIT, PMET, EMMET, AlphaEdit])
+def test_values_are_searched_as_asked(method: Any) -> None:
+    model, tokenizer = trained_tiny_model()
+    given: dict[str, Any] = {"layers": [1], "context_templates": ["{}"], "steps": 6}
+    losses = {}
+    for search in ("adam", "gauss_newton"):
+        editor = method.from_model(model, tokenizer, search=search, **given)
+        editor.set_second_moment(1, torch.eye(128))
+        edit = editor.edit(tiny_requests(1)[0])
+        losses[search] = edit.details["requests"][0]["searched_loss"]
+        assert editor.hparams["search"] == search
+    assert losses["gauss_newton"] < losses["adam"]

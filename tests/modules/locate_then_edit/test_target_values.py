@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,14 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.request import EditRequest
 from lightning_edit.demos import tiny_requests, tiny_tokenizer
 from lightning_edit.modules.locate_then_edit import target_values
+from lightning_edit.modules.locate_then_edit.searches import SearchKind
 from lightning_edit.modules.locate_then_edit.target_rows import TargetRows, search_turns
 from lightning_edit.modules.locate_then_edit.target_values import (
     TargetValues,
     TargetValueSettings,
     optimize_target_values,
 )
+from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
 from tests import zoo
 
@@ -185,11 +188,14 @@ def test_requests_of_near_widths_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize("settles", [False, True])
+@pytest.mark.parametrize("search", ["adam", "gauss_newton"])
 def test_looking_every_few_passes_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, settles: bool
+    monkeypatch: pytest.MonkeyPatch, search: SearchKind, settles: bool
 ) -> None:
     model = zoo.build("llama").requires_grad_(False)
-    settings = TargetValueSettings(steps=9, lr=0.05, weight_decay=0.0, settles=settles)
+    settings = TargetValueSettings(
+        steps=9, lr=0.05, weight_decay=0.0, settles=settles, search=search
+    )
     free = batched(model, REQUESTS, settings)
     # A bound that all of them reach, one of them after some passes.
     bound = max(losses[min(4, len(losses) - 1)]["total"] for losses in free.losses)
@@ -234,19 +240,69 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_does_not_wait_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("search", ["adam", "gauss_newton"])
+def test_the_host_does_not_wait_in_the_loop(
+    monkeypatch: pytest.MonkeyPatch, search: SearchKind
+) -> None:
     model = zoo.build("llama").requires_grad_(False)
     counts: dict[tuple[int, int], int] = {}
     for every in (1, 100):
         monkeypatch.setattr(target_values, "_passes_between_tests", lambda _, every=every: every)
         for steps in (3, 8):
-            settings = TargetValueSettings(steps=steps, stop_loss=0.0, settles=True)
+            settings = TargetValueSettings(steps=steps, stop_loss=0.0, settles=True, search=search)
             with Waits() as waits:
                 found = batched(model, REQUESTS, settings)
             counts[every, steps] = waits.count
             assert all(len(losses) == steps for losses in found.losses)
     assert counts[100, 8] == counts[100, 3]
     assert counts[1, 8] > counts[1, 3]  # so they are seen where they are
+
+
+@pytest.mark.parametrize("place", ["mlp", "block", "sublayers"])
+def test_gauss_newton_needs_a_third_of_the_passes(place: Place) -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=24, lr=0.1, weight_decay=1e-3, place=place, stop_loss=0.0)
+    adam = batched(model, REQUESTS, settings)
+    settings = replace(settings, steps=8, search="gauss_newton")
+    found = batched(model, REQUESTS, settings)
+    for mine, theirs in zip(found.losses, adam.losses, strict=True):
+        totals = [p["total"] for p in mine]
+        assert totals == sorted(totals, reverse=True)  # of the best so far
+        assert totals[0] == pytest.approx(theirs[0]["total"], rel=1e-4)
+        fall = theirs[0]["total"] - theirs[-1]["total"]
+        assert totals[-1] <= theirs[-1]["total"] + 0.02 * fall
+    limit = settings.clamp_norm_factor * found.outputs[:, 0].norm(dim=1)
+    assert (found.deltas.norm(dim=1) <= limit * (1 + 1e-4)).all()
+    for e, request in enumerate(REQUESTS):
+        alone = batched(model, [request], settings)
+        assert alone.losses[0][-1]["total"] == pytest.approx(
+            found.losses[e][-1]["total"], rel=0.02, abs=1e-4
+        )
+
+
+def test_what_gauss_newton_finds_has_the_loss_that_it_tells() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    settings = TargetValueSettings(steps=7, weight_decay=1e-3, search="gauss_newton")
+    found = batched(model, REQUESTS, settings)
+    mlp = ModelTree.of(model).mlp(LAYER)
+    tokens = PromptTokenizer(tiny_tokenizer())
+    for e, request in enumerate(REQUESTS):
+        target = tokens.target(request.prompt, request.target_new)
+        nll = 0.0
+        for template in TEMPLATES:
+            prompt, last = tokens.subject_of(request, template[:-2])
+
+            def add(_: nn.Module, __: Any, output: Tensor, last: int = last, e: int = e) -> Tensor:
+                output = output.clone()
+                output[0, last] += found.deltas[e]
+                return output
+
+            with torch.no_grad(), hooked({mlp: add}):
+                logits = model(input_ids=torch.tensor([[*prompt, *target[:-1]]])).logits[0]
+            own = logits[len(prompt) - 1 :].log_softmax(-1)
+            nll -= float(own[range(len(target)), target].mean()) / len(TEMPLATES)
+        assert nll == pytest.approx(found.losses[e][-1]["nll"], rel=1e-3, abs=1e-5)
+        assert found.probabilities[e] == pytest.approx(math.exp(-nll), rel=1e-3)
 
 
 def test_lower_precision_rounds_passes_and_nothing_else() -> None:
