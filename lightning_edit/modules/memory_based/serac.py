@@ -23,6 +23,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import ends_whole
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.functional.scope import Distance, scope_distances, scope_loss
 from lightning_edit.memories.prompts import statement
@@ -156,6 +157,7 @@ class SERAC(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.06520"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "scope", "recall", "specificity")
 
     def __init__(
@@ -376,7 +378,7 @@ class SERAC(MemoryModule):
         for request, text, prompt, target in zip(requests, texts, prompts, targets, strict=True):
             tokens.check_length(request, len(text) + len(separator) + len(prompt), len(target))
         entries = self.entries_without([request.id for request in requests])
-        with memory.off():
+        with memory.off(), ends_whole(self.model):
             embeddings, queries = memory.encode([*texts, *prompts]).chunk(2)
         rows: list[RequestFigures] = []
         for b, request in enumerate(requests):
@@ -475,7 +477,7 @@ class SERAC(MemoryModule):
         mine = one.share(len(asked))
         with borrowed(self.model):
             part = self._answer_loss(batch.outer, [texts[i] for i in owners], asked, mine)
-            with self.memory.off():
+            with self.memory.off(), ends_whole(self.model):
                 found = self.network.encoder.encode(self.model, [*texts, *asked, *others])
         nll = one.total(part.detach())
         edits, inner, outer = found.split([len(texts), len(asked), len(others)])
