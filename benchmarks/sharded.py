@@ -33,11 +33,11 @@ from typing_extensions import override
 METHODS = ("ROME", "MEMIT")
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that collectives fill."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.largest = 0
 
@@ -66,11 +66,11 @@ class Watch(Callback):
     @override
     def on_train_batch_start(self, *_: object) -> None:
         self.seconds = time.perf_counter()
-        self.traffic.__enter__()
+        self.traffic.__enter__()  # type: ignore[no-untyped-call]
 
     @override
     def on_train_batch_end(self, *_: object) -> None:
-        self.traffic.__exit__(None, None, None)
+        self.traffic.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self.seconds = time.perf_counter() - self.seconds
 
 

@@ -33,10 +33,11 @@ def survive(delta: str, model: str | None = None, formats: list[str] | None = No
             'lightning-edit[quantise]'`), or gguf.
         ModelError: If the model cannot be loaded, or a format does not divide its weights.
     """
+    from collections.abc import Mapping
     from typing import cast, get_args
 
     from lightning_edit.artifacts.sources import base_name, load_base, open_edit
-    from lightning_edit.core.batch import PromptTokenizer
+    from lightning_edit.core.batch import PromptTokenizer, TemplateValue
     from lightning_edit.core.errors import ArtifactError
     from lightning_edit.core.locator import ModelTree
     from lightning_edit.evaluation.quantised import QuantFormat
@@ -65,8 +66,10 @@ def survive(delta: str, model: str | None = None, formats: list[str] | None = No
         load_tokenizer(source),
         chat_template=chat,
         is_encoder_decoder=ModelTree.of(loaded).is_encoder_decoder,
-        chat_template_kwargs=settings.get("chat_template_kwargs"),
-        system_prompt=settings.get("system_prompt"),
+        chat_template_kwargs=cast(
+            Mapping[str, TemplateValue] | None, settings.get("chat_template_kwargs")
+        ),
+        system_prompt=cast(str | None, settings.get("system_prompt")),
     )
     found = measure_survival(loaded, tokens, asked, cast(list[QuantFormat], chosen))
     rows = tuple(SurvivedEdit(r.id, r.form, r.outcome, r.before, r.after) for r in found)

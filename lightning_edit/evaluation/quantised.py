@@ -67,9 +67,10 @@ def _by_torchao(weight: Tensor, form: QuantFormat) -> Tensor:
         raise MissingDependencyError("torchao", "quantise", f"`{form}`") from None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    four_bits = IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP))
+    kind = torch.int4  # type: ignore[attr-defined]
+    four_bits = IntxWeightOnlyConfig(kind, PerGroup(GROUP))
     quantize_(layer, Int8WeightOnlyConfig() if form == "int8" else four_bits)
-    return cast(Tensor, layer.weight.dequantize())
+    return layer.weight.dequantize()
 
 
 def _by_gguf(weight: Tensor, form: QuantFormat) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import ends_whole
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.functional.scope import Distance, scope_distances, scope_loss
 from lightning_edit.memories.prompts import statement
@@ -159,6 +160,7 @@ class SERAC(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.06520"
+    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "scope", "recall", "specificity")
 
     def __init__(
@@ -381,7 +383,7 @@ class SERAC(MemoryModule):
         for request, text, prompt, target in zip(requests, texts, prompts, targets, strict=True):
             tokens.check_length(request, len(text) + len(separator) + len(prompt), len(target))
         entries = self.entries_without([request.id for request in requests])
-        with memory.off():
+        with memory.off(), ends_whole(self.model):
             read = [self._scope_text(request, tokens) for request in requests]
             embeddings, queries = memory.encode([*read, *prompts]).chunk(2)
         rows: list[RequestFigures] = []
@@ -495,7 +497,7 @@ class SERAC(MemoryModule):
         read = [self._scope_text(request, self.tokens) for request in requests]
         with borrowed(self.model):
             part = self._answer_loss(batch.outer, [texts[i] for i in owners], asked, mine)
-            with self.memory.off():
+            with self.memory.off(), ends_whole(self.model):
                 found = self.network.encoder.encode(self.model, [*read, *asked, *others])
         nll = one.total(part.detach())
         edits, inner, outer = found.split([len(texts), len(asked), len(others)])

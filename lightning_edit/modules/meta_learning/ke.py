@@ -21,6 +21,7 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import ends_whole, whole_tensor
 from lightning_edit.evaluation.evaluator import Evaluation, Evaluator
 from lightning_edit.functional.ke import ke_factors
 from lightning_edit.functional.label_smoothing import smoothed_nll
@@ -269,7 +270,7 @@ class KE(HyperEditModule):
     def build(
         self, tree: ModelTree, sites: Sequence[WeightSite], generator: torch.Generator
     ) -> nn.Module:
-        table = cast(Any, tree.input_embeddings).weight.detach().float()
+        table = cast(Any, tree.input_embeddings).weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
             return KENetwork(
@@ -278,7 +279,7 @@ class KE(HyperEditModule):
                 self.hidden,
                 self.condition,
                 self.margin,
-                table.clone() if self.train_embeddings else None,
+                whole_tensor(table).float().clone() if self.train_embeddings else None,
             )
 
     @override
@@ -325,7 +326,8 @@ class KE(HyperEditModule):
         ids = [self.tokens.tokenizer(text)["input_ids"] for text in self.conditions(requests)]
         tokens, mask = pad_rows([row[:LONGEST] for row in ids], self.tokens.pad_id)
         table: Any = self.network.embeddings or self.tree.input_embeddings
-        embedded = table(tokens.to(groups.device)).float()
+        with ends_whole(self.model):
+            embedded = table(tokens.to(groups.device)).float()
         codes = self.network(embedded, mask.sum(1))
         found: dict[str, Factors] = {}
         for site, site_codes in zip(self.sites, codes, strict=True):

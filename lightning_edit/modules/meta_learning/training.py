@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.sharding import sharing
 from lightning_edit.evaluation.evaluator import Baseline, Evaluation, Evaluator
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.fitting import EditState, Fitting, log_metrics, request_rows
@@ -28,6 +29,7 @@ from lightning_edit.modules.meta_learning.checkpoints import (
     complete_checkpoint,
     editor_record,
 )
+from lightning_edit.modules.sharded import counts
 from lightning_edit.optim import E
 
 __all__ = ["EditorTraining", "Trainable", "ValidationSchedule", "is_ready", "zero_loss"]
@@ -133,7 +135,7 @@ class EditorTraining(Fitting[E]):
     @override
     def training_step(self, editor: EditModule[E], batch: list[EditRequest]) -> Tensor:
         check_requests(batch)
-        loss, figures = _trainable(editor).edit_loss(batch, Processes.running())
+        loss, figures = _trainable(editor).edit_loss(batch, sharing(editor.model))
         if figures:
             editor.log_dict(dict(figures), prog_bar=True, batch_size=len(batch))
             self._usable += 1
@@ -183,7 +185,8 @@ class EditorTraining(Fitting[E]):
         size = self.edits_at_once or len(batch)
         for start in range(0, len(batch), size):
             found = self._measured(editor, batch[start : start + size])
-            found.update(editor.val_metrics)
+            if counts(editor):
+                found.update(editor.val_metrics)
             if self.schedule is not None:
                 self.schedule.update(found)
 
@@ -204,7 +207,8 @@ class EditorTraining(Fitting[E]):
         edit = editor.session.edit(group, editor.compute_edit, editor.provenance)
         with editor.session.written(edit):
             after = evaluator.evaluate(group, before.baseline)
-        editor.measured.add(group, before, after, request_rows(edit, key))
+        if counts(editor):
+            editor.measured.add(group, before, after, request_rows(edit, key))
         return after
 
     @override
