@@ -410,8 +410,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             those that did not take are named in a warning.
 
         Raises:
-            RequestError: If the requests contradict each other, or lack a subject that the method
-                needs.
+            RequestError: If the requests contradict each other, or lack a subject that is needed.
             FailedRequestsError: If the method fails on every one of them. Where it fails on some,
                 the edit is that of the others, with a warning and the reasons in
                 ``edit.details["failed"]``.
@@ -436,10 +435,9 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             >>> from lightning_edit import ROME
             >>> from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer
             >>> editor = ROME.from_model(tiny_model(), tiny_tokenizer(), layers=[1], steps=3)
-            >>> for request in tiny_requests(2):
-            ...     editor.commit(editor.edit(request))
+            >>> editor.commit(editor.edit(tiny_requests(1)))
             >>> editor.committed()
-            WeightDelta(model.layers.1.mlp.down_proj.weight: rank 2)
+            WeightDelta(model.layers.1.mlp.down_proj.weight: rank 1)
         """
         self.fitting.check_commits(self)
         self.session.check_made_here(edit)
@@ -463,8 +461,7 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
         Raises:
             EditError: If one of them is not in the model, it is not known what else was committed,
-                as of a checkpoint of an earlier version, or ``fit`` trained all of them together.
-                The model is as it was then.
+                or ``fit`` trained all of them together. The model is as it was then.
 
         Examples:
             >>> from lightning_edit import ROME
