@@ -665,17 +665,17 @@ def test_what_is_to_be_kept_is_spared(vector: Path) -> None:
 
     def diagonal(requests: list[EditRequest]) -> dict[str, Tensor]:
         """From gradients of one answer at a time, by the model's own loss."""
-        model, sums = trained_tiny_model()[0].requires_grad_(True), {}
+        module.net = trained_tiny_model()[0].requires_grad_(True)
+        named = dict(module.net.named_parameters())
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
+        tokens = PromptTokenizer(module.tokenizer)
         for request in requests:
-            module.net = model  # type: ignore[assignment]
-            model.zero_grad()
-            answer = PromptTokenizer(module.tokenizer)
-            target = answer.target(request.prompt, request.target_new)
-            (module.loss([request]) * len(target)).backward()
-            for name, parameter in model.named_parameters():
-                assert parameter.grad is not None
-                square = parameter.grad.double().square() / len(requests)
-                sums[name] = sums.get(name, 0) + square
+            target = tokens.target(request.prompt, request.target_new)
+            loss = module.loss([request]) * len(target)
+            for name, gradient in zip(
+                named, torch.autograd.grad(loss, [*named.values()]), strict=True
+            ):
+                sums[name] += gradient.double().square() / len(requests)
         return sums
 
     old, kept = diagonal(data.old_requests), diagonal(_retained().requests)
