@@ -162,8 +162,8 @@ class Words:
                 f"The {self.text(3)} {{}} {self.text(1 + i % 6)}",
                 name,
                 self.text(1 + i // 2 % 3),
-                rephrases=[f"{self.text(5)} {name} {self.text(2)}"],
-                locality=[Probe(f"The {self.text(6)}", self.text(1))],
+                rephrases=(f"{self.text(5)} {name} {self.text(2)}",),
+                locality=(Probe(f"The {self.text(6)}", self.text(1)),),
                 id=str(i),
             )
             for i, name in enumerate(itertools.islice(names, count))

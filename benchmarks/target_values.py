@@ -158,9 +158,9 @@ def searches(method: str, count: int, limit: float) -> None:
             f"{kind} | {n} | {statistics.median(losses):.4f} | {statistics.mean(losses):.4f}"
         )
     out.append("search | CPU seconds a pass | median ‖δ‖/‖v‖ at the end")
-    for kind, own in lengths.items():
+    for kind, shares in lengths.items():
         each = seconds[kind] / facts / steps[kind]
-        out.append(f"{kind} | {each:.3f} | {statistics.median(own):.2f}")
+        out.append(f"{kind} | {each:.3f} | {statistics.median(shares):.2f}")
     out.append(json.dumps({"seconds": seconds, "traces": traces}))
     sys.stdout.write("\n".join(out) + "\n")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["regularize", "second_moment_update"]
 
 # Whether a GPU's products of bfloat16 can be given out in float32, in which they are summed anyway.
-MIXED = "dtype" in torch.ops.aten.mm.overloads()
+MIXED = hasattr(torch.ops.aten.mm, "dtype")
 STRIPS = 4  # strips of rows in which a symmetric sum is made: five eighths of the products
 
 

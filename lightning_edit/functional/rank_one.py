@@ -26,7 +26,7 @@ def whiten(keys: Tensor, factor: Tensor) -> Tensor:
         >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2).double()).tolist()
         [1.0, 0.0]
     """
-    columns = torch.atleast_2d(keys).double().mT
+    columns = keys.reshape(-1, keys.shape[-1]).double().mT
     solved: Tensor = torch.cholesky_solve(columns, factor).mT.reshape(keys.shape)
     unit: Tensor = solved / torch.linalg.vector_norm(solved, dim=-1, keepdim=True)
     return unit.float()

@@ -26,7 +26,8 @@ def terms(delta: Tensor, rises: Tensor, at_0: Tensor, steep: Tensor, decay: floa
 
 
 def value(at: Terms) -> Tensor:
-    return at.nll.mean(1) + at.divergence + at.decay * at.delta.norm(dim=1)
+    length: Tensor = torch.linalg.vector_norm(at.delta, dim=1)
+    return at.nll.mean(1) + at.divergence + at.decay * length
 
 
 def test_steps_reach_the_minimum_where_the_network_is_linear() -> None:

@@ -240,4 +240,5 @@ class GaussNewtonSearch:
     def _bound(self) -> Tensor:
         """Largest length of a request's δ, [E]."""
         limit = self._settings.clamp_norm_factor * self._norm
-        return torch.linalg.vector_norm(limit, dim=-1)
+        bound: Tensor = torch.linalg.vector_norm(limit, dim=-1)
+        return bound

@@ -240,7 +240,8 @@ class _Passes:
         state = self.tail.hidden(change)
         # Logits only where a loss reads them.
         read = torch.cat([state[self.row, self.column], state[self.anchor, 0]])
-        logits_X, logits_E = self.tail.logits(read).split([len(self.row), len(self.anchor)])
+        sizes = [len(self.row), len(self.anchor)]
+        logits_X, logits_E = torch.split(self.tail.logits(read), sizes)
         return logits_X, log_softmax(logits_E, dim=-1)
 
     def losses(
@@ -340,7 +341,12 @@ def _optimize(
     norm_EC = torch.linalg.vector_norm(first_ECD, dim=-1)
     passes = _Passes(
         tail,
-        *map(index, (rows.owner, rows.anchor, rows.row, rows.column, rows.token, rows.weight)),
+        index(rows.owner),
+        index(rows.anchor),
+        index(rows.row),
+        index(rows.column),
+        index(rows.token),
+        index(rows.weight),
         norm_EC,
         torch.full((count,), settings.nll_factor, device=device),
     )

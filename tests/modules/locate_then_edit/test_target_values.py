@@ -206,15 +206,15 @@ def test_looking_every_few_passes_changes_nothing(
         )
     seen: list[list[float]] = []
 
-    def search() -> TargetValues:
+    def run() -> TargetValues:
         seen.append([])
         return batched(model, REQUESTS, settings, on_step=lambda _, p: seen[-1].append(p))
 
-    wanted = search()
+    wanted = run()
     made = [len(losses) for losses in wanted.losses]
     assert made[1] == 1 < max(made) < 9
     monkeypatch.setattr(target_values, "_passes_between_tests", lambda _: 4)
-    found = search()
+    found = run()
     assert found.failed == wanted.failed == {1: 1}
     for mine, theirs in zip(found.losses, wanted.losses, strict=True):
         assert len(mine) == len(theirs)
@@ -224,11 +224,11 @@ def test_looking_every_few_passes_changes_nothing(
     torch.testing.assert_close(found.deltas, wanted.deltas, rtol=1e-4, atol=1e-5)
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Counts what a host would wait for if the tensors were on an accelerator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
