@@ -12,7 +12,9 @@ block holds more than these, the model is run to see which of its maps does what
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self, cast, get_args
@@ -20,7 +22,9 @@ from typing import Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import LocatorError
+from lightning_edit.core.experts import ExpertSite, find_experts
 from lightning_edit.core.linear_maps import (
     ATTENTION,
     holder,
@@ -30,8 +34,9 @@ from lightning_edit.core.linear_maps import (
     sizes,
 )
 from lightning_edit.core.probe import Inner, probed
+from lightning_edit.core.sharding import is_sharded
 
-__all__ = ["Locator", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
+__all__ = ["Locator", "MLPSite", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
 
 ModuleKind = Literal["mlp_out", "mlp_in", "attention_out", "attention_in"]
 StackKind = Literal["decoder", "encoder"]
@@ -101,6 +106,64 @@ class WeightSite:
     def orient(self, matrix_OI: Tensor) -> Tensor:
         """Turns an [O, I] matrix into the parameter's own layout, and back (an involution)."""
         return matrix_OI.mT if self.transposed else matrix_OI
+
+    # -- as a memory of pairs, as `ExpertSite` is one --------------------------------------
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """Shape of the second moment of keys, [I, I]."""
+        return self.in_features, self.in_features
+
+    def among(self, experts: Sequence[int] | None) -> Self:
+        """The site itself, which has no experts to choose from.
+
+        Raises:
+            LocatorError: If some are named.
+        """
+        if experts is not None:
+            raise LocatorError(
+                f"`experts={list(experts)}`, but the MLP of layer {self.layer} is of one piece. "
+                "Leave `experts` away, or name layers that are mixtures of experts."
+            )
+        return self
+
+    def keys(self, model: nn.Module, states: Tensor) -> Tensor:
+        """Keys of what enters the module, [n, I]: the same."""
+        return states
+
+    def samples(self, model: nn.Module, states: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Keys of what enters the module, with the place of their second moment, the only one."""
+        yield (), states
+
+    def kept(self, keys: Tensor) -> Tensor:
+        """Keys as far as they may be written at, [..., I]: the same."""
+        return keys
+
+    def picked(self, keys: Tensor) -> list[int]:
+        """Experts that keys, [..., I], are of: none."""
+        return []
+
+    def change(self, u: Tensor, v: Tensor) -> LowRank:
+        """The change u vᵀ of the [O, I] matrix, in the parameter's own layout.
+
+        Args:
+            u: [O, rank].
+            v: [I, rank].
+        """
+        return LowRank(v, u) if self.transposed else LowRank(u, v)
+
+    def matrix(self, change: Tensor) -> Tensor:
+        """A tensor of the parameter's layout as the [O, I] matrix."""
+        return self.orient(change)
+
+
+#: Where an MLP keeps its pairs: one last projection, or those of all experts of a mixture.
+MLPSite = WeightSite | ExpertSite
+
+# Sites of experts by block and its name, since the block is run to find them.
+_EXPERTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], ExpertSite]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -288,6 +351,50 @@ class ModelTree:
         self._refuse_experts(layer)
         return self._last(layer, of_attention=False)
 
+    def mlp_site(self, layer: int) -> MLPSite:
+        """Where the MLP keeps its pairs: its last projection, or those of all experts.
+
+        Raises:
+            LocatorError: If the block has no MLP of this kind, or experts that cannot be told.
+        """
+        has_experts = bool(self._stacks_of_experts(self.index(layer)))
+        return self.expert_site(layer) if has_experts else self.mlp_out(layer)
+
+    def expert_site(self, layer: int) -> ExpertSite:
+        """The last projections of all experts of a layer that is a mixture of them.
+
+        Raises:
+            LocatorError: If it has none, or they cannot be told.
+        """
+        layer = self.index(layer)
+        stacks = self._stacks_of_experts(layer)
+        if not stacks:
+            raise LocatorError(
+                f"Layer {layer} of {type(self.model).__name__} has no experts. Those that have "
+                f"some are {self.mixtures}."
+            )
+        if is_sharded(self.model):
+            raise LocatorError(
+                f"Layer {layer} of {type(self.model).__name__} is a mixture of experts that lies "
+                "in parts on several processes. Experts are edited whole: run on one device, or "
+                "with `strategy='ddp'`."
+            )
+        known = _EXPERTS.setdefault(self.blocks[layer], {})
+        place = (self.block_names[layer], layer)
+        if place not in known:
+            known[place] = find_experts(self.model, *place, self.hidden_size, stacks)
+        return known[place]
+
+    @property
+    def mixtures(self) -> list[int]:
+        """Layers that are mixtures of experts, as far as these can be told."""
+        found = []
+        for layer in range(len(self.blocks)):
+            if self._stacks_of_experts(layer):
+                with suppress(LocatorError):
+                    found.append(self.expert_site(layer).layer)
+        return found
+
     def mlp_in(self, layer: int) -> list[WeightSite]:
         """The MLP's projections that read the hidden state; two where it is gated."""
         return self._readers(self.mlp_out(layer))
@@ -295,8 +402,11 @@ class ModelTree:
     def mlp(self, layer: int) -> nn.Module:
         """The module that returns the MLP's output.
 
-        The last projection itself where the MLP's projections stand in the block (OPT, BART).
+        The last projection itself where the MLP's projections stand in the block (OPT, BART), and
+        what sends states to experts where it is a mixture.
         """
+        if self._stacks_of_experts(self.index(layer)):
+            return self.mlp_site(layer).module(self.model)
         return self._container(self.mlp_out(layer))
 
     def attention_out(self, layer: int) -> WeightSite:
@@ -446,21 +556,28 @@ class ModelTree:
         advice = f"a layer with a plain MLP ({', '.join(map(str, plain))}), or " if plain else ""
         raise LocatorError(
             f"The MLP of layer {layer} is a mixture of experts: {experts}. One matrix cannot be "
-            f"named for all of them. Choose {advice}a method that needs none, such as LoRA, or "
-            "GRACE with `module='attention_out'`."
+            f"named for all of them. Choose {advice}a method that edits experts, such as ROME, "
+            "MEMIT or FineTune, or one that needs none, such as LoRA, or GRACE with "
+            "`module='attention_out'`."
         )
+
+    def _stacks_of_experts(self, layer: int) -> list[str]:
+        """Names of a block's parameters that hold, of each expert, a matrix from or to D."""
+        block, found = self.blocks[layer], []
+        for name, parameter in block.named_parameters():
+            owner = name.rpartition(".")[0]
+            is_kernel = isinstance(block.get_submodule(owner), nn.Conv1d)
+            is_stack = parameter.ndim == 3 and min(parameter.shape) > 1
+            is_stack &= self.hidden_size in parameter.shape[1:]
+            if is_stack and not is_kernel and not in_attention(block, owner):
+                found.append(f"{self.block_names[layer]}.{name}")
+        return found
 
     def _experts(self, layer: int) -> str:
         """The experts of a block in words; empty where it has none."""
         block = self.blocks[layer]
-        for name, parameter in block.named_parameters():
-            owner = name.rpartition(".")[0]
-            is_kernel = isinstance(block.get_submodule(owner), nn.Conv1d)
-            # Of each expert a matrix from or to the hidden state.
-            is_stack = parameter.ndim == 3 and min(parameter.shape) > 1
-            is_stack &= self.hidden_size in parameter.shape[1:]
-            if is_stack and not is_kernel and not in_attention(block, owner):
-                return f"`{self.block_names[layer]}.{name}` of shape {list(parameter.shape)}"
+        for name in self._stacks_of_experts(layer):
+            return f"`{name}` of shape {list(self.model.get_parameter(name).shape)}"
         for name, module in block.named_modules():
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not in_attention(block, name):
                 kinds = [type(m) for m in module.children() if any(True for _ in linears(m))]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_edit.functional.least_squares import whitened
+
 __all__ = ["rank_one_update", "whiten"]
 
 
@@ -17,7 +19,8 @@ def whiten(key: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         key: k, [M].
-        factor: Cholesky factor of C = E[k kᵀ] over many keys, [M, M] float64; see ``factorize``.
+        factor: Cholesky factor of C = E[k kᵀ] over many keys, [M, M] float64, or of its blocks; see
+            ``factorize``.
 
     Returns:
         Direction of C⁻¹ k, [M], float32.
@@ -26,7 +29,7 @@ def whiten(key: Tensor, factor: Tensor) -> Tensor:
         >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2).double()).tolist()
         [1.0, 0.0]
     """
-    solved: Tensor = torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
+    solved = whitened(key[:, None], factor)[:, 0]
     unit: Tensor = solved / torch.linalg.vector_norm(solved)
     return unit.float()
 

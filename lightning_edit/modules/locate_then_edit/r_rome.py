@@ -67,10 +67,11 @@ class RROME(LocateModule):
         factor = self.factor(site.layer)  # C = L Lᵀ
         changes = RankOneChanges(site, self.session.device)
         for e, request in enumerate(batch.requests):
+            keys = site.kept(found.keys[e])
             if self.key == "prompt":
-                key, lacking = found.keys[e, 0], found.deltas[e]
+                key, lacking = keys[0], found.deltas[e]
             else:
-                key = self.mean_keys(found.keys[e])
+                key = self.mean_keys(keys)
                 lacking = found.values[e] - self.mean_keys(found.outputs[e])
             direction = whiten(key, factor)  # u = C⁻¹ k
             # v* − W k, where later requests see what earlier ones of the batch wrote.

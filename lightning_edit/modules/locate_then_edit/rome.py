@@ -45,7 +45,7 @@ class ROME(LocateModule):
         factor = self.factor(site.layer)  # C = L Lᵀ
         changes = RankOneChanges(site, self.session.device)
         for e, request in enumerate(batch.requests):
-            keys = found.keys[e]
+            keys = site.kept(found.keys[e])
             direction = whiten(self.mean_keys(keys), factor)  # u = C⁻¹ k
             key = keys[0]  # k₀, that of the bare prompt
             # v* − W k₀, where later requests see what earlier ones of the batch wrote.
