@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,14 +27,23 @@ from lightning_edit.core.errors import LocatorError
 from lightning_edit.core.experts import ExpertSite, find_experts
 from lightning_edit.core.linear_maps import (
     ATTENTION,
+    attention_root,
     holder,
     in_attention,
-    is_linear,
     linears,
     sizes,
 )
 from lightning_edit.core.probe import Inner, probed
 from lightning_edit.core.sharding import is_sharded
+from lightning_edit.core.surroundings import (
+    block_stacks,
+    hidden_size_of,
+    input_embeddings_of,
+    is_bare_norm,
+    lm_head_of,
+    norm_size,
+    shared_prefix,
+)
 
 __all__ = ["Locator", "MLPSite", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
 
@@ -269,7 +278,7 @@ class ModelTree:
         Raises:
             LocatorError: If there is no stack of transformer blocks, or no encoder.
         """
-        stacks = _stacks(model)
+        stacks = block_stacks(model)
         if not stacks:
             raise LocatorError(
                 f"{type(model).__name__} has no stack of transformer blocks: expected an "
@@ -283,7 +292,7 @@ class ModelTree:
         }
         declared = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
         is_encoder_decoder = all(sides.values()) if declared is None else bool(declared)
-        embeddings_name, embeddings = _input_embeddings(model)
+        embeddings_name, embeddings = input_embeddings_of(model)
         if is_encoder_decoder and sides[stack]:
             candidates = sides[stack]
         elif stack == "encoder":
@@ -299,7 +308,7 @@ class ModelTree:
             candidates,
             key=lambda name: (
                 any(ATTENTION.search(n) for n, _ in stacks[name].named_modules()),
-                _shared_prefix(name, embeddings_name),
+                shared_prefix(name, embeddings_name),
                 len(stacks[name]),
             ),
         )
@@ -309,11 +318,11 @@ class ModelTree:
         # Tied encoders and decoders may each call an embedding of their own.
         vocabulary = getattr(embeddings, "num_embeddings", None)
         embeddings = next((m for m in own if m.num_embeddings == vocabulary), embeddings)
-        hidden_size = _hidden_size(blocks[0]) or int(getattr(embeddings, "embedding_dim", 0))
+        hidden_size = hidden_size_of(blocks[0]) or int(getattr(embeddings, "embedding_dim", 0))
         norms = [
             child
             for child_name, child in parent.named_children()
-            if (_norm_size(child) == hidden_size or _is_bare_norm(child))
+            if (norm_size(child) == hidden_size or is_bare_norm(child))
             and not _EMBEDDING.search(child_name)
         ]
         return cls(
@@ -324,7 +333,7 @@ class ModelTree:
             is_encoder_decoder=is_encoder_decoder,
             input_embeddings=embeddings,
             final_norm=norms[-1] if norms else None,
-            lm_head=_lm_head(model),
+            lm_head=lm_head_of(model),
         )
 
     def index(self, layer: int) -> int:
@@ -486,9 +495,9 @@ class ModelTree:
         if not names:
             return names
         block = self.blocks[layer]
-        root = _attention_root(block, names[0])
+        root = attention_root(block, names[0])
         own = [n for n, _ in linears(block) if holder(n) == holder(names[0])]
-        within = [n for n in names if _attention_root(block, n) == root]
+        within = [n for n in names if attention_root(block, n) == root]
         alike = [n for n in names if holder(n) == holder(names[0])]
         if within == alike and own[-1] == alike[-1]:
             return alike
@@ -520,8 +529,8 @@ class ModelTree:
         names = [n for n, one in linears(block) if n != own and sizes(one)[1] == self.hidden_size]
         found = [name for name in names if holder(name) == holder(own)]
         if not found and in_attention(block, own):
-            root = _attention_root(block, own)
-            found = [name for name in names if _attention_root(block, name) == root]
+            root = attention_root(block, own)
+            found = [name for name in names if attention_root(block, name) == root]
         return [self._site(out.layer, name) for name in found]
 
     def _container(self, out: WeightSite) -> nn.Module:
@@ -589,82 +598,3 @@ class ModelTree:
 def _gathered(weight: Tensor) -> Tensor:
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else cast(Tensor, gather())
-
-
-def _attention_root(block: nn.Module, name: str) -> str:
-    """Name of the outermost module on a path that is an attention by its name."""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return next((path for path in paths if in_attention(block, path)), "")
-
-
-def _stacks(model: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
-    """Outermost lists of modules that hold linear maps, by name."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, child in model.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if (
-            isinstance(child, nn.ModuleList)
-            and len(child)
-            and all(not is_linear(m) and any(True for _ in linears(m)) for m in child)
-        ):
-            found[path] = child
-        else:
-            found |= _stacks(child, path)
-    return found
-
-
-def _norm_size(module: nn.Module) -> int | None:
-    """Width of a normalization layer; None for anything else."""
-    parameters = dict(module.named_parameters())
-    weight = parameters.pop("weight", None)
-    if weight is None or weight.ndim != 1 or set(parameters) - {"bias"}:
-        return None
-    return int(weight.shape[0])
-
-
-def _is_bare_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization without weights, as OLMo has them."""
-    bare = not any(True for _ in module.parameters())
-    return bare and "norm" in type(module).__name__.lower()
-
-
-def _hidden_size(block: nn.Module) -> int | None:
-    """Width of the hidden state: that of the block's outermost normalization.
-
-    Norms inside attention or MLP may have another width.
-    """
-    norms = [
-        (name.count("."), size)
-        for name, module in block.named_modules()
-        if (size := _norm_size(module)) is not None and not in_attention(block, holder(name))
-    ]
-    return min(norms, key=lambda item: item[0])[1] if norms else None
-
-
-def _shared_prefix(one: str, other: str) -> int:
-    count = 0
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-def _input_embeddings(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Name and module of the token embedding."""
-    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
-    embeddings = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    if get is not None:
-        wanted = get()
-        return next(((n, m) for n, m in model.named_modules() if m is wanted), ("", wanted))
-    return max(embeddings, key=lambda item: item[1].num_embeddings, default=("", None))
-
-
-def _lm_head(model: nn.Module) -> nn.Module | None:
-    """The projection to the vocabulary."""
-    get: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    if get is not None:
-        return get()
-    children = [m for m in model.children() if isinstance(m, nn.Linear)]
-    return children[-1] if children else None
