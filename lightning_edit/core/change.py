@@ -35,7 +35,7 @@ class LowRank:
     @property
     def shape(self) -> torch.Size:
         """Shape of the parameter that this changes."""
-        stack = torch.broadcast_shapes(self.u.shape[:-2], self.v.shape[:-2])
+        stack = max(self.u.shape[:-2], self.v.shape[:-2])  # that of the factor that is not common
         return torch.Size((*stack, self.u.shape[-2], self.v.shape[-2]))
 
     @property

@@ -157,11 +157,11 @@ class ExpertSite:
             return keys
         mask = keys.new_zeros(self.experts, 1)
         mask[list(self.chosen)] = 1
-        return (keys.unflatten(-1, (self.experts, self.width)) * mask).flatten(-2)
+        return (self._blocks(keys) * mask).flatten(-2)
 
     def picked(self, keys: Tensor) -> list[int]:
         """Experts that stacked keys, [..., E M], are not zero at."""
-        blocks = keys.unflatten(-1, (self.experts, self.width)).any(-1)
+        blocks = self._blocks(keys).any(-1)
         return [int(e) for e in blocks.reshape(-1, self.experts).any(0).nonzero()]
 
     def change(self, u: Tensor, v: Tensor) -> LowRank:
@@ -171,7 +171,7 @@ class ExpertSite:
             u: [O, rank].
             v: [E M, rank].
         """
-        blocks = v.unflatten(0, (self.experts, self.width))
+        blocks = v.reshape(self.experts, self.width, -1)
         return LowRank(blocks, u[None]) if self.transposed else LowRank(u[None], blocks)
 
     def matrix(self, change: Tensor) -> Tensor:
@@ -206,11 +206,11 @@ class ExpertSite:
         marks = torch.zeros_like(tokens)
         marks[:, 0], marks[:, 1 : bits + 1] = 1, digits.to(marks.dtype)
         results = [product.result for product in products.seen]
-        gradients = torch.autograd.grad((tokens * marks).sum(), results, allow_unused=True)
+        gradients = torch.autograd.grad(
+            (tokens * marks).sum(), results, allow_unused=True, materialize_grads=True
+        )
         found: list[RoutedKeys] = []
         for product, gradient in zip(products.seen, gradients, strict=True):
-            if gradient is None:
-                continue
             told = gradient.float().reshape(-1, gradient.shape[-1])
             is_used = told[:, 0] != 0
             gates, told = told[is_used, 0], told[is_used, 1 : bits + 1]
@@ -223,6 +223,10 @@ class ExpertSite:
             keys = product.key.detach().float().reshape(-1, self.width)[is_used]
             found.append(RoutedKeys(product.expert, rows, keys, gates))
         return found
+
+    def _blocks(self, keys: Tensor) -> Tensor:
+        """Stacked keys, [..., E M], as [..., E, M]."""
+        return keys.reshape(*keys.shape[:-1], self.experts, self.width)
 
     def _strange(self, model: nn.Module) -> ModelError:
         return ModelError(

@@ -150,7 +150,7 @@ def preserving_update(
         right = _spread(columns, keys64.T @ columns, ridge)
     else:
         moment = factor @ factor.mT
-        moment = moment if moment.ndim == 2 else torch.block_diag(*moment)
+        moment = moment if moment.ndim == 2 else _block_diagonal(moment)
         system = ridge * moment + keys64 @ keys64.T
         system = system if old_gram is None else system + old_gram.double()
         right = torch.cholesky_solve(keys64, _cholesky(system, ridge))
@@ -282,6 +282,15 @@ def _spread(columns: Tensor, gram: Tensor, ridge: float) -> Tensor:
     system = gram.clone()
     system.diagonal().add_(ridge)
     return torch.cholesky_solve(columns.T, _cholesky(system, ridge)).T
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """Blocks, [B, m, m], on the diagonal of one matrix, [B m, B m]."""
+    count, width, _ = blocks.shape
+    places = torch.arange(count, device=blocks.device)
+    whole = blocks.new_zeros(count, width, count, width)
+    whole[places, :, places] = blocks
+    return whole.reshape(count * width, count * width)
 
 
 def _cholesky(system: Tensor, ridge: float) -> Tensor:

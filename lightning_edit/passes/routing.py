@@ -66,6 +66,7 @@ def expert_sets(
         takers = {s.module(model): taker(layer, kept, seen) for layer, s in sites.items()}
         with borrowed(model), hooked(before=takers):
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        parts = {layer: sets.split([len(row) for row in some]) for layer, sets in seen.items()}
+        lengths = [len(row) for row in some]
+        parts = {layer: torch.split(sets, lengths) for layer, sets in seen.items()}
         found += [{layer: sets[n] for layer, sets in parts.items()} for n in range(len(some))]
     return found or [{} for _ in rows]

@@ -18,6 +18,7 @@ from lightning_edit.core.errors import EditError, LocatorError
 from lightning_edit.core.experts import ExpertSite
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.demos import tiny_requests, tiny_tokenizer
+from lightning_edit.functional.least_squares import preserving_update
 from lightning_edit.functional.moments import regularize, shrink_to_pool
 from lightning_edit.metrics import RoutingSimilarity
 from lightning_edit.passes.routing import expert_sets
@@ -83,7 +84,11 @@ def editor_of(method: Any, model: Any, **settings: Any) -> Any:
 
 
 def blockwise(site: ExpertSite, factors: Tensor) -> Tensor:
-    return torch.block_diag(*factors).double()
+    whole = torch.zeros(site.in_features, site.in_features, dtype=torch.float64)
+    for e, factor in enumerate(factors):
+        at = slice(e * site.width, (e + 1) * site.width)
+        whole[at, at] = factor
+    return whole
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -193,7 +198,7 @@ def test_what_shares_the_solve_edits_experts_too(method: Any) -> None:
 
 def test_layers_with_and_without_experts_share_an_edit() -> None:
     model = build("deepseek_v3")
-    settings = {"layers": [0, LAYER], "tokens_per_dimension": 2}
+    settings: dict[str, Any] = {"layers": [0, LAYER], "tokens_per_dimension": 2}
     editor = MEMIT.from_model(model, tiny_tokenizer(), context_templates=["{}"], **settings)
     edit = editor.edit(tiny_requests(2))
     assert list(edit.changes) == [
@@ -309,8 +314,8 @@ def test_routing_similarity_is_of_later_layers_before_and_after() -> None:
     edit = editor.edit(requests)
     metric = RoutingSimilarity()
     with edit.applied(model):
-        for row, then, figures in zip(rows, before, edit.details["requests"], strict=True):
-            now, then = (torch.cat(one[1:]) for one in (routed_by_hand(model, row), then))
+        for row, sent, figures in zip(rows, before, edit.details["requests"], strict=True):
+            now, then = (torch.cat(one[1:]) for one in (routed_by_hand(model, row), sent))
             jaccard = (now & then).sum(1) / (now | then).sum(1)
             assert figures["routing_similarity"] == pytest.approx(float(jaccard.mean()), abs=1e-6)
             metric.update(now, then)
@@ -331,3 +336,15 @@ def test_the_new_answer_becomes_likelier(subtests: pytest.Subtests) -> None:
             asked = editor.session.measured([request])[request.id]
             [row] = editor.edit(request).details["requests"]
             assert row["p_target"] > asked["p_target"]
+
+
+def test_more_pairs_than_inputs_are_solved_over_all_blocks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, residuals = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    roots = torch.randn(2, 2, 2, generator=generator).double()
+    factors = torch.linalg.cholesky(roots @ roots.mT + torch.eye(2))
+    whole = torch.zeros(4, 4, dtype=torch.float64)
+    whole[:2, :2], whole[2:, 2:] = factors
+    by_blocks = preserving_update(keys, residuals, factors, 0.5)
+    at_once = preserving_update(keys, residuals, whole, 0.5)
+    torch.testing.assert_close(by_blocks[1], at_once[1])
