@@ -162,8 +162,8 @@ class Stack:
         for one in (edit.changes[name] for edit in edits):
             change = change + (one.dense() if isinstance(one, LowRank) else one)
             u, *v = (tensor.abs() for tensor in tensors_of(one))
-            size = size + (u @ v[0].T if v else u)
-            terms += u.shape[1] if v else 1
+            size = size + (u @ v[0].mT if v else u)
+            terms += u.shape[-1] if v else 1
         best: tuple[float, Tensor] | None = None
         for root in (edit.originals[name] for edit in edits if name in edit.originals):
             # Each application rounds, and sums of products are those of another machine perhaps.

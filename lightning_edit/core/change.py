@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,9 +27,16 @@ class _Head:
 class LowRank:
     """A change ``u vᵀ`` of one parameter, in the parameter's own storage layout.
 
+    Of a stack of matrices, such as those of experts, one factor has those of each, and the other is
+    common to them, with 1 in place of their number.
+
     Args:
-        u: Shape [rows, rank], float32.
-        v: Shape [columns, rank], float32.
+        u: Shape [rows, rank], float32; of a stack of E matrices [E, rows, rank] or [1, rows, rank].
+        v: Shape [columns, rank], float32; of a stack [E, columns, rank] or [1, columns, rank].
+
+    Examples:
+        >>> LowRank(torch.ones(1, 2, 1), torch.ones(4, 3, 1)).shape
+        torch.Size([4, 2, 3])
     """
 
     u: Tensor
@@ -39,15 +47,16 @@ class LowRank:
     @property
     def shape(self) -> torch.Size:
         """Shape of the parameter that this changes."""
-        return torch.Size((self.u.shape[0], self.v.shape[0]))
+        stack = max(self.u.shape[:-2], self.v.shape[:-2])  # that of the factor that is not common
+        return torch.Size((*stack, self.u.shape[-2], self.v.shape[-2]))
 
     @property
     def rank(self) -> int:
         """Number of rank-one terms kept."""
-        return self.u.shape[1]
+        return self.u.shape[-1]
 
     def dense(self) -> Tensor:
-        """The change as one matrix, [rows, columns] float32, under mixed precision, too.
+        """The change as a float32 tensor of the parameter's shape, under mixed precision, too.
 
         Terms are added up in blocks, each a product of its own, from the first to the last: so a
         sum that goes on from an earlier one has the bits of one made at once.
@@ -61,9 +70,11 @@ class LowRank:
             return self._grown(matrix, terms)
 
     def _grown(self, matrix: Tensor | None, start: int) -> Tensor:
-        """A matrix and the block of terms that begins there."""
-        u, v = (factor[:, start : start + _BLOCK] for factor in (self.u, self.v))
-        return u @ v.T if matrix is None else torch.addmm(matrix, u, v.T)
+        """A tensor and the block of terms that begins there."""
+        u, v = (factor[..., start : start + _BLOCK] for factor in (self.u, self.v))
+        if matrix is None:
+            return u @ v.mT
+        return torch.addmm(matrix, u, v.T) if u.ndim == 2 else matrix + u @ v.mT
 
 
 Change = LowRank | Tensor
@@ -93,8 +104,15 @@ def add_changes(a: Change, b: Change) -> Change:
     """
     # What was read from a file lies on the CPU, what was computed, on the model's device.
     device = tensors_of(a)[0].device
-    if isinstance(a, LowRank) and isinstance(b, LowRank) and 2 * (a.rank + b.rank) <= min(a.shape):
+    if isinstance(a, LowRank) and isinstance(b, LowRank) and _stays_small(a, b):
         u, v = b.u.to(device), b.v.to(device)
         head = _Head() if a._head is None else replace(a._head)
-        return LowRank(torch.cat([a.u, u], 1), torch.cat([a.v, v], 1), head)
+        return LowRank(torch.cat([a.u, u], -1), torch.cat([a.v, v], -1), head)
     return dense_change(a) + dense_change(b).to(device)
+
+
+def _stays_small(a: LowRank, b: LowRank) -> bool:
+    """Whether the factors of a sum take no more than half of what the sum itself takes."""
+    rows, columns = (math.prod(factor.shape[:-1]) for factor in (a.u, a.v))
+    alike = a.u.shape[:-1] == b.u.shape[:-1] and a.v.shape[:-1] == b.v.shape[:-1]
+    return alike and 2 * (a.rank + b.rank) <= min(rows, columns)

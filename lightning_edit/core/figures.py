@@ -40,6 +40,9 @@ class RequestFigures(TypedDict, total=False):
     seconds: float
     #: Share of the pair that ridge regression writes, averaged over layers.
     written_share: float
+    #: How far the prompt's tokens are still sent to the experts of later layers that they were sent
+    #: to, 1 for all, where a model has such; see ``RoutingSimilarity``.
+    routing_similarity: float
     #: Share of the residual's norm that is left by the projection on the null space.
     projected_share: float
     #: Entry of the memory that answers the request, and how it got there.

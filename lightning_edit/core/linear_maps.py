@@ -12,7 +12,15 @@ from typing import cast
 
 from torch import Tensor, nn
 
-__all__ = ["ATTENTION", "holder", "in_attention", "is_linear", "linears", "sizes"]
+__all__ = [
+    "ATTENTION",
+    "attention_root",
+    "holder",
+    "in_attention",
+    "is_linear",
+    "linears",
+    "sizes",
+]
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -65,3 +73,10 @@ def in_attention(block: nn.Module, name: str) -> bool:
         if ATTENTION.search(part) or ATTENTION.search(type(module).__name__):
             return True
     return False
+
+
+def attention_root(block: nn.Module, name: str) -> str:
+    """Name of the outermost module on a path that is an attention by its name."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((path for path in paths if in_attention(block, path)), "")

@@ -12,7 +12,9 @@ block holds more than these, the model is run to see which of its maps does what
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self, cast, get_args
@@ -20,18 +22,30 @@ from typing import Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import LocatorError
+from lightning_edit.core.experts import ExpertSite, find_experts
 from lightning_edit.core.linear_maps import (
     ATTENTION,
+    attention_root,
     holder,
     in_attention,
-    is_linear,
     linears,
     sizes,
 )
 from lightning_edit.core.probe import Inner, probed
+from lightning_edit.core.sharding import is_sharded
+from lightning_edit.core.surroundings import (
+    block_stacks,
+    hidden_size_of,
+    input_embeddings_of,
+    is_bare_norm,
+    lm_head_of,
+    norm_size,
+    shared_prefix,
+)
 
-__all__ = ["Locator", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
+__all__ = ["Locator", "MLPSite", "ModelTree", "ModuleKind", "StackKind", "WeightSite"]
 
 ModuleKind = Literal["mlp_out", "mlp_in", "attention_out", "attention_in"]
 StackKind = Literal["decoder", "encoder"]
@@ -101,6 +115,64 @@ class WeightSite:
     def orient(self, matrix_OI: Tensor) -> Tensor:
         """Turns an [O, I] matrix into the parameter's own layout, and back (an involution)."""
         return matrix_OI.mT if self.transposed else matrix_OI
+
+    # -- as a memory of pairs, as `ExpertSite` is one --------------------------------------
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """Shape of the second moment of keys, [I, I]."""
+        return self.in_features, self.in_features
+
+    def among(self, experts: Sequence[int] | None) -> Self:
+        """The site itself, which has no experts to choose from.
+
+        Raises:
+            LocatorError: If some are named.
+        """
+        if experts is not None:
+            raise LocatorError(
+                f"`experts={list(experts)}`, but the MLP of layer {self.layer} is of one piece. "
+                "Leave `experts` away, or name layers that are mixtures of experts."
+            )
+        return self
+
+    def keys(self, model: nn.Module, states: Tensor) -> Tensor:
+        """Keys of what enters the module, [n, I]: the same."""
+        return states
+
+    def samples(self, model: nn.Module, states: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Keys of what enters the module, with the place of their second moment, the only one."""
+        yield (), states
+
+    def kept(self, keys: Tensor) -> Tensor:
+        """Keys as far as they may be written at, [..., I]: the same."""
+        return keys
+
+    def picked(self, keys: Tensor) -> list[int]:
+        """Experts that keys, [..., I], are of: none."""
+        return []
+
+    def change(self, u: Tensor, v: Tensor) -> LowRank:
+        """The change u vᵀ of the [O, I] matrix, in the parameter's own layout.
+
+        Args:
+            u: [O, rank].
+            v: [I, rank].
+        """
+        return LowRank(v, u) if self.transposed else LowRank(u, v)
+
+    def matrix(self, change: Tensor) -> Tensor:
+        """A tensor of the parameter's layout as the [O, I] matrix."""
+        return self.orient(change)
+
+
+#: Where an MLP keeps its pairs: one last projection, or those of all experts of a mixture.
+MLPSite = WeightSite | ExpertSite
+
+# Sites of experts by block and its name, since the block is run to find them.
+_EXPERTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], ExpertSite]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -206,7 +278,7 @@ class ModelTree:
         Raises:
             LocatorError: If there is no stack of transformer blocks, or no encoder.
         """
-        stacks = _stacks(model)
+        stacks = block_stacks(model)
         if not stacks:
             raise LocatorError(
                 f"{type(model).__name__} has no stack of transformer blocks: expected an "
@@ -220,7 +292,7 @@ class ModelTree:
         }
         declared = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
         is_encoder_decoder = all(sides.values()) if declared is None else bool(declared)
-        embeddings_name, embeddings = _input_embeddings(model)
+        embeddings_name, embeddings = input_embeddings_of(model)
         if is_encoder_decoder and sides[stack]:
             candidates = sides[stack]
         elif stack == "encoder":
@@ -236,7 +308,7 @@ class ModelTree:
             candidates,
             key=lambda name: (
                 any(ATTENTION.search(n) for n, _ in stacks[name].named_modules()),
-                _shared_prefix(name, embeddings_name),
+                shared_prefix(name, embeddings_name),
                 len(stacks[name]),
             ),
         )
@@ -246,11 +318,11 @@ class ModelTree:
         # Tied encoders and decoders may each call an embedding of their own.
         vocabulary = getattr(embeddings, "num_embeddings", None)
         embeddings = next((m for m in own if m.num_embeddings == vocabulary), embeddings)
-        hidden_size = _hidden_size(blocks[0]) or int(getattr(embeddings, "embedding_dim", 0))
+        hidden_size = hidden_size_of(blocks[0]) or int(getattr(embeddings, "embedding_dim", 0))
         norms = [
             child
             for child_name, child in parent.named_children()
-            if (_norm_size(child) == hidden_size or _is_bare_norm(child))
+            if (norm_size(child) == hidden_size or is_bare_norm(child))
             and not _EMBEDDING.search(child_name)
         ]
         return cls(
@@ -261,7 +333,7 @@ class ModelTree:
             is_encoder_decoder=is_encoder_decoder,
             input_embeddings=embeddings,
             final_norm=norms[-1] if norms else None,
-            lm_head=_lm_head(model),
+            lm_head=lm_head_of(model),
         )
 
     def index(self, layer: int) -> int:
@@ -288,6 +360,50 @@ class ModelTree:
         self._refuse_experts(layer)
         return self._last(layer, of_attention=False)
 
+    def mlp_site(self, layer: int) -> MLPSite:
+        """Where the MLP keeps its pairs: its last projection, or those of all experts.
+
+        Raises:
+            LocatorError: If the block has no MLP of this kind, or experts that cannot be told.
+        """
+        has_experts = bool(self._stacks_of_experts(self.index(layer)))
+        return self.expert_site(layer) if has_experts else self.mlp_out(layer)
+
+    def expert_site(self, layer: int) -> ExpertSite:
+        """The last projections of all experts of a layer that is a mixture of them.
+
+        Raises:
+            LocatorError: If it has none, or they cannot be told.
+        """
+        layer = self.index(layer)
+        stacks = self._stacks_of_experts(layer)
+        if not stacks:
+            raise LocatorError(
+                f"Layer {layer} of {type(self.model).__name__} has no experts. Those that have "
+                f"some are {self.mixtures}."
+            )
+        if is_sharded(self.model):
+            raise LocatorError(
+                f"Layer {layer} of {type(self.model).__name__} is a mixture of experts that lies "
+                "in parts on several processes. Experts are edited whole: run on one device, or "
+                "with `strategy='ddp'`."
+            )
+        known = _EXPERTS.setdefault(self.blocks[layer], {})
+        place = (self.block_names[layer], layer)
+        if place not in known:
+            known[place] = find_experts(self.model, *place, self.hidden_size, stacks)
+        return known[place]
+
+    @property
+    def mixtures(self) -> list[int]:
+        """Layers that are mixtures of experts, as far as these can be told."""
+        found = []
+        for layer in range(len(self.blocks)):
+            if self._stacks_of_experts(layer):
+                with suppress(LocatorError):
+                    found.append(self.expert_site(layer).layer)
+        return found
+
     def mlp_in(self, layer: int) -> list[WeightSite]:
         """The MLP's projections that read the hidden state; two where it is gated."""
         return self._readers(self.mlp_out(layer))
@@ -295,8 +411,11 @@ class ModelTree:
     def mlp(self, layer: int) -> nn.Module:
         """The module that returns the MLP's output.
 
-        The last projection itself where the MLP's projections stand in the block (OPT, BART).
+        The last projection itself where the MLP's projections stand in the block (OPT, BART), and
+        what sends states to experts where it is a mixture.
         """
+        if self._stacks_of_experts(self.index(layer)):
+            return self.mlp_site(layer).module(self.model)
         return self._container(self.mlp_out(layer))
 
     def attention_out(self, layer: int) -> WeightSite:
@@ -376,9 +495,9 @@ class ModelTree:
         if not names:
             return names
         block = self.blocks[layer]
-        root = _attention_root(block, names[0])
+        root = attention_root(block, names[0])
         own = [n for n, _ in linears(block) if holder(n) == holder(names[0])]
-        within = [n for n in names if _attention_root(block, n) == root]
+        within = [n for n in names if attention_root(block, n) == root]
         alike = [n for n in names if holder(n) == holder(names[0])]
         if within == alike and own[-1] == alike[-1]:
             return alike
@@ -410,8 +529,8 @@ class ModelTree:
         names = [n for n, one in linears(block) if n != own and sizes(one)[1] == self.hidden_size]
         found = [name for name in names if holder(name) == holder(own)]
         if not found and in_attention(block, own):
-            root = _attention_root(block, own)
-            found = [name for name in names if _attention_root(block, name) == root]
+            root = attention_root(block, own)
+            found = [name for name in names if attention_root(block, name) == root]
         return [self._site(out.layer, name) for name in found]
 
     def _container(self, out: WeightSite) -> nn.Module:
@@ -446,21 +565,28 @@ class ModelTree:
         advice = f"a layer with a plain MLP ({', '.join(map(str, plain))}), or " if plain else ""
         raise LocatorError(
             f"The MLP of layer {layer} is a mixture of experts: {experts}. One matrix cannot be "
-            f"named for all of them. Choose {advice}a method that needs none, such as LoRA, or "
-            "GRACE with `module='attention_out'`."
+            f"named for all of them. Choose {advice}a method that edits experts, such as ROME, "
+            "MEMIT or FineTune, or one that needs none, such as LoRA, or GRACE with "
+            "`module='attention_out'`."
         )
+
+    def _stacks_of_experts(self, layer: int) -> list[str]:
+        """Names of a block's parameters that hold, of each expert, a matrix from or to D."""
+        block, found = self.blocks[layer], []
+        for name, parameter in block.named_parameters():
+            owner = name.rpartition(".")[0]
+            is_kernel = isinstance(block.get_submodule(owner), nn.Conv1d)
+            is_stack = parameter.ndim == 3 and min(parameter.shape) > 1
+            is_stack &= self.hidden_size in parameter.shape[1:]
+            if is_stack and not is_kernel and not in_attention(block, owner):
+                found.append(f"{self.block_names[layer]}.{name}")
+        return found
 
     def _experts(self, layer: int) -> str:
         """The experts of a block in words; empty where it has none."""
         block = self.blocks[layer]
-        for name, parameter in block.named_parameters():
-            owner = name.rpartition(".")[0]
-            is_kernel = isinstance(block.get_submodule(owner), nn.Conv1d)
-            # Of each expert a matrix from or to the hidden state.
-            is_stack = parameter.ndim == 3 and min(parameter.shape) > 1
-            is_stack &= self.hidden_size in parameter.shape[1:]
-            if is_stack and not is_kernel and not in_attention(block, owner):
-                return f"`{self.block_names[layer]}.{name}` of shape {list(parameter.shape)}"
+        for name in self._stacks_of_experts(layer):
+            return f"`{name}` of shape {list(self.model.get_parameter(name).shape)}"
         for name, module in block.named_modules():
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not in_attention(block, name):
                 kinds = [type(m) for m in module.children() if any(True for _ in linears(m))]
@@ -472,82 +598,3 @@ class ModelTree:
 def _gathered(weight: Tensor) -> Tensor:
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else cast(Tensor, gather())
-
-
-def _attention_root(block: nn.Module, name: str) -> str:
-    """Name of the outermost module on a path that is an attention by its name."""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return next((path for path in paths if in_attention(block, path)), "")
-
-
-def _stacks(model: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
-    """Outermost lists of modules that hold linear maps, by name."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, child in model.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if (
-            isinstance(child, nn.ModuleList)
-            and len(child)
-            and all(not is_linear(m) and any(True for _ in linears(m)) for m in child)
-        ):
-            found[path] = child
-        else:
-            found |= _stacks(child, path)
-    return found
-
-
-def _norm_size(module: nn.Module) -> int | None:
-    """Width of a normalization layer; None for anything else."""
-    parameters = dict(module.named_parameters())
-    weight = parameters.pop("weight", None)
-    if weight is None or weight.ndim != 1 or set(parameters) - {"bias"}:
-        return None
-    return int(weight.shape[0])
-
-
-def _is_bare_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization without weights, as OLMo has them."""
-    bare = not any(True for _ in module.parameters())
-    return bare and "norm" in type(module).__name__.lower()
-
-
-def _hidden_size(block: nn.Module) -> int | None:
-    """Width of the hidden state: that of the block's outermost normalization.
-
-    Norms inside attention or MLP may have another width.
-    """
-    norms = [
-        (name.count("."), size)
-        for name, module in block.named_modules()
-        if (size := _norm_size(module)) is not None and not in_attention(block, holder(name))
-    ]
-    return min(norms, key=lambda item: item[0])[1] if norms else None
-
-
-def _shared_prefix(one: str, other: str) -> int:
-    count = 0
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-def _input_embeddings(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Name and module of the token embedding."""
-    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
-    embeddings = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    if get is not None:
-        wanted = get()
-        return next(((n, m) for n, m in model.named_modules() if m is wanted), ("", wanted))
-    return max(embeddings, key=lambda item: item[1].num_embeddings, default=("", None))
-
-
-def _lm_head(model: nn.Module) -> nn.Module | None:
-    """The projection to the vocabulary."""
-    get: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    if get is not None:
-        return get()
-    children = [m for m in model.children() if isinstance(m, nn.Linear)]
-    return children[-1] if children else None

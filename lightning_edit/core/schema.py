@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, cast
@@ -152,19 +153,20 @@ def check_factors(name: str, u: Tensor, v: Tensor, rank: int | None) -> None:
 
     Args:
         name: Name of the parameter.
-        u: To have the shape [rows, rank].
-        v: To have the shape [columns, rank].
+        u: To have the shape [rows, rank]; of a stack of E matrices [E, rows, rank], or 1 for E.
+        v: To have the shape [columns, rank]; of a stack [E, columns, rank], or 1 for E.
         rank: As the description has it.
 
     Raises:
         ValueError: If they are not, or their product would take more memory than any weight.
     """
     shapes = f"{list(u.shape)} and {list(v.shape)}"
-    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[1] or not u.shape[1]:
+    is_pair = u.ndim == v.ndim in (2, 3) and u.shape[-1] == v.shape[-1] > 0
+    if not is_pair or (u.ndim == 3 and 1 not in (len(u), len(v))):
         raise ValueError(f"the factors of `{name}` have the shapes {shapes}")
-    if rank is not None and rank != u.shape[1]:
+    if rank is not None and rank != u.shape[-1]:
         raise ValueError(f"`{name}` is to have the rank {rank}, but its factors are {shapes}")
-    if len(u) * len(v) > _MAX_ELEMENTS:
+    if math.prod(u.shape[:-1]) * math.prod(v.shape[:-1]) > _MAX_ELEMENTS:
         raise ValueError(f"the factors of `{name}`, {shapes}, are of no weight of this size")
 
 

@@ -298,6 +298,8 @@ def local_change(parameter: Tensor, change: Change) -> Tensor:
     if change.u.device == parameter.device and not lies_in_parts(parameter):
         return change.dense()
     u, v = change.u.to(parameter.device), change.v.to(parameter.device)
+    if u.ndim > 2:  # of a stack of matrices
+        return shard_like(parameter, LowRank(u, v).dense())
     # Rows of the factors are rows and columns of the parameter.
     own_v = _own(parameter, v.T, 1).T
     return LowRank(_own(parameter, u, 0), own_v).dense()

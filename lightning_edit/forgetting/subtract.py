@@ -94,7 +94,7 @@ def forget_(
         weight = local_shard(parameter)
         change = vector.changes[name]
         if isinstance(change, LowRank):
-            tau = change.u.to(weight.device) @ change.v.to(weight.device).T
+            tau = change.u.to(weight.device) @ change.v.to(weight.device).mT
         else:
             tau = change.to(weight.device)
         tau = shard_like(parameter, tau)

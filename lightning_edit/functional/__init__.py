@@ -40,6 +40,7 @@ from lightning_edit.functional.retention import (
     retention_area,
     retention_by_age,
 )
+from lightning_edit.functional.routing import routing_similarity
 
 __all__ = [
     "answer_matches",
@@ -66,6 +67,7 @@ __all__ = [
     "percentile_interval",
     "retention_area",
     "retention_by_age",
+    "routing_similarity",
     "sign_flip_p",
     "states_answer",
     "token_accuracy",

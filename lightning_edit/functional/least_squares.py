@@ -3,20 +3,24 @@
 """The closed form of MEMIT and its kin: many pairs into one linear memory, by ridge regression."""
 
 # Shapes: n pairs to write, N keys with those of earlier edits, M inputs and D outputs of the edited
-# matrix W [D, M], P protected directions.
+# matrix W [D, M], P protected directions. Where W is several matrices side by side, such as those
+# of B experts, C has B blocks of m inputs on its diagonal, M = B m, and is given as [B, m, m].
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 __all__ = [
     "factorize",
     "key_strengths",
+    "outside",
     "preserving_update",
     "projected_update",
     "protected_directions",
     "ridge_for_share",
+    "whitened",
 ]
 
 # Size of a negative eigenvalue, relative to the largest one, that rounding accounts for.
@@ -27,10 +31,10 @@ def factorize(second_moment: Tensor) -> Tensor:
     """The Cholesky factor of C, made once for all edits of a layer.
 
     Args:
-        second_moment: C = E[k kᵀ], [M, M], positive definite.
+        second_moment: C = E[k kᵀ], [M, M], positive definite; or its blocks, [B, m, m].
 
     Returns:
-        Lower triangular factor, [M, M] float64.
+        Lower triangular factor, float64, or those of the blocks.
 
     Raises:
         ValueError: If C is not positive definite in float64.
@@ -43,10 +47,29 @@ def factorize(second_moment: Tensor) -> Tensor:
     if found is None:
         raise ValueError(
             "`second_moment` is expected to be positive definite, but it is singular: it was made "
-            f"from too few tokens for its {second_moment.shape[0]} dimensions. Use more tokens, or "
-            "add a ridge."
+            f"from too few tokens for its {second_moment.shape[-1]} dimensions. Use more tokens, "
+            "or add a ridge."
         )
     return found
+
+
+def whitened(keys: Tensor, factor: Tensor) -> Tensor:
+    """C⁻¹ K.
+
+    Args:
+        keys: K, [M, N].
+        factor: Cholesky factor of C, [M, M] float64, or of its blocks, [B, m, m].
+
+    Returns:
+        [M, N] float64.
+
+    Examples:
+        >>> blocks = torch.stack([torch.eye(1), 2 * torch.eye(1)]).double()
+        >>> whitened(torch.tensor([[1.0], [8.0]]), blocks).tolist()
+        [[1.0], [2.0]]
+    """
+    columns = keys.double().reshape(*factor.shape[:-1], -1)
+    return torch.cholesky_solve(columns, factor).reshape(keys.shape)
 
 
 def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
@@ -54,7 +77,7 @@ def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         keys: K, [M, N].
-        factor: Cholesky factor of C, [M, M] float64.
+        factor: Cholesky factor of C, [M, M] float64, or of its blocks, [B, m, m].
 
     Returns:
         q, [N] float64.
@@ -63,8 +86,9 @@ def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
         >>> key_strengths(torch.eye(2) * 3, torch.eye(2).double()).tolist()
         [9.0, 9.0]
     """
-    half = torch.linalg.solve_triangular(factor, keys.double(), upper=False)
-    strengths: Tensor = half.square().sum(0)
+    columns = keys.double().reshape(*factor.shape[:-1], -1)
+    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    strengths: Tensor = half.square().flatten(0, -2).sum(0)
     return strengths
 
 
@@ -101,7 +125,7 @@ def preserving_update(
     Args:
         keys: A, earlier keys first, [M, N].
         residuals: R, what the memory lacks at the last n of the keys, [D, n].
-        factor: Cholesky factor of C, [M, M] float64; see ``factorize``.
+        factor: Cholesky factor of C, [M, M] float64, or of its blocks; see ``factorize``.
         ridge: λ, how many keys C counts for; 0 stores the pairs exactly where that can be done.
         old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
 
@@ -122,10 +146,12 @@ def preserving_update(
     keys64 = keys.double()
     inputs, pairs = keys.shape
     if pairs <= inputs and old_gram is None:
-        whitened = torch.cholesky_solve(keys64, factor)
-        right = _spread(whitened, keys64.T @ whitened, ridge)
+        columns = whitened(keys64, factor)
+        right = _spread(columns, keys64.T @ columns, ridge)
     else:
-        system = ridge * (factor @ factor.T) + keys64 @ keys64.T
+        moment = factor @ factor.mT
+        moment = moment if moment.ndim == 2 else _block_diagonal(moment)
+        system = ridge * moment + keys64 @ keys64.T
         system = system if old_gram is None else system + old_gram.double()
         right = torch.cholesky_solve(keys64, _cholesky(system, ridge))
     return residuals.float(), right[:, pairs - residuals.shape[1] :].float()
@@ -137,14 +163,16 @@ def protected_directions(
     """Directions in which keys of other facts lie: leading eigenvectors of C.
 
     Args:
-        second_moment: C = E[k kᵀ], [M, M].
+        second_moment: C = E[k kᵀ], [M, M], or its blocks, [B, m, m].
         threshold: Eigenvalues from which directions are protected. It depends on the model's
             scale; the authors use 0.02.
         share: Without a threshold, the share of C's trace that the protected directions hold.
 
     Returns:
         Orthonormal columns Q, [M, P] float32, and the relative gap between the last protected and
-        the first free eigenvalue: where it is tiny, rounding decides on which side they fall.
+        the first free eigenvalue: where it is tiny, rounding decides on which side they fall. Of
+        blocks those of each, [B, m, P], with columns of zeros where it has fewer than others, and
+        the smallest gap.
 
     Raises:
         ValueError: If C has negative eigenvalues, or nothing is left free.
@@ -157,6 +185,10 @@ def protected_directions(
     References:
         AlphaEdit, arXiv 2410.02355, section 3.2.
     """
+    if second_moment.ndim > 2:
+        parts = [protected_directions(block, threshold, share) for block in second_moment]
+        columns = pad_sequence([q.T for q, _ in parts], batch_first=True)
+        return columns.mT.contiguous(), min(gap for _, gap in parts)
     values, vectors = torch.linalg.eigh(second_moment.double())
     if float(values[0]) < -MAX_NEGATIVE * float(values[-1]):
         raise ValueError(
@@ -178,6 +210,24 @@ def protected_directions(
     return vectors[:, :count].float(), gap
 
 
+def outside(columns: Tensor, directions: Tensor) -> Tensor:
+    """What is left of columns outside of protected directions: P X = X − Q Qᵀ X.
+
+    Args:
+        columns: X, [M, N].
+        directions: Q, orthonormal columns, [M, P], or those of blocks, [B, m, P].
+
+    Returns:
+        [M, N].
+
+    Examples:
+        >>> outside(torch.ones(2, 1), torch.tensor([[1.0], [0.0]])).tolist()
+        [[0.0], [1.0]]
+    """
+    blocks = columns.reshape(*directions.shape[:-1], -1)
+    return (blocks - directions @ (directions.mT @ blocks)).reshape(columns.shape)
+
+
 def projected_update(
     keys: Tensor,
     residuals: Tensor,
@@ -194,7 +244,7 @@ def projected_update(
     Args:
         keys: A, earlier keys first, [M, N].
         residuals: R of the last n of the keys, [D, n]; the others keep what they have.
-        protected: Q, orthonormal columns, [M, P].
+        protected: Q, orthonormal columns, [M, P], or those of blocks, [B, m, P].
         ridge: λ.
         old_gram: Σ k kᵀ of keys that are not among A, [M, M] float64.
 
@@ -214,18 +264,14 @@ def projected_update(
         AlphaEdit, arXiv 2410.02355, equation 14.
     """
     directions = protected.double()
-
-    def project(columns: Tensor) -> Tensor:
-        return columns - directions @ (directions.T @ columns)
-
-    projected = project(keys.double())
+    projected = outside(keys.double(), directions)
     inputs, pairs = keys.shape
     if pairs <= inputs and old_gram is None:
         right = _spread(projected, projected.T @ projected, ridge)
     else:
         system = projected @ projected.T
         if old_gram is not None:
-            system = system + project(project(old_gram.double()).T)
+            system = system + outside(outside(old_gram.double(), directions).T, directions)
         system.diagonal().add_(ridge)
         right = torch.cholesky_solve(projected, _cholesky(system, ridge))
     return residuals.float(), right[:, pairs - residuals.shape[1] :].float()
@@ -236,6 +282,15 @@ def _spread(columns: Tensor, gram: Tensor, ridge: float) -> Tensor:
     system = gram.clone()
     system.diagonal().add_(ridge)
     return torch.cholesky_solve(columns.T, _cholesky(system, ridge)).T
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """Blocks, [B, m, m], on the diagonal of one matrix, [B m, B m]."""
+    count, width, _ = blocks.shape
+    places = torch.arange(count, device=blocks.device)
+    whole = blocks.new_zeros(count, width, count, width)
+    whole[places, :, places] = blocks
+    return whole.reshape(count * width, count * width)
 
 
 def _cholesky(system: Tensor, ridge: float) -> Tensor:
@@ -250,10 +305,11 @@ def _cholesky(system: Tensor, ridge: float) -> Tensor:
 
 
 def _factor(system: Tensor) -> Tensor | None:
-    """Cholesky factor of a system, [M, M] float64; None if it is singular."""
+    """Cholesky factor of a system, [..., M, M] float64; None if it is singular."""
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(system)
     # By rounding, a singular system may pass with a pivot that means nothing.
-    smallest = float(factor.diagonal().square().min())
-    is_singular = bool(failed) or smallest < 1e-13 * float(system.diagonal().max())
+    smallest = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    largest = system.diagonal(dim1=-2, dim2=-1).amax(-1)
+    is_singular = bool(failed.any()) or not bool((smallest >= 1e-13 * largest).all())
     return None if is_singular else factor

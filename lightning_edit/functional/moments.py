@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of keys: C = E[k kᵀ], what a linear memory holds already."""
 
-# Shapes: N keys, M their dimensions.
+# Shapes: N keys, M their dimensions, E experts.
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["regularize", "second_moment_update"]
+__all__ = ["regularize", "second_moment_update", "shrink_to_pool"]
 
 # Whether a GPU's products of bfloat16 can be given out in float32, in which they are summed anyway.
 MIXED = hasattr(torch.ops.aten.mm, "dtype")
@@ -51,16 +51,46 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:
+def shrink_to_pool(totals: Tensor, counts: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Second moments of experts, each drawn towards that of the keys of all of them.
+
+    The pooled moment C counts for as much as a number of keys. So an expert that was sent no token
+    has C itself rather than nothing, one that was sent few is near to it, and one that was sent
+    many has its own.
+
+    Args:
+        totals: Σ k kᵀ over the keys of each expert, [E, M, M].
+        counts: Their numbers, [E].
+        weight: n, how many keys C counts for.
+
+    Returns:
+        Σ k kᵀ + n C, [E, M, M], and the numbers of keys, n more of each.
+
+    Raises:
+        ValueError: If there are no keys.
+
+    Examples:
+        >>> totals, counts = torch.tensor([[[8.0]], [[0.0]]]), torch.tensor([4, 0])
+        >>> total, count = shrink_to_pool(totals, counts, 4)
+        >>> total.flatten().tolist(), count.tolist()
+        ([16.0, 8.0], [8.0, 4.0])
+    """
+    if int(counts.sum()) < 1:
+        raise ValueError("`counts` is expected to be at least 1 in all, but there are no keys.")
+    pooled = totals.sum(0) / counts.sum()
+    return totals + weight * pooled, counts + float(weight)
+
+
+def regularize(moment_MM: Tensor, count: int | Tensor, ridge: float) -> Tensor:
     """The mean C of a sum of N outer products, with a ridge where the keys cannot span the space.
 
     Args:
-        moment_MM: Σ k kᵀ, [M, M].
-        count: N, the number of keys in the sum.
+        moment_MM: Σ k kᵀ, [M, M]; or of each expert, [E, M, M].
+        count: N, the number of keys in the sum; or those of the experts, [E].
         ridge: Share of the mean eigenvalue added to the diagonal.
 
     Returns:
-        C + ridge · tr(C)/M · I, [M, M] float32.
+        C + ridge · tr(C)/M · I, float32, of the same shape.
 
     Raises:
         ValueError: If there are no keys.
@@ -69,8 +99,10 @@ def regularize(moment_MM: Tensor, count: int, ridge: float) -> Tensor:
         >>> regularize(torch.eye(2) * 4, 4, 0.5).tolist()
         [[1.5, 0.0], [0.0, 1.5]]
     """
-    if count < 1:
+    number = torch.as_tensor(count, device=moment_MM.device)
+    if not bool((number >= 1).all()):
         raise ValueError("`count` is expected to be at least 1, but there are no keys.")
-    mean = moment_MM.double() / count
-    mean.diagonal().add_(ridge * mean.diagonal().mean())
+    mean = moment_MM.double() / number[..., None, None]
+    diagonal = mean.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(ridge * diagonal.mean(-1, keepdim=True))
     return mean.float()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_edit.functional.least_squares import whitened
+
 __all__ = ["rank_one_update", "whiten"]
 
 
@@ -17,7 +19,8 @@ def whiten(keys: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         keys: k, [M], or several of them, [E, M], which take hardly longer than one.
-        factor: Cholesky factor of C = E[k kᵀ] over many keys, [M, M] float64; see ``factorize``.
+        factor: Cholesky factor of C = E[k kᵀ] over many keys, [M, M] float64, or of its blocks; see
+            ``factorize``.
 
     Returns:
         Directions of C⁻¹ k, in the shape of the keys, float32.
@@ -26,8 +29,7 @@ def whiten(keys: Tensor, factor: Tensor) -> Tensor:
         >>> whiten(torch.tensor([3.0, 0.0]), torch.eye(2).double()).tolist()
         [1.0, 0.0]
     """
-    columns = keys.reshape(-1, keys.shape[-1]).double().mT
-    solved: Tensor = torch.cholesky_solve(columns, factor).mT.reshape(keys.shape)
+    solved = whitened(keys.reshape(-1, keys.shape[-1]).mT, factor).mT.reshape(keys.shape)
     unit: Tensor = solved / torch.linalg.vector_norm(solved, dim=-1, keepdim=True)
     return unit.float()
 

@@ -1,6 +1,6 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Memories beside one linear layer that decide once for each prompt who answers it."""
+"""Memories beside one layer that decide once for each prompt who answers it."""
 
 # Shapes: B rows.
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_edit.core.locator import ModelTree, StackKind
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.memories.router import Router
+from lightning_edit.passes.block_recorder import BlockOutput, hidden_states, with_hidden_states
 
 __all__ = ["LayerMemory"]
 
@@ -44,4 +45,13 @@ class LayerMemory(EditMemory):
         tree = ModelTree.of(model, stack)
         layer = model.get_submodule(self.settings["module"])
         begins = tree.is_encoder_decoder and stack == "decoder"
-        return [*self.router.follow(tree, begins=begins), layer.register_forward_hook(self.answer)]
+        return [
+            *self.router.follow(tree, begins=begins),
+            layer.register_forward_hook(self._answered),
+        ]
+
+    def _answered(
+        self, layer: nn.Module, args: tuple[Tensor, ...], output: BlockOutput
+    ) -> BlockOutput | None:
+        found = self.answer(layer, args, hidden_states(output))
+        return None if found is None else with_hidden_states(output, found)

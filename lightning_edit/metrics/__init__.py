@@ -16,6 +16,7 @@ from lightning_edit.metrics.locality import Locality
 from lightning_edit.metrics.portability import Portability
 from lightning_edit.metrics.reading import Reading, ReadingMetric
 from lightning_edit.metrics.reliability import Reliability
+from lightning_edit.metrics.routing_similarity import RoutingSimilarity
 
 __all__ = [
     "CountingMetric",
@@ -31,5 +32,6 @@ __all__ = [
     "Reading",
     "ReadingMetric",
     "Reliability",
+    "RoutingSimilarity",
     "edit_metrics",
 ]

@@ -21,7 +21,7 @@ from lightning_edit.checkpoints import PlainCheckpoints, check_editor, record_in
 from lightning_edit.core.batch import EditBatch, PromptTokenizer, TemplateValue
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.figures import RequestFigures
-from lightning_edit.core.locator import Locator, ModelTree
+from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.plain_model import check_tokens, check_weights
 from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_subjects
@@ -177,7 +177,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
 
     def edited_names(self, tree: ModelTree) -> list[str]:
         """Names of the parameters that edits may change; the MLP outputs of the layers."""
-        return [site.name for site in Locator(layers=self.layers_of(tree)).sites(tree.model)]
+        layers = sorted({tree.index(layer) for layer in self.layers_of(tree)})
+        return [tree.mlp_site(layer).name for layer in layers]
 
     def make_target(self, tree: ModelTree) -> Target[E]:
         """What is edited in a model: the weights of ``edited_names``.

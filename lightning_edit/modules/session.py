@@ -5,17 +5,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Generic
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lightning_edit.core.batch import EditBatch, PromptTokenizer
 from lightning_edit.core.committed import RequestBatch, requests_of
 from lightning_edit.core.delta import WeightDelta
+from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, EditError
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.hashing import WeightHashes
@@ -26,9 +28,11 @@ from lightning_edit.core.provenance import BaseModelInfo, Provenance
 from lightning_edit.core.request import EditRequest, check_requests, check_subjects
 from lightning_edit.core.sharding import local_change, local_shard
 from lightning_edit.evaluation.scoring import prompt_ids, score_targets
+from lightning_edit.functional.routing import routing_similarity
 from lightning_edit.modules.targets import Target, kept_weights
 from lightning_edit.optim import E
 from lightning_edit.passes.borrowing import borrowed
+from lightning_edit.passes.routing import expert_sets
 
 __all__ = ["EditSession", "requests_in", "write_for_now"]
 
@@ -163,9 +167,17 @@ class EditSession(Generic[E]):
         asked = {request.id: request for request in requests if request.id not in failed}
         rows: dict[str, RequestFigures] = {id_: {"id": id_} for id_ in asked}
         rows |= {row["id"]: row for row in edit.details.get("requests", [])}
-        with torch.inference_mode(False), nullcontext() if is_written else self._tried(edit):
-            for id_, found in self.measured(list(asked.values())).items():
-                rows[id_] = {**rows[id_], **found}
+        layers = later_mixtures(self.tree, edit)
+        with torch.inference_mode(False):
+            with self._without(edit) if is_written and layers else nullcontext():
+                before = self._experts_of(asked.values(), layers)
+            with nullcontext() if is_written else self._tried(edit):
+                for id_, found in self.measured(list(asked.values())).items():
+                    rows[id_] = {**rows[id_], **found}
+                after = self._experts_of(asked.values(), layers)
+        for id_, now, then in zip(asked, after, before, strict=True):
+            if layers:
+                rows[id_]["routing_similarity"] = float(routing_similarity(now, then).mean())
         edit.details["requests"] = list(rows.values())
         return edit
 
@@ -196,6 +208,18 @@ class EditSession(Generic[E]):
             }
             for request, score in zip(requests, scores, strict=True)
         }
+
+    def _experts_of(self, requests: Iterable[EditRequest], layers: Sequence[int]) -> list[Tensor]:
+        """Experts of some layers that tokens of each prompt are sent to, [layers, T, E] bool."""
+        rows = [self.tokens.prompt(request.prompt) for request in requests]
+        found = expert_sets(self.tree, layers, rows, self.tokens.pad_id)
+        width = max((sets.shape[1] for row in found for sets in row.values()), default=0)
+        return [
+            torch.cat([pad(sets, (0, width - sets.shape[1])) for sets in row.values()])
+            if row
+            else torch.empty(0)
+            for row in found
+        ]
 
     def unanswered(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """Those of some requests that are not in the model, or were other ones when they were."""
@@ -254,6 +278,18 @@ class EditSession(Generic[E]):
             with self.written(edit):
                 yield
             return
+        with self._for_now(edit):
+            yield
+
+    @contextmanager
+    def _without(self, edit: E) -> Iterator[None]:
+        """Context manager: the model without an edit of weights that stands in it."""
+        with self._for_now(-edit) if isinstance(edit, WeightDelta) else nullcontext():
+            yield
+
+    @contextmanager
+    def _for_now(self, edit: WeightDelta) -> Iterator[None]:
+        """Context manager: the model with a change, of which no hash is taken."""
         kept = kept_weights({name: self.model.get_parameter(name) for name in edit.changes})
         with self._hashes.holding(), kept:
             write_for_now(self.model, edit)
@@ -275,6 +311,19 @@ class EditSession(Generic[E]):
         known |= requests_of(self.target.delta.batches)
         total.provenance = provenance.answering(total.provenance.request_ids, known)
         return total
+
+
+def later_mixtures(tree: ModelTree, edit: Edit) -> list[int]:
+    """Layers that are mixtures of experts and read what an edit of weights changes.
+
+    Args:
+        tree: The model.
+        edit: An edit of it; what a memory adds is not followed.
+    """
+    changed = edit.changes if isinstance(edit, WeightDelta) else {}
+    names = {i: f"{name}." for i, name in enumerate(tree.block_names)}
+    touched = [i for i, name in names.items() if any(one.startswith(name) for one in changed)]
+    return [i for i in tree.mixtures if i > min(touched)] if touched else []
 
 
 def requests_in(

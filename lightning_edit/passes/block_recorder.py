@@ -23,6 +23,7 @@ __all__ = [
     "entering_states",
     "hidden_states",
     "recorded_blocks",
+    "with_hidden_states",
 ]
 
 #: Positional and named arguments of a block.
@@ -111,3 +112,8 @@ def entering_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 def hidden_states(output: BlockOutput) -> Tensor:
     """A block's hidden states: some blocks return a tuple around them."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden_states(output: BlockOutput, states: Tensor) -> BlockOutput:
+    """What a block returns, with other hidden states in it."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states

@@ -18,7 +18,12 @@ from lightning_edit.core.batch import pad_rows
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.sharding import ends_whole, plain
 from lightning_edit.passes.attention import quick_attention
-from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
+from lightning_edit.passes.block_recorder import (
+    Arguments,
+    BlockOutput,
+    hidden_states,
+    recorded_blocks,
+)
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.tail import Place
 from lightning_edit.passes.transfers import sent
@@ -106,19 +111,20 @@ class KeyPass:
         for i in range(self.at, layer):
             self.state = self._block(i, self.state)
         self.at = layer
-        asked, last = (self.tree.mlp_out(i).module(self.tree.model) for i in (layer, self.last))
+        model, site = self.tree.model, self.tree.mlp_site(layer)
+        asked, last = (self.tree.mlp_site(i).module(model) for i in (layer, self.last))
         seen: dict[str, Tensor] = {}
 
         def at_end(states: Tensor) -> Tensor:
             # Some models flatten batch and positions before the MLP.
             rows = states.reshape(self.state.shape[0], -1, states.shape[-1])
-            return rows[:, -1].float().clone()
+            return rows[:, -1].clone()
 
         def take_key(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            seen["key"] = at_end(plain(args[0]))
+            seen["key"] = site.keys(model, at_end(plain(args[0]))).float()
 
-        def take_output(_: nn.Module, __: object, output: Tensor) -> None:
-            seen["output"] = at_end(output)
+        def take_output(_: nn.Module, __: object, output: BlockOutput) -> None:
+            seen["output"] = at_end(hidden_states(output)).float()
 
         state = self.state
         with hooked({last: take_output}, {asked: take_key}):

@@ -32,6 +32,7 @@ from lightning_edit.passes.block_recorder import (
     entering_states,
     hidden_states,
     recorded_blocks,
+    with_hidden_states,
 )
 from lightning_edit.passes.blocks import (
     Prefix,
@@ -366,7 +367,8 @@ class _Outputs:
 @contextmanager
 def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterator[_Outputs]:
     """Context manager: records what goes through the edited block's projections."""
-    sites = [tree.mlp_out(layer), *([tree.attention_out(layer)] if attention else [])]
+    mlp = tree.mlp_site(layer)
+    sites = [mlp, *([tree.attention_out(layer)] if attention else [])]
     seen = _Outputs(torch.empty(0), [torch.empty(0) for _ in sites])
     count = 0
 
@@ -380,10 +382,10 @@ def _recorded_outputs(tree: ModelTree, layer: int, *, attention: bool) -> Iterat
         return states.reshape(count, -1, states.shape[-1])[:, 0].clone()
 
     def leave(place: int) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.values[place] = column_0(output)
+        def record(_: nn.Module, args: tuple[Tensor, ...], output: BlockOutput) -> None:
+            seen.values[place] = column_0(hidden_states(output))
             if not place:
-                seen.key = column_0(plain(args[0]))
+                seen.key = mlp.keys(tree.model, column_0(plain(args[0])))
 
         return record
 
@@ -399,8 +401,7 @@ def _adder(change: Tensor) -> Callable[..., BlockOutput]:
         whole = hidden_states(output)
         rows = whole.reshape(change.shape[0], -1, whole.shape[-1])
         moved = torch.cat([rows[:, :1] + change[:, None].to(rows.dtype), rows[:, 1:]], 1)
-        moved = moved.reshape(whole.shape)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return with_hidden_states(output, moved.reshape(whole.shape))
 
     return add
 

@@ -29,6 +29,7 @@ from lightning_edit.passes.block_recorder import (
     StopPass,
     entering_states,
     hidden_states,
+    with_hidden_states,
 )
 from lightning_edit.passes.blocks import explained, scaled_logits, vocabulary_projection
 from lightning_edit.passes.borrowing import borrowed
@@ -158,11 +159,12 @@ class WholeRows:
         batch = cls(tree, layer, ids, mask, at, empty, empty, place)
         name = type(model).__name__
         with torch.no_grad(), borrowed(model), explained(f"{name} cannot be run on rows", ADVICE):
-            key = tree.mlp_out(layer).module(model)
+            site = tree.mlp_site(layer)
+            key = site.module(model)
             seen: dict[object, Tensor] = {}
 
             def enter(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-                seen["key"] = _at(args[0], at)
+                seen["key"] = site.keys(model, _at(args[0], at))
 
             def leave(module: nn.Module, _: object, output: BlockOutput) -> None:
                 seen[module] = _at(hidden_states(output), at)
@@ -326,13 +328,14 @@ class WholeKeys:
             target values at the last edited layer there, [N, D]; both float32.
         """
         model, end = self.tree.model, self.mask.sum(1) - 1
-        asked, last = (self.tree.mlp_out(i).module(model) for i in (layer, self.layers[-1]))
+        site = self.tree.mlp_site(layer)
+        asked, last = (self.tree.mlp_site(i).module(model) for i in (layer, self.layers[-1]))
         block = self.tree.blocks[self.layers[-1]]
         is_block = self.place == "block"
         seen: dict[str, Tensor] = {}
 
         def take_key(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            seen["key"] = _at(args[0], end).float()
+            seen["key"] = site.keys(model, _at(args[0], end)).float()
 
         def take_output(_: nn.Module, __: object, output: BlockOutput) -> None:
             seen["output"] = _at(hidden_states(output), end).float()
@@ -381,7 +384,6 @@ def _adder(change: Tensor, columns: Tensor) -> Callable[..., BlockOutput]:
         rows = _by_row(whole, len(columns))
         at = torch.arange(rows.shape[1], device=rows.device) == columns[:, None]
         moved = torch.where(at[..., None], rows + change[:, None].to(rows.dtype), rows)
-        moved = moved.reshape(whole.shape)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return with_hidden_states(output, moved.reshape(whole.shape))
 
     return add

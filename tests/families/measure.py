@@ -209,12 +209,13 @@ def loaded(model: Any) -> str:
 
 
 def places(model: Any) -> tuple[list[str], str]:
-    """The MLP's last projection of each layer, and what was said of others."""
+    """The last projection of each layer's MLP or experts, and what was said of others."""
     tree = ModelTree.of(model)
     found, said = [], ""
     for layer, block in enumerate(tree.block_names):
         try:
-            found.append(tree.mlp_out(layer).module_name.removeprefix(f"{block}."))
+            name = tree.mlp_site(layer).name
+            found.append(name.removeprefix(f"{block}.").removesuffix(".weight"))
         except EditError as error:
             found.append("")
             said = str(error)

@@ -19,6 +19,7 @@ from lightning_edit import (
     EditEvaluator,
     EditModule,
     FineTune,
+    LocFT,
     LoRA,
     UltraEdit,
 )
@@ -40,14 +41,20 @@ PLACES: dict[str, list[tuple[str, str]]] = {
     "gemma3n": [("mlp.down_proj", "self_attn.o_proj")] * 4,
     "gemma4": [("mlp.down_proj", "self_attn.o_proj")] * 4,
     "qwen3_5": [("mlp.down_proj", "linear_attn.out_proj"), ("mlp.down_proj", "self_attn.o_proj")],
-    "qwen3_next": [("mlp.down_proj", "linear_attn.out_proj"), ("", "self_attn.o_proj")],
+    "qwen3_next": [
+        ("mlp.down_proj", "linear_attn.out_proj"),
+        ("mlp.experts.down_proj", "self_attn.o_proj"),
+    ],
     "granite4": [
         ("shared_mlp.output_linear", ""),
         ("shared_mlp.output_linear", "self_attn.o_proj"),
     ],
     "falcon_h1": [("feed_forward.down_proj", "self_attn.o_proj")] * 2,
     "bamba": [("feed_forward.down_proj", ""), ("feed_forward.down_proj", "self_attn.o_proj")],
-    "jamba": [("feed_forward.down_proj", ""), ("", "self_attn.o_proj")],
+    "jamba": [
+        ("feed_forward.down_proj", ""),
+        ("feed_forward.experts.down_proj", "self_attn.o_proj"),
+    ],
     "zamba2": [("", ""), ("", "shared_transformer.self_attn.o_proj")],
     "lfm2": [("feed_forward.w2", ""), ("feed_forward.w2", "self_attn.out_proj")],
     "nemotron_h": [
@@ -62,7 +69,10 @@ PLACES: dict[str, list[tuple[str, str]]] = {
         ("mlp_block.down_proj", "temporal_block.o_proj"),
     ],
     "rwkv": [("feed_forward.value", "attention.output")] * 2,
-    "kimi_linear": [("mlp.down_proj", "self_attn.o_proj"), ("", "self_attn.o_proj")],
+    "kimi_linear": [
+        ("mlp.down_proj", "self_attn.o_proj"),
+        ("mlp.experts.down_proj", "self_attn.o_proj"),
+    ],
     "switch": [("layer.2.mlp.wo", "layer.0.SelfAttention.o"), ("", "layer.0.SelfAttention.o")],
     "bert": [("output.dense", "attention.output.dense")] * 2,
     "qwen2_vl": [("mlp.down_proj", "self_attn.o_proj")] * 2,
@@ -217,7 +227,7 @@ def test_a_bert_that_decodes_is_none_of_these() -> None:
 def test_what_is_advised_for_mixtures_of_experts_works(subtests: pytest.Subtests) -> None:
     for name, plain in (("mixtral", ""), ("deepseek_v3", r"a layer with a plain MLP \(0\), or ")):
         model = build(name)
-        message = f"Choose {plain}a method that needs none, such as LoRA, or GRACE with"
+        message = f"Choose {plain}a method that edits experts, such as ROME, MEMIT or FineTune"
         with pytest.raises(LocatorError, match=message):
             Locator([1]).sites(model)
         editors: tuple[EditModule[Any], ...] = (
@@ -229,6 +239,30 @@ def test_what_is_advised_for_mixtures_of_experts_works(subtests: pytest.Subtests
                 edit = editor.edit(tiny_requests(1))
                 edit.apply_(model)
                 edit.revert_(model)
+
+
+def test_what_tunes_or_remembers_takes_mixtures_by_default_places(
+    subtests: pytest.Subtests,
+) -> None:
+    for name in ("gpt_oss", "deepseek_v3"):
+        model = build(name)
+        before = fingerprint(model)
+        editors: tuple[EditModule[Any], ...] = (
+            FineTune.from_model(model, tiny_tokenizer(), lr=5e-3, steps=3),
+            LocFT.from_model(model, tiny_tokenizer(), lr=5e-3),
+            LoRA.from_model(model, tiny_tokenizer(), lr=5e-3, steps=3),
+            GRACE.from_model(model, tiny_tokenizer(), steps=3),
+        )
+        for editor in editors:
+            with subtests.test(f"{name}, {type(editor).__name__}"):
+                [request] = tiny_requests(1)
+                asked = editor.session.measured([request])[request.id]
+                edit = editor.edit(request)
+                assert fingerprint(model) == before
+                assert edit.details["requests"][0]["p_target"] > asked["p_target"]
+                with edit.applied(model):
+                    assert fingerprint(model) != before
+                assert fingerprint(model) == before
 
 
 def test_models_that_see_are_loaded(subtests: pytest.Subtests) -> None:

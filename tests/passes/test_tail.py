@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_edit.core.errors import LocatorError, ModelError
+from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.tail import Tail, split_rows
@@ -254,6 +254,7 @@ def test_a_model_without_a_vocabulary_says_so() -> None:
 
 
 @pytest.mark.parametrize("kind", zoo.EXPERTS)
-def test_experts_are_refused_by_name(kind: str) -> None:
-    with pytest.raises((LocatorError, ModelError)):
-        Tail.capture(ModelTree.of(zoo.build(kind)), -1, ROWS, SPLITS, pad_id=0)
+def test_logits_behind_a_mixture_of_experts(kind: str) -> None:
+    model = zoo.build(kind)
+    tail = Tail.capture(ModelTree.of(model), 1, ROWS, SPLITS, pad_id=0)
+    assert_like_whole(model, tail, 1, torch.randn(len(ROWS), 32), ROWS, SPLITS)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.functional.least_squares import projected_update, protected_directions
+from lightning_edit.functional.least_squares import outside, projected_update, protected_directions
 from lightning_edit.modules.locate_then_edit.base import LocateModule
 from lightning_edit.modules.locate_then_edit.spread import Spread, lower_layers
 
@@ -85,7 +85,7 @@ class AlphaEdit(LocateModule):
         return lower_layers(tree)
 
     def protected(self, layer: int) -> tuple[Tensor, float]:
-        """Protected directions of a layer, [M, P], and the gap after the last of them."""
+        """Protected directions of a layer, [M, P] or of each expert, and the gap after them."""
         return self.from_second_moment(
             layer, protected_directions, self.nullspace_threshold, self.protected_share
         )
@@ -102,7 +102,7 @@ class AlphaEdit(LocateModule):
                 pairs.all_keys, residuals.T, directions, ridge, pairs.earlier.gram
             )
             # What is left of a key outside of the protected directions decides how much is written.
-            strength = pairs.keys.square().sum(1) - (pairs.keys @ directions).square().sum(1)
+            strength = outside(pairs.keys.T, directions).square().sum(0)
             spread.write(pairs, residuals, u, v, strength / (strength + ridge))
         # The paper takes the keys again from the edited model.
         keys = spread.keys if self.aligned else self.layer_keys(spread.batch)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.locator import Locator, ModelTree, WeightSite
+from lightning_edit.core.locator import MLPSite, ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import warn_of_several_places
 from lightning_edit.functional.least_squares import factorize
@@ -27,6 +27,7 @@ from lightning_edit.modules.locate_then_edit.contexts import Contexts
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
 from lightning_edit.modules.locate_then_edit.searches import SearchKind
+from lightning_edit.modules.locate_then_edit.reach import unreached
 from lightning_edit.modules.locate_then_edit.shared_search import search_target_values
 from lightning_edit.modules.locate_then_edit.target_values import (
     SEARCHES,
@@ -71,6 +72,8 @@ class LocateModule(EditModule[WeightDelta]):
         max_rows: Rows whose target values are searched at once; it changes memory, not results.
         search: How target values are searched: ``adam``, as in the papers, or ``gauss_newton``,
             which needs fewer passes; ``lr`` is Adam's alone.
+        experts: Indices of the experts that may be changed, where layers are mixtures of experts;
+            when None, those that the router picks for the subject.
         kwargs: Arguments of every editor, such as ``dtype``; see
             [`EditModule`][lightning_edit.EditModule].
     """
@@ -101,6 +104,7 @@ class LocateModule(EditModule[WeightDelta]):
         stop_loss: float = 5e-2,
         max_rows: int = 512,
         search: SearchKind = "adam",
+        experts: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, layers, **kwargs)
@@ -131,6 +135,7 @@ class LocateModule(EditModule[WeightDelta]):
             search=search,
         )
         self.seed = seed
+        self.experts = experts
         is_module = isinstance(second_moment_text, LightningDataModule)
         named = type(second_moment_text).__name__ if is_module else second_moment_text
         self.save_hyperparameters({"second_moment_text": named})
@@ -153,13 +158,14 @@ class LocateModule(EditModule[WeightDelta]):
     def default_layers(self, tree: ModelTree) -> list[int]:
         return [int(len(tree.blocks) / 6 + 0.5)]  # 5 of 28 and of 32, as in the papers' settings
 
-    def sites(self, tree: ModelTree) -> list[WeightSite]:
-        """The matrices to edit.
+    def sites(self, tree: ModelTree) -> Sequence[MLPSite]:
+        """The matrices to edit: of a mixture of experts all at once.
 
         Raises:
-            LocatorError: If a layer does not exist.
+            LocatorError: If a layer does not exist, or has no such experts.
         """
-        return Locator(layers=self.layers_of(tree)).sites(tree.model)
+        layers = sorted({tree.index(layer) for layer in self.layers_of(tree)})
+        return [tree.mlp_site(layer).among(self.experts) for layer in layers]
 
     # -- contexts and keys -------------------------------------------------------------------
 
@@ -196,10 +202,10 @@ class LocateModule(EditModule[WeightDelta]):
 
     def layer_keys(self, batch: EditBatch) -> dict[int, Tensor]:
         """Keys of a batch in the model as it stands, [E, M] of each layer."""
-        layers = [site.layer for site in self.sites(self.tree)]
+        sites = self.sites(self.tree)
         with borrowed(self.model):
             passes = self.key_passes(batch)
-            return {layer: self.mean_keys(passes.keys(layer)[0]) for layer in layers}
+            return {s.layer: s.kept(self.mean_keys(passes.keys(s.layer)[0])) for s in sites}
 
     def remembered(self, layer: int) -> EarlierEdits:
         """What committed edits left at a layer, such as their keys."""
@@ -219,7 +225,7 @@ class LocateModule(EditModule[WeightDelta]):
         self.moments.give(self.sites(self.tree), self.tree.index(layer), moment)
 
     def second_moment(self, layer: int, processes: Processes | None = None) -> Tensor:
-        """C = E[k kᵀ] of a layer of the unedited model, [M, M] float32.
+        """C = E[k kᵀ] of a layer of the unedited model, [M, M] float32; of experts, each one's.
 
         Args:
             layer: Index of the layer.
@@ -248,7 +254,7 @@ class LocateModule(EditModule[WeightDelta]):
         return self.moments.derived(self.session, self.tree.index(layer), make, *arguments)
 
     def factor(self, layer: int) -> Tensor:
-        """Cholesky factor of the layer's second moment, [M, M] float64.
+        """Cholesky factor of the layer's second moment, [M, M] float64; of experts, each one's.
 
         Raises:
             ArtifactError: If the second moment is singular.
@@ -300,17 +306,19 @@ class LocateModule(EditModule[WeightDelta]):
         reasons = sink_reasons(self.tree, self.tokens, batch.requests, layer)
         asked = batch if not reasons else batch.without(reasons)
         found = self.target_values(asked, layer)
-        kept = [e for e in range(len(asked.requests)) if e not in found.failed]
-        reasons |= {
-            asked.requests[e].id: "the loss of its target value is not finite at pass "
-            f"{step}. Lower `lr`, or edit this request alone in float32."
+        [site] = [site for site in self.sites(self.tree) if site.layer == layer]
+        why = unreached(site, found.keys[:, 0]) | {
+            e: f"the loss of its target value is not finite at pass {step}. Lower `lr`, or edit "
+            "this request alone in float32."
             for e, step in found.failed.items()
         }
+        kept = [e for e in range(len(asked.requests)) if e not in why]
+        reasons |= {asked.requests[e].id: reason for e, reason in why.items()}
         if not reasons:
             return batch, found, {}
         left = batch.without(reasons)
-        for id_, why in reasons.items():
-            rank_zero_warn(f"Request {id_!r} is left out of its batch: {why}")
+        for id_, reason in reasons.items():
+            rank_zero_warn(f"Request {id_!r} is left out of its batch: {reason}")
         return left, found.select(kept), reasons
 
     def target_values(self, batch: EditBatch, layer: int) -> TargetValues:

@@ -97,7 +97,7 @@ class EMMET(LocateModule):
 
 
 def _weighted_factor(second_moment: Tensor, moment_weight: float, norm_weight: float) -> Tensor:
-    """Cholesky factor of C′ = w C + η I, [M, M] float64."""
+    """Cholesky factor of C′ = w C + η I, float64, of the shape of C."""
     weighted = moment_weight * second_moment.double()
-    weighted.diagonal().add_(norm_weight)
+    weighted.diagonal(dim1=-2, dim2=-1).add_(norm_weight)
     return factorize(weighted)

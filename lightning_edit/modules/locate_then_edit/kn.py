@@ -167,6 +167,10 @@ class KN(EditModule):
         """The matrices whose inputs are the neurons."""
         return Locator(layers=self.layers_of(tree)).sites(tree.model)
 
+    @override
+    def edited_names(self, tree: ModelTree) -> list[str]:
+        return [site.name for site in self.sites(tree)]
+
     # -- finding -----------------------------------------------------------------------------
 
     def find(self, request: EditRequest) -> KnowledgeNeurons:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of an editor's layers, wherever they come from, and what is made of them."""
 
-# Shapes: M inputs of the edited projection.
+# Shapes: M inputs of the edited projection, E experts.
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError, LocatorError
-from lightning_edit.core.locator import WeightSite
+from lightning_edit.core.locator import MLPSite
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.tensor_files import read_sealed, write_sealed
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments
@@ -71,8 +71,8 @@ class SecondMoments:
             tuple[int, Callable[..., object]], tuple[Tensor, tuple[object, ...], Any]
         ] = {}
 
-    def give(self, sites: Sequence[WeightSite], layer: int, moment: Tensor) -> None:
-        """Takes the second moment of a layer over, [M, M], in place of any other.
+    def give(self, sites: Sequence[MLPSite], layer: int, moment: Tensor) -> None:
+        """Takes the second moment of a layer over, [M, M] or [E, M, M], in place of any other.
 
         Args:
             sites: The matrices to edit.
@@ -83,12 +83,12 @@ class SecondMoments:
             LocatorError: If the layer is not edited or the shape does not fit.
             ArtifactError: If it cannot be a second moment.
         """
-        widths = {site.layer: site.in_features for site in sites}
-        width = widths.get(layer)
-        if tuple(moment.shape) != (width, width):
+        shapes = {site.layer: site.moment_shape for site in sites}
+        shape = shapes.get(layer)
+        if tuple(moment.shape) != shape:
             raise LocatorError(
                 f"A second moment of shape {list(moment.shape)} was given for layer {layer}; "
-                f"expected [{width}, {width}] for one of the layers {sorted(widths)}."
+                f"expected {list(shape or ())} for one of the layers {sorted(shapes)}."
             )
         _check(layer, moment)
         # On the host: an edit needs what is made of it, which is where the model is.
@@ -97,11 +97,11 @@ class SecondMoments:
     def of(
         self,
         session: EditSession[WeightDelta],
-        sites: Sequence[WeightSite],
+        sites: Sequence[MLPSite],
         layer: int,
         processes: Processes | None = None,
     ) -> Tensor:
-        """C of a layer of the unedited model, [M, M] float32, where the model is.
+        """C of a layer of the unedited model, [M, M] or [E, M, M] float32, where the model is.
 
         Args:
             session: The model.
@@ -171,9 +171,7 @@ class SecondMoments:
         self._made[layer, make] = (moment, given, found)
         return found
 
-    def save(
-        self, session: EditSession[WeightDelta], sites: Sequence[WeightSite], file: Path
-    ) -> Path:
+    def save(self, session: EditSession[WeightDelta], sites: Sequence[MLPSite], file: Path) -> Path:
         """Writes the second moments of the edited layers, with the hash of their model."""
         moments = {
             site.module_name: self.of(session, sites, site.layer).cpu().contiguous()
@@ -185,7 +183,7 @@ class SecondMoments:
     def _estimated(
         self,
         session: EditSession[WeightDelta],
-        sites: Sequence[WeightSite],
+        sites: Sequence[MLPSite],
         processes: Processes | None,
     ) -> dict[int, Tensor]:
         settings = self.settings
@@ -205,7 +203,7 @@ class SecondMoments:
 
 
 def _read(
-    file: str, session: EditSession[WeightDelta], sites: Sequence[WeightSite]
+    file: str, session: EditSession[WeightDelta], sites: Sequence[MLPSite]
 ) -> dict[int, Tensor]:
     """Second moments of some layers from a file, if it belongs to the model."""
     try:
@@ -234,15 +232,15 @@ def _check(layer: int, moment: Tensor) -> None:
     Raises:
         ArtifactError: If it is not finite, not symmetric, or has no positive trace.
     """
-    problem = ""
+    problem, diagonal = "", moment.diagonal(dim1=-2, dim2=-1)
     if not bool(torch.isfinite(moment).all()):
         problem = "has entries that are not finite. Make it of keys that are, in float32 or float64"
-    elif float((moment - moment.T).abs().max()) > MAX_ASYMMETRY * float(moment.abs().max()):
+    elif float((moment - moment.mT).abs().max()) > MAX_ASYMMETRY * float(moment.abs().max()):
         problem = "is not symmetric. Give the whole of E[k kᵀ], not a triangle or a factor of it"
-    elif float(moment.diagonal().min()) < 0 or not float(moment.diagonal().max()) > 0:
+    elif float(diagonal.min()) < 0 or not bool((diagonal.amax(-1) > 0).all()):
         problem = (
-            f"has diagonal entries from {float(moment.diagonal().min()):.3g} to "
-            f"{float(moment.diagonal().max()):.3g}, but a mean of squares is never negative, nor "
+            f"has diagonal entries from {float(diagonal.min()):.3g} to "
+            f"{float(diagonal.max()):.3g}, but a mean of squares is never negative, nor "
             "all of them 0. Give E[k kᵀ] of keys of the model"
         )
     if problem:

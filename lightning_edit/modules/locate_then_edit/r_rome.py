@@ -66,10 +66,11 @@ class RROME(LocateModule):
         batch, found, failed = self.find_target_values(batch, site.layer)
         factor = self.factor(site.layer)  # C = L Lᵀ
         changes = RankOneChanges(site, self.session.device)
+        keys = site.kept(found.keys)
         if self.key == "prompt":
-            keys, lacking = found.keys[:, 0], found.deltas
+            keys, lacking = keys[:, 0], found.deltas
         else:
-            keys = self.mean_keys(found.keys)
+            keys = self.mean_keys(keys)
             lacking = found.values - self.mean_keys(found.outputs)
         directions = whiten(keys, factor)  # u = C⁻¹ k of each, [E, M]
         for e, request in enumerate(batch.requests):

@@ -12,11 +12,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_edit.core.change import LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, LocatorError
 from lightning_edit.core.figures import RequestFigures
-from lightning_edit.core.locator import WeightSite
+from lightning_edit.core.locator import MLPSite
 from lightning_edit.core.request import EditRequest
 from lightning_edit.modules.locate_then_edit.target_values import TargetValues
 
@@ -26,7 +25,7 @@ __all__ = ["RankOneChanges", "only_site"]
 SMALL_DIVISOR = 0.1
 
 
-def only_site(sites: list[WeightSite], method: str) -> WeightSite:
+def only_site(sites: Sequence[MLPSite], method: str) -> MLPSite:
     """The one matrix that a method edits.
 
     Raises:
@@ -48,16 +47,15 @@ class RankOneChanges:
         device: Where the model is.
     """
 
-    def __init__(self, site: WeightSite, device: torch.device) -> None:
+    def __init__(self, site: MLPSite, device: torch.device) -> None:
         self.site = site
-        self._sum = torch.zeros(site.out_features, site.in_features, device=device)
-        self._left: list[Tensor] = []
-        self._right: list[Tensor] = []
+        self._left = [torch.zeros(site.out_features, 0, device=device)]
+        self._right = [torch.zeros(site.in_features, 0, device=device)]
         self._norms: list[float] = []
 
     def at(self, key: Tensor) -> Tensor:
         """What the terms so far add to the matrix's output at a key, [D]."""
-        return self._sum @ key
+        return torch.cat(self._left, 1) @ (torch.cat(self._right, 1).T @ key)
 
     def add(self, request: EditRequest, u: Tensor, v: Tensor, key: Tensor) -> None:
         """Adds the term of a request.
@@ -75,7 +73,6 @@ class RankOneChanges:
                 f"only {cosine:.3f}, so the update is large and may damage other facts. "
                 "Add context templates, or edit another layer."
             )
-        self._sum += u @ v.T
         self._left.append(u)
         self._right.append(v)
         self._norms.append(float(torch.linalg.vector_norm(u)))
@@ -93,10 +90,9 @@ class RankOneChanges:
         Raises:
             EditError: If it is not finite.
         """
-        if not bool(torch.isfinite(self._sum).all()):
-            raise EditError("The update is not finite. Nothing was written.")
         u, v = torch.cat(self._left, 1), torch.cat(self._right, 1)
-        change = LowRank(v, u) if self.site.transposed else LowRank(u, v)
+        if not bool(torch.isfinite(u).all() and torch.isfinite(v).all()):
+            raise EditError("The update is not finite. Nothing was written.")
         rows: list[RequestFigures] = [
             {
                 "id": request.id,
@@ -107,7 +103,7 @@ class RankOneChanges:
             }
             for e, request in enumerate(requests)
         ]
-        edit = WeightDelta({self.site.name: change})
+        edit = WeightDelta({self.site.name: self.site.change(u, v)})
         edit.details = {
             "requests": rows,
             "failed": dict(failed),

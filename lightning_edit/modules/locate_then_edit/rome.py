@@ -45,9 +45,10 @@ class ROME(LocateModule):
         batch, found, failed = self.find_target_values(batch, site.layer)
         factor = self.factor(site.layer)  # C = L Lᵀ
         changes = RankOneChanges(site, self.session.device)
-        directions = whiten(self.mean_keys(found.keys), factor)  # u = C⁻¹ k of each, [E, M]
+        found_keys = site.kept(found.keys)
+        directions = whiten(self.mean_keys(found_keys), factor)  # u = C⁻¹ k of each, [E, M]
         for e, request in enumerate(batch.requests):
-            direction, key = directions[e], found.keys[e, 0]  # k₀, that of the bare prompt
+            direction, key = directions[e], found_keys[e, 0]  # k₀, that of the bare prompt
             # v* − W k₀, where later requests see what earlier ones of the batch wrote.
             residual = found.deltas[e] - changes.at(key)
             u, v, _ = rank_one_update(residual, direction, key)  # ΔW = (v* − W k₀) uᵀ / (u · k₀)

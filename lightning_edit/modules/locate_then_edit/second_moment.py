@@ -24,7 +24,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import ends_whole, plain
 from lightning_edit.core.tensor_files import read_sealed, write_sealed
-from lightning_edit.functional.moments import regularize, second_moment_update
+from lightning_edit.functional.moments import regularize, second_moment_update, shrink_to_pool
 from lightning_edit.passes.block_recorder import StopPass
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.hooks import hooked
@@ -56,6 +56,9 @@ def second_moments(
 ) -> dict[int, Tensor]:
     """Second moments of the inputs of MLP output projections, all layers in one pass.
 
+    Of a mixture of experts each has its own, of the keys of the tokens that are sent to it, drawn
+    towards that of all experts together where these are few.
+
     Args:
         tree: A decoder-only model, unedited.
         tokens: Its tokenizer.
@@ -72,13 +75,13 @@ def second_moments(
         processes: Those that all call, and share out the rows; each gets the moments of all rows.
 
     Returns:
-        Layer to C = E[k kᵀ], [M, M] float32.
+        Layer to C = E[k kᵀ], [M, M] float32, or those of its E experts, [E, M, M].
 
     Raises:
         ModelError: If the text cannot be read or is shorter than one row.
     """
     layers = sorted({tree.index(layer) for layer in layers})
-    dimension = max(tree.mlp_out(layer).in_features for layer in layers)
+    dimension = max(tree.mlp_site(layer).moment_shape[-1] for layer in layers)
     wanted = tokens_per_dimension * dimension
     rows = None
     if text is None:
@@ -113,7 +116,7 @@ def second_moments(
         for layer in missing:
             if layer in files:
                 _write(files[layer], *sums[layer])
-    return {layer: regularize(sums[layer][0], sums[layer][1], ridge) for layer in layers}
+    return {layer: _mean(*sums[layer], ridge) for layer in layers}
 
 
 def text_file_ids(tokens: PromptTokenizer, path: str | Path, count: int) -> Tensor:
@@ -215,19 +218,26 @@ def _rows_of(
 
 def _accumulate(
     tree: ModelTree, layers: Sequence[int], batches: Sequence[Tensor], processes: Processes
-) -> dict[int, tuple[Tensor, int]]:
-    """Sums of outer products and the number of tokens, over all processes."""
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Sums of outer products and the number of keys, over all processes; or of each expert."""
     device = next(tree.blocks[0].parameters()).device
-    sites = {layer: tree.mlp_out(layer) for layer in layers}
+    sites = {layer: tree.mlp_site(layer) for layer in layers}
     totals = {
-        layer: torch.zeros(site.in_features, site.in_features, dtype=torch.float64, device=device)
+        layer: torch.zeros(site.moment_shape, dtype=torch.float64, device=device)
+        for layer, site in sites.items()
+    }
+    counts = {
+        layer: torch.zeros(site.moment_shape[:-2], dtype=torch.int64, device=device)
         for layer, site in sites.items()
     }
 
     def adder(layer: int) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[Tensor, ...], __: object) -> None:
-            keys = plain(args[0])
-            second_moment_update(totals[layer], keys.reshape(-1, keys.shape[-1]))
+            states = plain(args[0])
+            samples = sites[layer].samples(tree.model, states.reshape(-1, states.shape[-1]))
+            for place, keys in samples:
+                second_moment_update(totals[layer][place], keys)
+                counts[layer][place] += len(keys)
             if layer == layers[-1]:
                 raise StopPass
 
@@ -239,9 +249,20 @@ def _accumulate(
         for batch in batches:
             with suppress(StopPass):
                 model.base_model(input_ids=sent(batch, device), use_cache=False)
-    count = torch.tensor(sum(batch.numel() for batch in batches), device=device)
-    count = processes.total(count)
-    return {layer: (processes.total(totals[layer]).cpu(), int(count)) for layer in layers}
+    return {
+        layer: (processes.total(totals[layer]).cpu(), processes.total(counts[layer]).cpu())
+        for layer in layers
+    }
+
+
+def _mean(total: Tensor, count: Tensor, ridge: float) -> Tensor:
+    """C of sums and numbers of keys; each expert's leans on that of all, the more the fewer it had.
+
+    The pooled moment counts for as many keys as a key has dimensions.
+    """
+    if count.ndim:
+        total, count = shrink_to_pool(total, count, total.shape[-1])
+    return regularize(total, count, ridge)
 
 
 def _config_digest(model: PreTrainedModel) -> str:
@@ -253,14 +274,14 @@ def _config_digest(model: PreTrainedModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _read(file: Path) -> tuple[Tensor, int] | None:
+def _read(file: Path) -> tuple[Tensor, Tensor] | None:
     """What a file keeps; None if it is damaged or without a checksum, so that it is made anew."""
     try:
         tensors, _ = read_sealed(file, is_needed=True)
-        return tensors["total"], int(tensors["count"])
+        return tensors["total"], tensors["count"]
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _write(file: Path, total: Tensor, count: int) -> None:
-    write_sealed(file, {"total": total.contiguous(), "count": torch.tensor(count)}, {})
+def _write(file: Path, total: Tensor, count: Tensor) -> None:
+    write_sealed(file, {"total": total.contiguous(), "count": count}, {})

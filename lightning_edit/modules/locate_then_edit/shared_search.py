@@ -62,7 +62,7 @@ def search_target_values(
     if processes.count == 1:
         return search(requests)
     found = search(mine) if mine else None
-    site = tree.mlp_out(layer)
+    site = tree.mlp_site(layer)
     device = next(tree.blocks[0].parameters()).device
     like = torch.zeros((), device=device)
 

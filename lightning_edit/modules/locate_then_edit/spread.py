@@ -20,8 +20,9 @@ from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
-from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.locator import MLPSite, ModelTree
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
+from lightning_edit.modules.locate_then_edit.reach import unreached
 from lightning_edit.modules.session import write_for_now
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LayerPairs:
         earlier: What earlier edits left here.
     """
 
-    site: WeightSite
+    site: MLPSite
     keys: Tensor
     lacking: Tensor
     layers: int
@@ -105,12 +106,15 @@ class Spread:
 
     def __iter__(self) -> Iterator[LayerPairs]:
         carried = self._editor.carried
+        requests = self.batch.requests
         for i, site in enumerate(self.sites):
             if self._unedited is None:
                 keys, outputs = self._passes.keys(site.layer)
             else:
                 keys, outputs = self._unedited[i]
-            key = self.keys[site.layer] = self._editor.mean_keys(keys)
+            key = self.keys[site.layer] = site.kept(self._editor.mean_keys(keys))
+            for e, why in unreached(site, keys[:, 0]).items():
+                raise EditError(f"Request {requests[e].id!r} cannot be spread over layers: {why}")
             yield LayerPairs(
                 site,
                 key,
@@ -139,7 +143,7 @@ class Spread:
             raise EditError(
                 f"The update of layer {pairs.layer} is not finite. Nothing was written."
             )
-        change = LowRank(v, u) if pairs.site.transposed else LowRank(u, v)
+        change = pairs.site.change(u, v)
         self._changes[pairs.site.name] = change
         self._residuals[pairs.layer] = residuals
         self._shares[pairs.layer] = share
@@ -149,8 +153,7 @@ class Spread:
         """The edit of all layers together, with what it leaves for later ones, by layer."""
         changes: dict[str, Change] = dict(self._changes)
         squares = [
-            (change.u.square().sum(0) * change.v.square().sum(0)).tolist()
-            for change in self._changes.values()
+            (_squares(change.u) * _squares(change.v)).tolist() for change in self._changes.values()
         ]
         shares = [share.tolist() for share in self._shares.values()]
         edit = WeightDelta(changes)
@@ -169,12 +172,12 @@ class Spread:
         }
         return edit
 
-    def _written_at(self, site: WeightSite, keys: Tensor) -> Tensor:
+    def _written_at(self, site: MLPSite, keys: Tensor) -> Tensor:
         """What committed edits add to a layer's output at some keys, [E, D]."""
         delta = self._editor.delta
         if self._unedited is None or site.name not in delta.changes:
             return keys.new_zeros(len(keys), site.out_features)
-        return keys @ site.orient(delta.dense(site.name)).to(keys.device).T
+        return keys @ site.matrix(delta.dense(site.name)).to(keys.device).T
 
     def _row(self, e: int, norm: float, shares: Sequence[float]) -> RequestFigures:
         return {
@@ -185,3 +188,8 @@ class Spread:
             "searched_p_target": self.found.probabilities[e],
             "written_share": sum(shares) / len(shares),
         }
+
+
+def _squares(factor: Tensor) -> Tensor:
+    """Squared norm of each term of a factor, [R], whatever the shape before it."""
+    return factor.flatten(0, -2).square().sum(0)

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
-from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
+from lightning_edit.core.locator import Locator, MLPSite, ModelTree, ModuleKind, StackKind
 from lightning_edit.core.memory import MemoryWrite
 from lightning_edit.core.sharding import plain, splits_outputs
 from lightning_edit.core.side_memory import MemoryEntry
@@ -31,6 +31,7 @@ from lightning_edit.functional.codebook import (
 )
 from lightning_edit.memories.codebook import Codebook
 from lightning_edit.modules.memory_based.base import MemoryModule
+from lightning_edit.passes.block_recorder import BlockOutput, hidden_states, with_hidden_states
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.replay import blocks_below, replayed
 from lightning_edit.passes.target_loss import row_means, target_nll
@@ -178,9 +179,14 @@ class GRACE(MemoryModule):
 
     # -- where an edit goes --------------------------------------------------------------------
 
-    def _site(self, tree: ModelTree) -> WeightSite:
+    def _site(self, tree: ModelTree) -> MLPSite:
         layers = self.layers if self.layers is not None else self.default_layers(tree)
-        sites = Locator(layers, self.module, self.stack).sites(tree.model)
+        sites: Sequence[MLPSite]
+        if self.module == "mlp_out":  # of experts the module that adds up what they return
+            stack = ModelTree.of(tree.model, self.stack)
+            sites = [stack.mlp_site(layer) for layer in layers]
+        else:
+            sites = Locator(layers, self.module, self.stack).sites(tree.model)
         if len(sites) != 1:
             raise EditError(
                 f"GRACE edits one linear map, but `layers={layers}` and `module={self.module!r}` "
@@ -208,8 +214,8 @@ class GRACE(MemoryModule):
         found: list[Tensor] = []
         at = torch.arange(len(batch), device=positions.device)
 
-        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            for states in (plain(args[0]), output):
+        def record(_: nn.Module, args: tuple[Tensor, ...], output: BlockOutput) -> None:
+            for states in (plain(args[0]), hidden_states(output)):
                 rows = states.reshape(len(batch), -1, states.shape[-1])
                 found.append(rows[at, positions].float())
 
@@ -339,10 +345,11 @@ class GRACE(MemoryModule):
         """Has the layer return values in place of its outputs, as the codebook will."""
         hits = torch.ones_like(positions, dtype=torch.bool)
 
-        def answer(_: nn.Module, __: object, output: Tensor) -> Tensor:
-            outputs = output.reshape(len(values), -1, output.shape[-1])
+        def answer(_: nn.Module, __: object, output: BlockOutput) -> BlockOutput:
+            own = hidden_states(output)
+            outputs = own.reshape(len(values), -1, own.shape[-1])
             replaced = replace_outputs(outputs, values, hits, positions, self.replacement)
-            return replaced.reshape(output.shape)
+            return with_hidden_states(output, replaced.reshape(own.shape))
 
         with hooked({layer: answer}):
             yield
