@@ -26,8 +26,8 @@ from lightning_edit.modules.locate_then_edit.attention_sink import sink_reasons
 from lightning_edit.modules.locate_then_edit.contexts import Contexts
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from lightning_edit.modules.locate_then_edit.moments import MomentSettings, SecondMoments
-from lightning_edit.modules.locate_then_edit.searches import SearchKind
 from lightning_edit.modules.locate_then_edit.reach import unreached
+from lightning_edit.modules.locate_then_edit.searches import SearchKind
 from lightning_edit.modules.locate_then_edit.shared_search import search_target_values
 from lightning_edit.modules.locate_then_edit.target_values import (
     SEARCHES,

@@ -120,7 +120,7 @@ class SecondMoments:
     def find(
         self,
         session: EditSession[WeightDelta],
-        sites: Sequence[WeightSite],
+        sites: Sequence[MLPSite],
         layer: int,
         processes: Processes | None = None,
     ) -> None:
