@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.locator import MLPSite, ModelTree
 from lightning_edit.functional.costs import (
     dense_operations,
     gathered_bytes,
@@ -49,7 +49,7 @@ class Workload:
     """
 
     outline: nn.Module
-    sites: list[WeightSite]
+    sites: Sequence[MLPSite]
     item: int
     contexts: int
     prompt: int

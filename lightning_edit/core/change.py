@@ -42,7 +42,7 @@ class LowRank:
     u: Tensor
     v: Tensor
     # Kept in sums alone, to which edit after edit is added; any other is multiplied out but seldom.
-    _head: _Head | None = field(default=None, repr=False, compare=False)
+    _head: _Head | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @property
     def shape(self) -> torch.Size:
@@ -107,7 +107,7 @@ def add_changes(a: Change, b: Change) -> Change:
     if isinstance(a, LowRank) and isinstance(b, LowRank) and _stays_small(a, b):
         u, v = b.u.to(device), b.v.to(device)
         head = _Head() if a._head is None else replace(a._head)
-        return LowRank(torch.cat([a.u, u], -1), torch.cat([a.v, v], -1), head)
+        return LowRank(torch.cat([a.u, u], -1), torch.cat([a.v, v], -1), _head=head)
     return dense_change(a) + dense_change(b).to(device)
 
 

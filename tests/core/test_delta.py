@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_edit.core.change import LowRank, add_changes
+from lightning_edit.core.change import Change, LowRank, add_changes
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError
 from lightning_edit.core.hashing import tensor_hash, weight_hash
@@ -87,7 +87,7 @@ def test_sum_is_dense_when_that_is_smaller(ranks: tuple[int, int], kind: type) -
 
 def test_a_sum_of_many_edits_has_the_bits_of_one_made_at_once_and_costs_the_last_block() -> None:
     one = [LowRank(torch.randn(600, 1), torch.randn(500, 1)) for _ in range(200)]
-    total = one[0]
+    total: Change = one[0]
     for change in one[1:]:
         total = add_changes(total, change)
         if isinstance(total, LowRank) and total.rank % 50 == 0:
@@ -98,6 +98,7 @@ def test_a_sum_of_many_edits_has_the_bits_of_one_made_at_once_and_costs_the_last
     torch.testing.assert_close(total.dense(), total.u @ total.v.T, rtol=1e-5, atol=1e-4)
 
     more = add_changes(total, one[0])
+    assert isinstance(more, LowRank)
     with FlopCounterMode(display=False) as counter:
         more.dense()
     assert counter.get_total_flops() <= 2 * 600 * 500 * 64  # and not of all 201 terms
