@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator
 from lightning_edit.evaluation.prose import perplexity, read_prose
-from lightning_edit.metrics.reading import default_readings
+from lightning_edit.metrics.reading import Reading
 from lightning_edit.report.glossary import METRICS, READINGS, metric_name
 from tests.callbacks.foreign import foreign, quiet_trainer
 from tests.modules.helpers import bare_trainer, same, snapshot
@@ -157,7 +157,7 @@ def test_the_report_draws_the_curve(tmp_path: Path, turn: tuple[str, str]) -> No
 
 def test_every_word_of_the_glossary_is_measured(tmp_path: Path) -> None:
     report = EditReport(str(tmp_path), save_delta=False)
-    evaluator = EditEvaluator(readings=default_readings(in_chat=True))
+    evaluator = EditEvaluator(readings=get_args(Reading))
     callbacks = [evaluator, curve_of(tmp_path, every_n_edits=1), report]
     trainer = bare_trainer(max_epochs=1, callbacks=callbacks)
     trainer.fit(editor_of(steps=1), datamodule=data_of(n=1))
