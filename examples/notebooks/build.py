@@ -4,7 +4,7 @@
 
 ``python examples/notebooks/build.py [NAME]...``. A script is what is edited and checked; the
 notebook beside it is made. Cells begin with ``# %%``, those of text with ``# %% [markdown]``. Needs
-the extra ``docs``.
+the extra ``notebooks``.
 """
 
 from __future__ import annotations
