@@ -416,6 +416,8 @@ def show(options: argparse.Namespace) -> None:
     choice = json.loads((out / "choice.json").read_text("utf-8"))
     seeds = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("seed-*.json"))]
     print("\n".join(_choice_table(choice)))
+    if not seeds:
+        raise SystemExit(f"{out} has no seed yet: make one with `run`.")
     names = ["θ", *(name for name, *_ in plans())]
     names = [name for name in names if all(name in seed for seed in seeds)]
     for reading in ("teacher_forced", "autoregressive"):
