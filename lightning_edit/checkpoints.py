@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,9 +101,12 @@ class PlainCheckpoints(CheckedArguments):
             torch.save(saved, source)
             source.seek(0)
         loader: Any = super()
-        module: Self = loader.load_from_checkpoint(
-            source, *args, **{**kwargs, "weights_only": True}
-        )
+        with warnings.catch_warnings():
+            # Edited weights follow from the base and the edits.
+            warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
+            module: Self = loader.load_from_checkpoint(
+                source, *args, **{**kwargs, "weights_only": True}
+            )
         return module
 
 

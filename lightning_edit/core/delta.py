@@ -328,13 +328,15 @@ class WeightDelta(Edit):
         _restore(parameters, self.originals)
 
     @contextmanager
-    def kept(self, model: nn.Module) -> Iterator[None]:
-        """Context manager: puts what the edit changes back after it, whatever happens in it."""
+    def kept(self, model: nn.Module, *, always: bool = True) -> Iterator[None]:
+        """Context manager: puts what the edit changes back after it, or only if it fails."""
         parameters = self._parameters(model)
         kept = {name: p.detach().clone() for name, p in parameters.items()}
         try:
             try:
                 yield
+                if not always:
+                    parameters = {}
             finally:
                 _restore(parameters, kept)
         finally:

@@ -168,8 +168,13 @@ class Edit(ABC):
             yield model
 
     @abstractmethod
-    def kept(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Context manager: puts what the edit touches back after it, whatever happens in it."""
+    def kept(self, model: nn.Module, *, always: bool = True) -> AbstractContextManager[None]:
+        """Context manager: puts what the edit touches back after it, whatever happens in it.
+
+        Args:
+            model: The model.
+            always: Whether also where nothing fails.
+        """
 
     @abstractmethod
     def values(self) -> Iterator[tuple[str, Tensor]]:

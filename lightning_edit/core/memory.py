@@ -276,21 +276,25 @@ class MemoryWrite(Edit):
             raise
 
     @contextmanager
-    def kept(self, model: nn.Module) -> Iterator[None]:
+    def kept(self, model: nn.Module, *, always: bool = True) -> Iterator[None]:
         """Context manager: puts the memory back after it, with its entries, or takes it off."""
         before = EditMemory.find(model)
+        is_kept = True
 
         def put_back() -> None:
+            if not is_kept:
+                return
             now = EditMemory.find(model)
             if now is not None and now is not before:
                 now.detach_()
             if before is not None and now is not before:
                 before.attach_(model)
 
-        with nullcontext() if before is None else before.kept():
+        with nullcontext() if before is None else before.kept(always=always):
             try:
                 try:
                     yield
+                    is_kept = always
                 finally:
                     put_back()
             finally:

@@ -366,12 +366,14 @@ class EditMemory(nn.Module, ABC):
         self._settle()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Context manager: the memory holds after it what it held before, whatever happens."""
+    def kept(self, *, always: bool = True) -> Iterator[None]:
+        """Context manager: the memory holds after it what it held before, or only if it fails."""
         left = [(self._held(), self._views, self._viewed)]
         try:
             try:
                 yield
+                if not always:
+                    left.clear()
             finally:
                 self._put_back(left)
         finally:

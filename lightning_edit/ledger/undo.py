@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -95,21 +95,22 @@ class Undo:
             plan = self._plan(one, lineage)
             rank_zero_info(f"Undo: {plan}.")
             base = replace(one.entry.base, sha256=weight_hash(self.model))
-            edit = self._take_out(one, lineage, plan.how)
-            after = fingerprint(self.model)
-            draft = Draft(
-                "undo",
-                one.requests,
-                one.entry.method,
-                one.entry.settings,
-                base,
-                self.state,
-                after,
-                (one.entry.id,),
-                who,
-                why,
-            )
-            rows.append(self.ledger.append(draft, edit))
+            with self._unless_it_fails(one):
+                edit = self._take_out(one, lineage, plan.how)
+                after = fingerprint(self.model)
+                draft = Draft(
+                    "undo",
+                    one.requests,
+                    one.entry.method,
+                    one.entry.settings,
+                    base,
+                    self.state,
+                    after,
+                    (one.entry.id,),
+                    who,
+                    why,
+                )
+                rows.append(self.ledger.append(draft, edit))
             self.history.add(rows[-1])
             self.state = after
         return rows
@@ -179,6 +180,26 @@ class Undo:
         ids = tuple(request.id for one in lineage.standing for request in one.requests)
         is_whole = len(total.parts) == len(lineage.standing)
         return is_whole and not total.carried and total.provenance.request_ids == ids
+
+    @contextmanager
+    def _unless_it_fails(self, one: Standing) -> Iterator[None]:
+        """Context manager: model and editor as they were, if the row cannot be written, say."""
+        if not one.entry.delta:
+            yield
+            return
+        if self.editor is None:
+            with self.ledger.deltas.load(one.entry.delta).kept(self.model, always=False):
+                yield
+            return
+        optimizer, history = self.editor.edit_optimizer, self.editor.history
+        before = optimizer.delta
+        try:
+            with before.kept(self.model, always=False):
+                yield
+        except BaseException:
+            self.editor.history = history
+            optimizer.take_over(before)
+            raise
 
     def _take_out(self, one: Standing, lineage: Lineage, how: How) -> Edit | None:
         """Takes an edit out, and gives what has changed, unless that is its inverse."""

@@ -53,7 +53,7 @@ def test_what_is_proposed_is_in_no_model_until_it_is_approved(name: str, tmp_pat
     base = fingerprint(editor.model)
     ledger = proposed(editor, tmp_path)
     assert fingerprint(editor.model) == base
-    assert editor.target.request_ids == ()
+    assert not editor.target.request_ids
     rows = ledger.entries()
     assert [(r.kind, r.request_ids, r.before) for r in rows] == [
         ("proposed", (request.id,), base) for request in REQUESTS

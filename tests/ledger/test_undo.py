@@ -117,6 +117,31 @@ def test_one_in_the_middle_is_as_if_it_had_never_been(name: str, tmp_path: Path)
     assert ledger.verify() == []
 
 
+def test_what_cannot_be_recorded_is_not_taken_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    editor = edited(name, 0, 1, ledger=ledger)
+    before, history = fingerprint(editor.model), editor.history
+
+    def refuse(*_: object) -> None:
+        raise LedgerError("The disk is full.")
+
+    for target in (copy.deepcopy(editor.model), editor):
+        for number in (1, 2):
+            with monkeypatch.context() as patch:
+                patch.setattr(Ledger, "append", refuse)
+                with pytest.raises(LedgerError, match="The disk is full"):
+                    ledger.undo(target, number)
+            assert fingerprint(editor.model if target is editor else target) == before
+    assert (editor.history, len(ledger)) == (history, 2)
+    ledger.undo(editor, 2)  # and the editor goes on
+    editor.commit(editor.edit(REQUESTS[2]))
+    wanted = edited(name, 0, 2)
+    assert tuple(editor.target.request_ids) == tuple(wanted.target.request_ids)
+    assert fingerprint(editor.model) == fingerprint(wanted.model)
+
+
 def test_what_is_not_there_is_not_taken_out(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     editor = edited("ROME", 0, 1, ledger=ledger)
