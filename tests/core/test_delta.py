@@ -418,7 +418,7 @@ def test_one_step_of_one_weight_is_a_later_edit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rank", "scale"), [(64, 1.0), (2, 0.1)])  # with weights above the sum
+@pytest.mark.parametrize(("rank", "scale"), [(64, 1.0), (3, 0.1)])  # with weights above the sum
 def test_revert_of_what_another_machine_wrote(dtype: torch.dtype, rank: int, scale: float) -> None:
     change = _low(rank, rows=M, columns=N)
     change = LowRank(scale * change.u, change.v)
