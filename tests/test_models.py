@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from lightning_edit import models
 from lightning_edit.core.errors import ModelError
@@ -375,3 +377,21 @@ def test_default_model_is_converted_exactly(tmp_path: Path) -> None:
 def test_the_class_of_a_model_in_memory_is_no_name() -> None:
     with pytest.raises(ModelError, match=r"class of a model in memory.*Give the model"):
         load_model("LlamaForCausalLM")
+
+
+def test_what_loading_imports_says_nothing_and_levels_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    chatty = logging.getLogger("torchao")
+    found = AutoConfig.from_pretrained
+
+    def told(*args: object, **kwargs: object) -> object:
+        chatty.warning("Failed to load a kernel.")
+        return found(*args, **kwargs)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", told)
+    load_model(str(tmp_path))
+    assert "kernel" not in caplog.text
+    chatty.warning("Failed to load a kernel.")
+    assert "kernel" in caplog.text
