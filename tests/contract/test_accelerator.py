@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -208,8 +209,9 @@ def test_one_process_of_a_group_edits_as_one_alone(cls: type[EditModule]) -> Non
             inference_mode=False,
             limit_val_batches=1.0,
         )
-        trainer.fit(editor, datamodule=data_of())
-        trainer.validate(editor, datamodule=data_of(), verbose=False)
+        with patch.dict(os.environ):  # Lightning names ranks there, which others would inherit
+            trainer.fit(editor, datamodule=data_of())
+            trainer.validate(editor, datamodule=data_of(), verbose=False)
         edits.append(editor.committed())
         edits[-1].revert_(editor.model)
         assert weight_hash(editor.model) == editor.base.sha256

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -118,7 +120,8 @@ def test_an_editor_may_be_older_than_its_group(cls: type[EditModule[Any]]) -> No
         editor = quick_editor(cls)  # nothing in it is trained, which `ddp` would refuse
         trainer = bare_trainer(max_epochs=1, devices=1, strategy=strategy)
         try:
-            trainer.fit(editor, EditDataModule(requests=tiny_requests(3), batch_size=2))
+            with patch.dict(os.environ):  # Lightning names ranks there, which others would inherit
+                trainer.fit(editor, EditDataModule(requests=tiny_requests(3), batch_size=2))
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
