@@ -186,6 +186,8 @@ def _divided(
         kind.__init__(model, *arguments, **settings)
         model.__class__ = kind
         divide(model)
+        # By these transformers knows which weights of old files have another name now.
+        type(model).__name__, type(model).__module__ = kind.__name__, kind.__module__
 
     return type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
 
