@@ -175,9 +175,8 @@ class EditSession(Generic[E]):
                 for id_, found in self.measured(list(asked.values())).items():
                     rows[id_] = {**rows[id_], **found}
                 after = self._experts_of(asked.values(), layers)
-        for id_, now, then in zip(asked, after, before, strict=True):
-            if layers:
-                rows[id_]["routing_similarity"] = float(routing_similarity(now, then).mean())
+        for id_, now, then in zip(asked if layers else (), after, before, strict=True):
+            rows[id_]["routing_similarity"] = float(routing_similarity(now, then).mean())
         edit.details["requests"] = list(rows.values())
         return edit
 
@@ -210,14 +209,17 @@ class EditSession(Generic[E]):
         }
 
     def _experts_of(self, requests: Iterable[EditRequest], layers: Sequence[int]) -> list[Tensor]:
-        """Experts of some layers that tokens of each prompt are sent to, [layers, T, E] bool."""
+        """Experts of some layers that tokens of each prompt are sent to, [layers, T, E] bool.
+
+        Nothing where there is no such layer, as in most models.
+        """
+        if not layers:
+            return []
         rows = [self.tokens.prompt(request.prompt) for request in requests]
         found = expert_sets(self.tree, layers, rows, self.tokens.pad_id)
         width = max((sets.shape[1] for row in found for sets in row.values()), default=0)
         return [
             torch.cat([pad(sets, (0, width - sets.shape[1])) for sets in row.values()])
-            if row
-            else torch.empty(0)
             for row in found
         ]
 
