@@ -25,7 +25,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.functional.knowledge_neurons import probability_gradient
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import Arguments, entering_states
-from lightning_edit.passes.blocks import explained
+from lightning_edit.passes.blocks import explained, rounding_limit
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.decoding import decoder_inputs
 from lightning_edit.passes.hooks import hooked
@@ -37,8 +37,6 @@ __all__ = ["ActivationPaths", "PathGradients"]
 
 # Rows that climb together at most: more take memory and save no time.
 MAX_ROWS = 640
-# Largest relative difference of logits that rounding in float32 accounts for.
-MAX_DIFFERENCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -203,8 +201,7 @@ class ActivationPaths:
 
     def _check(self, found: Tensor, wanted: Tensor) -> None:
         error = float((found - wanted).norm() / wanted.norm())
-        exact = next(self.tree.blocks[0].parameters()).dtype == torch.float32
-        limit = MAX_DIFFERENCE if exact else 10 * MAX_DIFFERENCE
+        limit = rounding_limit(next(self.tree.blocks[0].parameters()).dtype, wanted.device)
         if not error < limit and bool(wanted.isfinite().all()):
             raise ModelError(
                 f"{type(self.tree.model).__name__}, run on its last token over cached keys and "

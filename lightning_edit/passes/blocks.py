@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Prefix",
     "explained",
+    "rounding_limit",
     "running",
     "scaled_logits",
     "vocabulary_projection",
     "with_cache",
 ]
+
+# Largest relative difference of logits that rounding accounts for: in float32, and in what has
+# fewer digits.
+FINE, COARSE = 1e-2, 1e-1
+PROBE = 64  # rows of a product that shows how it is rounded: smaller ones may be made otherwise
 
 
 class Prefix:
@@ -60,6 +66,28 @@ class Prefix:
     def select(self, rows: Tensor) -> Prefix:
         """The prefixes of some of the rows."""
         return Prefix({i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()})
+
+
+def rounding_limit(dtype: torch.dtype, device: torch.device) -> float:
+    """Largest relative difference of logits that rounding accounts for.
+
+    Products of float32 may have fewer digits than that: by ``torch.set_float32_matmul_precision``
+    or a backend's own setting, or under autocast. So one is made, and looked at.
+
+    Args:
+        dtype: Of the states.
+        device: Where they are.
+
+    >>> rounding_limit(torch.float32, torch.device("cpu"))
+    0.01
+    >>> rounding_limit(torch.bfloat16, torch.device("cpu"))
+    0.1
+    """
+    if dtype not in (torch.float32, torch.float64):
+        return COARSE
+    fine = torch.full((PROBE, PROBE), 1 + 2.0**-12, dtype=dtype, device=device)
+    product = torch.eye(PROBE, dtype=dtype, device=device) @ fine
+    return FINE if torch.equal(product.to(dtype), fine) else COARSE
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from lightning_edit.passes.block_recorder import (
 from lightning_edit.passes.blocks import (
     Prefix,
     explained,
+    rounding_limit,
     scaled_logits,
     vocabulary_projection,
     with_cache,
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
 __all__ = ["Place", "Tail", "split_rows"]
 
 Place = Literal["mlp", "block", "sublayers"]
-
-# Largest relative difference of logits that rounding in float32 accounts for.
-MAX_DIFFERENCE = 1e-2
 
 ADVICE = "Choose another model, or a method that needs no target values, such as FineTune or LoRA."
 
@@ -145,8 +143,7 @@ class Tail:
         with explained(problem, ADVICE):
             tail = cls._capture(tree, layer, rows, splits, pad_id, place)
             error = tail._difference(rows, splits)
-        limit = MAX_DIFFERENCE if tail.state.dtype == torch.float32 else 10 * MAX_DIFFERENCE
-        if not error < limit:
+        if not error < rounding_limit(tail.state.dtype, tail.state.device):
             raise ModelError(
                 f"The blocks of {type(tree.model).__name__}, run on their own, give logits that "
                 f"differ by {error:.0%} from the model's: it does something else between its "

@@ -31,11 +31,16 @@ from lightning_edit.passes.block_recorder import (
     hidden_states,
     with_hidden_states,
 )
-from lightning_edit.passes.blocks import explained, scaled_logits, vocabulary_projection
+from lightning_edit.passes.blocks import (
+    explained,
+    rounding_limit,
+    scaled_logits,
+    vocabulary_projection,
+)
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.caches import keeps_keys_and_values
 from lightning_edit.passes.hooks import hooked
-from lightning_edit.passes.tail import ADVICE, MAX_DIFFERENCE, Place, Tail
+from lightning_edit.passes.tail import ADVICE, Place, Tail
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,8 +180,7 @@ class WholeRows:
             values = torch.stack([seen[part] for part in parts], 1)
             batch = replace(batch, keys=seen["key"], values=values)
             error = batch._difference()
-        limit = MAX_DIFFERENCE if values.dtype == torch.float32 else 10 * MAX_DIFFERENCE
-        if not error < limit:
+        if not error < rounding_limit(values.dtype, device):
             raise ModelError(
                 f"{name}, run on a batch of rows, gives logits that differ by {error:.0%} from "
                 "those of a row by itself: rows see their padding, or it does something else after "

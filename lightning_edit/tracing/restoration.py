@@ -25,7 +25,13 @@ from lightning_edit.core.errors import LocatorError, ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import Arguments, hidden_states, recorded_blocks
-from lightning_edit.passes.blocks import Prefix, explained, scaled_logits, with_cache
+from lightning_edit.passes.blocks import (
+    Prefix,
+    explained,
+    rounding_limit,
+    scaled_logits,
+    with_cache,
+)
 from lightning_edit.passes.hooks import hooked
 
 if TYPE_CHECKING:
@@ -35,8 +41,6 @@ __all__ = ["KINDS", "CorruptedRun", "Kind", "Restoration", "noisy_embeddings"]
 
 Kind = Literal["hidden", "mlp", "attention"]
 KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attention")
-# Largest relative difference of logits that rounding in float32 accounts for.
-MAX_DIFFERENCE = 1e-2
 # Rows whose whole vocabulary is held at once.
 HEAD_ROWS = 256
 
@@ -131,8 +135,7 @@ class CorruptedRun:
             rows = self._ids_T.expand(self.samples, -1)
             own_SV = model(input_ids=rows, use_cache=False).logits[:, -1].float()
         error = float((found_SV - own_SV).norm() / own_SV.norm())
-        limit = MAX_DIFFERENCE if self._precision() == torch.float32 else 10 * MAX_DIFFERENCE
-        if not error < limit:
+        if not error < rounding_limit(self._precision(), rows.device):
             raise ModelError(
                 f"The blocks of {type(model).__name__}, run on their own, give logits that differ "
                 f"by {error:.0%} from the model's, so its facts cannot be traced. Choose another "

@@ -16,6 +16,7 @@ from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.tail import Tail, split_rows
+from lightning_edit.passes.whole_rows import WholeRows, captured
 from tests import zoo
 
 # Token ids; the position of the change; a row that begins with it has no prefix at all.
@@ -258,3 +259,13 @@ def test_logits_behind_a_mixture_of_experts(kind: str) -> None:
     model = zoo.build(kind)
     tail = Tail.capture(ModelTree.of(model), 1, ROWS, SPLITS, pad_id=0)
     assert_like_whole(model, tail, 1, torch.randn(len(ROWS), 32), ROWS, SPLITS)
+
+
+def test_products_of_few_digits_are_no_reason_to_run_whole_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = ModelTree.of(zoo.build("llama"))
+    monkeypatch.setattr(Tail, "_difference", lambda *_: 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(captured(tree, 0, ROWS, SPLITS, 0), Tail)
+    assert isinstance(captured(tree, 0, ROWS, SPLITS, 0), WholeRows)
