@@ -127,18 +127,22 @@ def test_a_checkpoint_holds_what_it_takes(cls: type[EditModule], tmp_path: Path)
     assert record(resumed) == record(first)
     wanted = committed(cls, [requests[0]], requests[2:])
     assert fingerprint(resumed.model) == fingerprint(wanted.model)
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    del state["optimizer_states"][0]["batches"]  # as it was written before
+    for key in ("format_version", "sha256"):
+        del state["lightning_edit"][key]
+    torch.save(state, tmp_path / "old.ckpt")
+    old = quick_editor(cls)
+    trainer.validate(old, data, ckpt_path=tmp_path / "old.ckpt", verbose=False)
+    before = fingerprint(old.model)
     if isinstance(first.delta, WeightDelta):
-        state = torch.load(tmp_path / "run.ckpt", weights_only=True)
-        del state["optimizer_states"][0]["batches"]  # as it was written before
-        for key in ("format_version", "sha256"):
-            del state["lightning_edit"][key]
-        torch.save(state, tmp_path / "old.ckpt")
-        old = quick_editor(cls)
-        trainer.validate(old, data, ckpt_path=tmp_path / "old.ckpt", verbose=False)
-        before = fingerprint(old.model)
         with pytest.raises(EditError, match="from a checkpoint of an earlier version"):
             old.remove([requests[1].id])
         assert fingerprint(old.model) == before
+    else:
+        with pytest.warns(UserWarning, match="3 others stay as they were made"):
+            old.remove([requests[1].id])
+        assert [row["id"] for row in old.history] == list(old.target.request_ids)
 
 
 def test_edits_of_which_nothing_is_known_are_not_made_again() -> None:
