@@ -28,14 +28,14 @@ pytestmark = [
 ]
 
 #: Editors whose edits, of weights or of a memory, stand on one another.
-REPLAYED = {
+REPLAYED: dict[str, Any] = {
     **{name: cls for name, cls in EDITORS.items() if name not in TRAINED},
     "SERAC": RememberingEditor,
 }
 
 
 @pytest.fixture(params=REPLAYED, scope="module")
-def cls(request: pytest.FixtureRequest) -> type[EditModule]:
+def cls(request: pytest.FixtureRequest) -> Any:
     return REPLAYED[request.param]
 
 

@@ -154,7 +154,7 @@ def test_an_interrupt_leaves_keys_that_had_room_to_grow() -> None:
     editor = committed(GRACE, [[request] for request in requests], radius=1e-3, steps=1)
     before, compute, made = fingerprint(editor.model), editor.compute_edit, []
 
-    def interrupted(batch: Any) -> MemoryWrite:
+    def interrupted(batch: Any) -> Any:
         made.append(batch)
         if len(made) == 19:
             raise KeyboardInterrupt
