@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_edit.callbacks.before_run import BeforeRun
 from lightning_edit.callbacks.model_access import find_model, find_tokenizer, model_and_tokens
 from lightning_edit.callbacks.run_folder import is_dry
 from lightning_edit.core.arguments import CheckedArguments
@@ -25,7 +26,6 @@ from lightning_edit.core.sharding import reshard
 from lightning_edit.core.wrappers import plain_names
 from lightning_edit.data.base import EditDataModule
 from lightning_edit.evaluation.scoring import score_targets
-from lightning_edit.forgetting.base_weights import BaseWeights
 from lightning_edit.forgetting.importance import fisher_diagonals, weighted
 from lightning_edit.forgetting.subtract import check_rate, forget_, load_task_vector
 from lightning_edit.modules.base import EditModule
@@ -127,8 +127,7 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         self.retain_alpha = retain_alpha
         #: Whether the old knowledge has been taken out.
         self.done = False
-        self._base: BaseWeights | None = None
-        self._loaded: dict[str, Tensor] | None = None  # the base as a checkpoint held it
+        self._before = BeforeRun(type(self).__name__)
         self._frozen_vector = WeightDelta({})
         self._frozen: dict[str, str] = {}
         self._restored = False
@@ -140,7 +139,8 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         if stage != "fit":
             return
         if trainer.global_step == 0:  # a run of its own, not the continuation of one
-            self.done, self._base, self._loaded = False, None, None
+            self.done = False
+            self._before.forget()
         if isinstance(pl_module, EditModule) and not pl_module.automatic_optimization:
             raise EditError(
                 f"{type(pl_module).__name__} writes edits as original + change, so what was taken "
@@ -172,8 +172,8 @@ class TaskVectorForgetting(CheckedArguments, Callback):
         model = find_model(pl_module, self.model_attribute)
         if self.done:
             self._reinstate(model)
-        elif self._loaded is not None:
-            self._base, self._loaded = BaseWeights.from_whole(model, self._loaded), None
+        elif self._before.is_loaded:
+            self._before.begin(model)
         else:
             self._check_retain(trainer, pl_module)
             self._warn_if_unknown(trainer, pl_module, model)
@@ -188,7 +188,7 @@ class TaskVectorForgetting(CheckedArguments, Callback):
                     "was learned are not known. Start from the beginning, or give `task_vector`."
                 )
             else:
-                self._base = BaseWeights.of(model)
+                self._before.begin(model)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,10 +212,11 @@ class TaskVectorForgetting(CheckedArguments, Callback):
     # -- what --------------------------------------------------------------------------------
 
     def _end_first_phase(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._base is None or trainer.current_epoch < self.forget_epochs:
+        base = self._before.weights
+        if base is None or trainer.current_epoch < self.forget_epochs:
             return
         model = find_model(pl_module, self.model_attribute)
-        base, self._base = self._base, None
+        self._before.forget()
         if self.save_task_vector and not is_dry(trainer):
             base.save_task_vector(
                 model, self.save_task_vector, {"epochs": self.forget_epochs}, trainer.is_global_zero
@@ -337,22 +338,21 @@ class TaskVectorForgetting(CheckedArguments, Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        held: dict[str, dict[str, Tensor]] = {}
-        if self._base is not None:
-            held["base"] = self._base.whole(find_model(pl_module, self.model_attribute))
+        self._before.save(lambda: find_model(pl_module, self.model_attribute), checkpoint)
+        vector: dict[str, Tensor] = {}
         for name, change in self._frozen_vector.changes.items():
             factors = (change.u, change.v) if isinstance(change, LowRank) else (change,)
-            held.setdefault("vector", {}).update({f"{name}.{i}": f for i, f in enumerate(factors)})
-        if held:
-            checkpoint[type(self).__name__] = held
+            vector |= {f"{name}.{i}": factor for i, factor in enumerate(factors)}
+        if vector:
+            held = cast("dict[str, object]", checkpoint.setdefault(type(self).__name__, {}))
+            held["vector"] = vector
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        held = checkpoint.get(type(self).__name__, {})
-        self._loaded = held.get("base")
-        factors: dict[str, Tensor] = held.get("vector", {})
+        self._before.load(checkpoint)
+        factors: dict[str, Tensor] = checkpoint.get(type(self).__name__, {}).get("vector", {})
         changes: dict[str, Change] = {}
         for key, first in factors.items():
             name, _, place = key.rpartition(".")

@@ -11,7 +11,7 @@ from typing import Self, cast
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.request import EditRequest
 
-__all__ = ["Batches", "RequestBatch", "batches_without", "requests_of"]
+__all__ = ["Batches", "RequestBatch", "batches_without", "narrowed", "requests_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,17 @@ def requests_of(batches: Batches) -> dict[str, EditRequest]:
     return {r.id: r for batch in batches if batch is not None for r in batch.requests}
 
 
+def narrowed(batches: Batches, request_ids: Collection[str]) -> Batches:
+    """Batches without some requests, but for those that are not known; none of them is empty.
+
+    Args:
+        batches: The batches.
+        request_ids: Ids of the requests.
+    """
+    left = (batch and batch.without(request_ids) for batch in batches)
+    return tuple(batch for batch in left if batch is None or batch.requests)
+
+
 def batches_without(
     batches: Batches, committed: Collection[str], request_ids: Collection[str]
 ) -> list[RequestBatch]:
@@ -100,5 +111,4 @@ def batches_without(
             "of these. Begin with the unedited model, and edit it with the requests that are to "
             "stay."
         )
-    left = [batch.without(request_ids) for batch in known]
-    return [batch for batch in left if batch.requests]
+    return [batch for batch in narrowed(batches, request_ids) if batch is not None]

@@ -29,7 +29,7 @@ from lightning_edit.core.storage import (
     save_artifact,
 )
 
-__all__ = ["MemoryWrite", "with_entries"]
+__all__ = ["MemoryWrite", "memory_of", "with_entries"]
 
 
 class MemoryWrite(Edit):
@@ -97,14 +97,20 @@ class MemoryWrite(Edit):
         return len(self.entries)
 
     @classmethod
-    def between(cls, memory: EditMemory, entries: Mapping[str, MemoryEntry]) -> Self:
+    def between(
+        cls,
+        memory: EditMemory,
+        entries: Mapping[str, MemoryEntry],
+        before: Mapping[str, MemoryEntry] | None = None,
+    ) -> Self:
         """The edit after which a memory holds these entries.
 
         Args:
-            memory: The memory as it is.
+            memory: The memory.
             entries: What it is to hold, by id; new ones last.
+            before: What it held, by id; what it holds now if None.
         """
-        before = memory.entries
+        before = memory.entries if before is None else before
         changed: dict[str, MemoryEntry | None] = dict.fromkeys(
             name for name in before if name not in entries
         )
@@ -129,7 +135,7 @@ class MemoryWrite(Edit):
         Raises:
             ArtifactError: If it has none.
         """
-        memory = _memory(model)
+        memory = memory_of(model)
         entries = memory.entries
         return cls(
             type(memory).__name__,
@@ -151,7 +157,7 @@ class MemoryWrite(Edit):
             EditError: If the memory holds nothing of one of them.
             ArtifactError: If the model has no memory.
         """
-        memory = _memory(model)
+        memory = memory_of(model)
         edit = cls.between(memory, memory.without(request_ids))
         edit.provenance = Provenance(request_ids=tuple(request_ids))
         return edit
@@ -244,7 +250,7 @@ class MemoryWrite(Edit):
             ArtifactError: If the memory does not hold what this edit wrote, or what it replaced is
                 not known. Nothing has been written then.
         """
-        memory = _memory(model)
+        memory = memory_of(model)
         memory.check_kind(self.kind, self.settings)
         now = memory.entries
         missing = [name for name in self.entries if name not in self.replaced]
@@ -312,11 +318,11 @@ class MemoryWrite(Edit):
         Raises:
             ArtifactError: If it has none, or another.
         """
-        _memory(model).check_kind(self.kind, self.settings)
+        memory_of(model).check_kind(self.kind, self.settings)
 
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Has the model's memory hold the entries of this edit and no others."""
-        _memory(model).write({n: e for n, e in self.entries.items() if e is not None})
+        memory_of(model).write({n: e for n, e in self.entries.items() if e is not None})
 
     reset_ = write_
 
@@ -481,7 +487,15 @@ def _entries(
     return found
 
 
-def _memory(model: nn.Module) -> EditMemory:
+def memory_of(model: nn.Module) -> EditMemory:
+    """The memory of a model.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ArtifactError: If it has none.
+    """
     found = EditMemory.find(model)
     if found is None:
         raise ArtifactError(

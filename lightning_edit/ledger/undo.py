@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, cast
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_edit.core.committed import RequestBatch, batches_without
+from lightning_edit.core.committed import RequestBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.edit import Edit
 from lightning_edit.core.errors import ArtifactError, EditError, LedgerError
 from lightning_edit.core.hashing import weight_hash
-from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.memory import MemoryWrite, memory_of
 from lightning_edit.core.provenance import Provenance
-from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 from lightning_edit.core.wrappers import plain_parameters, unwrapped
 from lightning_edit.ledger.entries import Draft, Entry
 from lightning_edit.ledger.fingerprints import fingerprint
@@ -141,33 +140,38 @@ class Undo:
         if not one.entry.delta:
             return UndoPlan(one.entry.id, ids, "reverted", 0, 0, 0)
         delta = self.ledger.deltas.load(one.entry.delta)
-        how, again = self._way(one, lineage, delta), 0
-        tensors, nbytes = len(delta), delta.nbytes
-        if isinstance(delta, WeightDelta):
-            nbytes = sum(tensor.nbytes for tensor in delta.originals.values())
+        how, again = self._way(one, lineage, delta)
+        written, originals = delta, delta.originals if isinstance(delta, WeightDelta) else {}
         if how == "made again" and self.editor is not None:
-            target = self.editor.target
-            again = len(batches_without(target.delta.parts, target.request_ids, ids))
-            tensors = len(target.originals)
-            nbytes = sum(tensor.nbytes for tensor in target.originals.values())
-        return UndoPlan(one.entry.id, ids, how, again, tensors, nbytes)
+            written, originals = self.editor.delta, self.editor.target.originals
+        nbytes = sum(tensor.nbytes for tensor in originals.values())
+        return UndoPlan(
+            one.entry.id,
+            ids,
+            how,
+            again,
+            len(originals) or len(written),
+            nbytes or written.nbytes,
+        )
 
-    def _way(self, one: Standing, lineage: Lineage, delta: Edit) -> How:
+    def _way(self, one: Standing, lineage: Lineage, delta: Edit) -> tuple[How, int]:
+        """How an edit is taken out, and how many others are made again for it."""
         last = lineage.path[-1]
         is_whole = one.requests == one.entry.requests
         if last.id == one.entry.id and is_whole and self._knows_the_rest(lineage, delta):
-            return "reverted"
-        if isinstance(delta, MemoryWrite):
-            return "forgotten"
+            return "reverted", 0
         if self.editor is not None:
-            return "made again"
+            left = self.editor.target.made_again([request.id for request in one.requests])
+            return ("forgotten", 0) if left is None else ("made again", len(left))
+        if isinstance(delta, MemoryWrite):
+            return "forgotten", 0
         if not is_whole:
             raise LedgerError(
                 f"Some requests of row {one.entry.id} are gone already, and the others were edited "
                 "together with them. Give the editor that committed them, or one that goes on from "
                 "them (`ledger.editor(model, tokenizer)`)."
             )
-        return "added up"
+        return "added up", 0
 
     def _knows_the_rest(self, lineage: Lineage, delta: Edit) -> bool:
         """Whether what is left is known without making it again."""
@@ -217,6 +221,7 @@ class Undo:
         return self._add_up(cast(WeightDelta, delta), one, lineage)
 
     def _revert(self, delta: Edit, lineage: Lineage) -> None:
+        batches = () if self.editor is None else self.editor.delta.batches
         try:
             delta.revert_(self.model)
         except ArtifactError as error:
@@ -225,11 +230,15 @@ class Undo:
             return
         gone = {request.id for request in lineage.standing[-1].requests}
         self.editor.history = [row for row in self.editor.history if row["id"] not in gone]
+        optimizer = self.editor.edit_optimizer
         if isinstance(delta, WeightDelta):
-            optimizer = self.editor.edit_optimizer
-            total = self._sum(lineage.standing[:-1])
-            total.batches = optimizer.delta.parts[:-1]
-            optimizer.take_over(total)
+            total: Edit = self._sum(lineage.standing[:-1])
+            total.batches = batches[:-1]
+        else:  # in which an earlier edit of the same request is back, if there was one
+            total = optimizer.delta
+            places = [i for i, batch in enumerate(batches) if batch and batch.ids & gone]
+            total.batches = tuple(b for i, b in enumerate(batches) if i not in places[-1:])
+        optimizer.take_over(total)
 
     def _sum(self, standing: Sequence[Standing]) -> WeightDelta:
         """The changes of weights of some edits, added up as an editor does."""
@@ -338,8 +347,8 @@ def resumed_editor(
 
 def forget(model: nn.Module, delta: MemoryWrite, ids: Sequence[str]) -> MemoryWrite:
     """Takes an edit out of the middle of a memory, and gives what has changed."""
-    memory = EditMemory.find(model)
-    before: dict[str, MemoryEntry] = {} if memory is None else memory.entries
+    memory = memory_of(model)
+    before = memory.entries
     try:
         delta.revert_(model)
     except ArtifactError:  # later edits have changed its entries
@@ -347,18 +356,4 @@ def forget(model: nn.Module, delta: MemoryWrite, ids: Sequence[str]) -> MemoryWr
             MemoryWrite.removing(model, ids).apply_(model)
         except EditError as error:
             raise LedgerError(str(error)) from error
-    after: dict[str, MemoryEntry] = {} if memory is None else memory.entries
-    names = dict.fromkeys((*before, *after))
-    changed = {
-        name: after.get(name)
-        for name in names
-        if name not in before or name not in after or not before[name].equals(after[name])
-    }
-    return MemoryWrite(
-        delta.kind,
-        delta.settings,
-        changed,
-        replaced={name: before.get(name) for name in changed},
-        order=tuple(before),
-        shared=delta.shared,
-    )
+    return MemoryWrite.between(memory, memory.entries, before)

@@ -448,11 +448,11 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     def remove(self, request_ids: Sequence[str]) -> E:
         """Takes requests out of the model, as if they had never been committed.
 
-        A memory forgets them. Edits of weights stand on one another: the weights go back to the
-        originals, and all other requests are edited again, in their order and in the batches that
-        they were committed in, with the editor's settings as they are. That takes as long as these
-        edits took; how many there are is logged before the first. An interrupt or an error leaves
-        the model as it was. Where processes share the work, each of them calls this.
+        Weights go back to the originals, a memory is emptied, and all other requests are edited
+        again, in their order and batches, with the editor's settings as they are. That takes as
+        long as these edits took; how many there are is logged before the first. An interrupt or an
+        error leaves the model as it was. Where processes share the work, each of them calls this.
+        A memory of which it is not known what made it all only forgets, with a warning.
 
         Args:
             request_ids: Ids of the requests.
@@ -461,8 +461,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
             The edit by which the model differs now, committed already.
 
         Raises:
-            EditError: If one of them is not in the model, it is not known what else was committed,
-                or ``fit`` trained all of them together. The model is as it was then.
+            EditError: If one of them is not in the model, it is not known what made the weights, or
+                ``fit`` trained all of them together. The model is as it was then.
 
         Examples:
             >>> from lightning_edit import ROME

@@ -10,11 +10,17 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Generic
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_edit.core.committed import Batches, RequestBatch, batches_without
+from lightning_edit.core.committed import (
+    Batches,
+    RequestBatch,
+    batches_without,
+    narrowed,
+    requests_of,
+)
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.core.memory import MemoryWrite
@@ -77,6 +83,20 @@ class Target(ABC, Generic[E]):
         """
 
     @abstractmethod
+    def made_again(self, request_ids: Sequence[str]) -> list[RequestBatch] | None:
+        """The batches that are made again when requests are taken out, in order.
+
+        Args:
+            request_ids: Ids of the requests.
+
+        Returns:
+            The batches; None where these requests are forgotten and nothing is made again.
+
+        Raises:
+            EditError: If one of them is not known, or single requests cannot be taken out.
+        """
+
+    @abstractmethod
     def remove(self, request_ids: Sequence[str], again: Callable[[RequestBatch], E]) -> E:
         """Takes requests out of what was committed, and leaves all others in it.
 
@@ -91,6 +111,24 @@ class Target(ABC, Generic[E]):
             EditError: If one of them is not known, or single requests cannot be taken out. The
                 model is as it was then, as it is where ``again`` fails.
         """
+
+    def _replay(
+        self, batches: Sequence[RequestBatch], again: Callable[[RequestBatch], E], gone: int
+    ) -> None:
+        """Has the model hold what is made of batches now, and nothing else.
+
+        Args:
+            batches: The batches.
+            again: Makes the edit of each for the model as it stands.
+            gone: Number of requests that are not in them any more, for the log.
+        """
+        rank_zero_info(
+            f"{gone} request(s) are taken out of the model: {len(batches)} edit(s), of "
+            f"{sum(len(batch.requests) for batch in batches)} request(s), are made again."
+        )
+        self.optimizer.rewind()
+        for batch in batches:
+            self.optimizer.rewind(self.delta + again(batch))
 
     @abstractmethod
     def committed(self) -> E:
@@ -165,27 +203,22 @@ class WeightTarget(Target[WeightDelta]):
         raise EditError("This editor changes weights, and the model has no memory.")
 
     @override
+    def made_again(self, request_ids: Sequence[str]) -> list[RequestBatch]:
+        return batches_without(self.delta.parts, self.request_ids, request_ids)
+
+    @override
     def remove(
         self, request_ids: Sequence[str], again: Callable[[RequestBatch], WeightDelta]
     ) -> WeightDelta:
-        before = self.delta
-        left = batches_without(before.parts, self.request_ids, request_ids)
-        rank_zero_info(
-            f"{len(request_ids)} request(s) are taken out of the weights: {len(left)} edit(s), of "
-            f"{sum(len(batch.requests) for batch in left)} request(s), are made again."
-        )
+        before, left = self.delta, self.made_again(request_ids)
         kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        total = self.optimizer.nothing
         try:
-            self.optimizer.rewind()
-            for batch in left:
-                total = total + again(batch)
-                self.optimizer.rewind(total)
+            self._replay(left, again, len(request_ids))
         except BaseException:  # an interruption, too, leaves the model as it was
             restore(self.parameters, kept)
             self.optimizer.take_over(before)
             raise
-        return (total - before).seal(self.model, kept)
+        return (self.delta - before).seal(self.model, kept)
 
     @override
     def committed(self) -> WeightDelta:
@@ -228,8 +261,8 @@ class MemoryTarget(Target[MemoryWrite]):
         model: The model. A memory that it has already is gone on with, unless it is another one and
             holds nothing: then this one takes its place.
         memory: An empty memory, built from an editor's settings.
-        forget: Gives the entries that are left when requests are forgotten; the memory's own
-            way if None.
+        forget: Gives the entries that are left when requests are forgotten, some of them made anew
+            if need be; the memory's own way, which leaves them as they are, if None.
 
     Raises:
         ArtifactError: If the model has entries in a memory of another kind or with other settings.
@@ -251,7 +284,7 @@ class MemoryTarget(Target[MemoryWrite]):
         super().__init__(model, _MemoryOptimizer(model, memory))
         # In a tuple, out of sight of Lightning, for which it is a part of the model.
         self._memory = (memory,)
-        self._forget = forget or memory.without
+        self._forget = forget
 
     @property
     @override
@@ -277,14 +310,47 @@ class MemoryTarget(Target[MemoryWrite]):
         return memory
 
     @override
+    def made_again(self, request_ids: Sequence[str]) -> list[RequestBatch] | None:
+        """The batches that are left; None where it is not known what made all that is held."""
+        parts = self.delta.parts
+        asked = requests_of(parts).keys()
+        if None in parts or not asked >= set(self.request_ids):
+            self.memory.check_ids(request_ids)
+            return None
+        return batches_without(parts, asked, request_ids)
+
+    @override
     def remove(
         self, request_ids: Sequence[str], again: Callable[[RequestBatch], MemoryWrite]
     ) -> MemoryWrite:
-        """Takes requests out of the memory, in which others do not stand on them."""
-        self.memory.check_ids(request_ids)
-        edit = MemoryWrite.between(self.memory, self._forget(request_ids))
-        self.optimizer.stage(edit)
-        self.optimizer.step()
+        left = self.made_again(request_ids)
+        if left is None:
+            return self._forgotten(request_ids)
+        before, held = self.delta, self.memory.entries
+        try:
+            with self.memory.kept(always=False):
+                self._replay(left, again, len(request_ids))
+        except BaseException:  # an interruption, too, leaves the memory as it was
+            self.optimizer.take_over(before)
+            raise
+        return MemoryWrite.between(self.memory, self.memory.entries, held)
+
+    def _forgotten(self, request_ids: Sequence[str]) -> MemoryWrite:
+        """Has the memory forget requests; returns what has changed."""
+        others = len(set(self.request_ids) - set(request_ids))
+        if others and self._forget is None:
+            rank_zero_warn(
+                f"The memory forgets {len(request_ids)} request(s), and {others} others stay as "
+                "they were made. What they were made of is not known: this editor did not commit "
+                "all of them, or goes on from a checkpoint of an earlier version. Those that were "
+                "learned on top of what is gone may answer otherwise than in a run without it; for "
+                "that, edit the unedited model with the requests that are to stay."
+            )
+        forget = self._forget or self.memory.without
+        edit = MemoryWrite.between(self.memory, forget(request_ids))
+        total = self.delta + edit
+        total.batches = narrowed(self.delta.parts, request_ids)
+        self.optimizer.rewind(total)
         return edit
 
     @override
@@ -404,8 +470,9 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
         self._order: tuple[str, ...] = ()
         self._carried: dict[str, Tensor] = {}
         self._batches: Batches = ()
-        # Ids in these, and the edit that was last made of all, by what it was made of.
-        self._asked: set[str] = set()
+        # Ids in the memory as it was left here.
+        self._left: frozenset[str] = frozenset()
+        # The edit that was last made of all, by what it was made of.
         self._made: tuple[object, MemoryWrite] | None = None
         nothing = MemoryWrite(type(memory).__name__, memory.settings, {})
         super().__init__(model, {}, nothing)
@@ -423,12 +490,8 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
     @delta.setter
     def delta(self, edit: MemoryWrite) -> None:
         self._order, self._carried = edit.provenance.request_ids, edit.carried
-        added = edit.batches
-        if added[: len(self._batches)] == self._batches:  # compares by identity first
-            added = added[len(self._batches) :]
-        else:
-            self._asked = set()
-        self._asked |= {name for batch in added if batch for name in batch.ids}
+        memory = EditMemory.find(self.model)
+        self._left = frozenset(() if memory is None else memory.request_ids)
         self._batches, self._made = edit.batches, None
 
     def _describe(self, edit: MemoryWrite, known: Collection[str]) -> None:
@@ -436,6 +499,6 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
         ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
         edit.provenance = Provenance(request_ids=tuple(ids))
         edit.carried, edit.batches = self._carried, self._batches
-        if not self._asked <= ids.keys():
-            left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
-            edit.batches = tuple(batch for batch in left if batch.requests)
+        # What an edit has pushed out comes back without that edit; what was taken out does not.
+        if gone := self._left - ids.keys():
+            edit.batches = narrowed(self._batches, gone)

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "scr": ("SCR", {}, 2),
 }
 # Those that requests are taken out of again: weights, several a batch, and a memory.
-REMOVING = ("rome", "memit", "grace")
+REMOVING = ("rome", "memit", "grace", "wise")
 # Of a continuation: enough for an answer, and for its end.
 TOKENS = 6
 

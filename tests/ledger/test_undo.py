@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +106,25 @@ def test_one_in_the_middle_is_as_if_it_had_never_been(name: str, tmp_path: Path)
         [plan] = ledger.plan(one, 2)
         [row] = ledger.undo(one, 2)
         assert row.undoes == (2,)
-        if plan.how == "made again":
-            assert plan.again == 2
-            assert fingerprint(one.model) == fingerprint(wanted.model)
-        else:
-            assert plan.how == "forgotten"
-        prompts = [REQUESTS[0].prompt, REQUESTS[2].prompt]
-        assert one.evaluator.continuations(prompts) == wanted.evaluator.continuations(prompts)
+        assert (plan.how, plan.again) == ("made again", 2)
+        assert plan.tensors
+        assert plan.nbytes
+        assert row.after == fingerprint(one.model) == fingerprint(wanted.model)
         assert list(one.target.request_ids) == [REQUESTS[0].id, REQUESTS[2].id]
     assert [e.kind for e in ledger.entries()].count("undo") == 1  # both led to the same
     assert ledger.verify() == []
+
+
+def test_of_two_edits_of_one_request_the_first_is_made_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    editor = edited("GRACE", 0, 1, ledger=ledger)
+    with ledger.recording(editor):
+        editor.commit(editor.edit(replace(REQUESTS[0], target_new=REQUESTS[2].target_new)))
+    assert len(editor.memory) == 2
+    ledger.undo(editor)
+    assert editor.edit_optimizer.requests[REQUESTS[0].id] == REQUESTS[0]
+    ledger.undo(editor, 2)
+    assert fingerprint(editor.model) == fingerprint(edited("GRACE", 0).model)
 
 
 def test_what_cannot_be_recorded_is_not_taken_out(

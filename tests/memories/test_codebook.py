@@ -151,7 +151,7 @@ def test_the_state_dict_brings_the_memory_along() -> None:
     prompt = editor.tokens.prompt(tiny_requests(1)[0].prompt)
     assert torch.equal(_logits(other.model, [prompt])[0], _logits(editor.model, [prompt])[0])
     # And a smaller one in place of a larger.
-    other.remove([tiny_requests(1)[0].id])
+    MemoryWrite.removing(other.model, [tiny_requests(1)[0].id]).apply_(other.model)
     editor.load_state_dict(other.state_dict(), strict=False)
     assert len(editor.memory) == 1
 

@@ -83,7 +83,7 @@ def _edited(
                 up.copy_(0.1 * torch.randn(up.shape, generator=generator))
         other = _merged(_base(kind), adapters)
     editor.scopes.note_weights()
-    editor.edit(tiny_requests(4)[1 : 1 + texts]).apply_(editor.model)
+    editor.commit(editor.edit(tiny_requests(4)[1 : 1 + texts]))
     return editor, _base(kind), other
 
 

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NoReturn
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -40,13 +41,17 @@ class TunedTarget(Target[WeightDelta]):
         return self.delta.provenance.request_ids
 
     @override
-    def remove(
-        self, request_ids: Sequence[str], again: Callable[[RequestBatch], WeightDelta]
-    ) -> WeightDelta:
+    def made_again(self, request_ids: Sequence[str]) -> NoReturn:
         raise EditError(
             "The weights were trained on all requests together, so that single ones cannot be "
             "taken out of them. Train the unedited model with the requests that are to stay."
         )
+
+    @override
+    def remove(
+        self, request_ids: Sequence[str], again: Callable[[RequestBatch], WeightDelta]
+    ) -> NoReturn:
+        self.made_again(request_ids)
 
     @override
     def check(self) -> None:

@@ -103,4 +103,4 @@ class MemoryModule(EditModule[MemoryWrite]):
 
     @override
     def make_target(self, tree: ModelTree) -> Target[MemoryWrite]:
-        return MemoryTarget(tree.model, self.build_memory(tree), self.entries_without)
+        return MemoryTarget(tree.model, self.build_memory(tree))

@@ -206,12 +206,12 @@ def test_all_neurons_of_a_request_go_with_its_id() -> None:
     before = fingerprint(model)
     editor = TPatcher.from_model(model, tokenizer, memory_tokens=64, steps=2)
     requests = tiny_requests(2)
-    editor.edit(requests).apply_(model)
+    editor.commit(editor.edit(requests))
     counts = {name: len(kept["entries"]) for name, kept in editor.memory.requests.items()}
     assert max(counts.values()) > 1
     editor.remove([requests[0].id])
     assert len(editor.memory) == counts[requests[1].id]
-    editor.edit(requests[1]).apply_(model)  # in place of itself
+    editor.commit(editor.edit(requests[1]))  # in place of itself
     assert len(editor.memory) == counts[requests[1].id]
     editor.remove([requests[1].id])
     assert fingerprint(model) == before

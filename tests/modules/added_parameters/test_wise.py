@@ -236,6 +236,7 @@ def test_ties_trims_elects_and_averages() -> None:
     torch.testing.assert_close(ties(vectors, 0.5), wanted.reshape(4, 5))
 
 
+@pytest.mark.filterwarnings("ignore:The memory forgets:UserWarning")
 def test_an_edits_own_change_is_taken_out_and_the_rest_stays() -> None:
     model, tokenizer = trained_tiny_model()
     before, weights = fingerprint(model), dict(model.named_parameters())

@@ -284,7 +284,7 @@ def test_edits_come_one_by_one_or_together_and_go_by_id(editor: Any) -> None:
     assert [c.text for c in together] == [c.text for c in said]
     memory: Any = EditMemory.find(editor.model)
     assert list(memory.requests) == [r.id for r in requests]
-    with pytest.raises(EditError, match="no edit with the id 'x'"):
+    with pytest.raises(EditError, match="No request with the id 'x' is in the model"):
         editor.trained.remove(["x"])
     for request in requests:
         editor.trained.remove([request.id])
