@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +104,11 @@ class MemoryWrite(Edit):
             memory: The memory as it is.
             entries: What it is to hold, by id; new ones last.
         """
-        before = memory.entries
-        changed: dict[str, MemoryEntry | None] = dict.fromkeys(
-            name for name in before if name not in entries
-        )
-        others = {n: e for n, e in entries.items() if e is not before.get(n)}
+        before, others = memory.entries, memory.changed(entries)
+        changed: dict[str, MemoryEntry | None] = {}
+        if others is None:
+            changed = dict.fromkeys(name for name in before if name not in entries)
+            others = {n: e for n, e in entries.items() if e is not before.get(n)}
         changed |= {n: e for n, e in others.items() if not e.equals(before.get(n))}
         return cls(
             type(memory).__name__,
@@ -316,7 +316,10 @@ class MemoryWrite(Edit):
 
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Has the model's memory hold the entries of this edit and no others."""
-        _memory(model).write({n: e for n, e in self.entries.items() if e is not None})
+        entries = self.entries
+        if not all(entries.values()):  # some are None
+            entries = {n: e for n, e in entries.items() if e is not None}
+        _memory(model).write(cast("dict[str, MemoryEntry]", entries))
 
     reset_ = write_
 

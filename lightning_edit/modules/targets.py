@@ -433,9 +433,11 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
 
     def _describe(self, edit: MemoryWrite, known: Collection[str]) -> None:
         """Adds what the memory itself does not know of an edit of all that it holds."""
-        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
-        edit.provenance = Provenance(request_ids=tuple(ids))
+        ids = self._order
+        if len(ids) != len(known) or not all(map(known.__contains__, ids)):
+            ids = tuple(dict.fromkeys((*filter(known.__contains__, ids), *known)))
+        edit.provenance = Provenance(request_ids=ids)
         edit.carried, edit.batches = self._carried, self._batches
-        if not self._asked <= ids.keys():
-            left = [batch.without(batch.ids - ids.keys()) for batch in self._batches if batch]
+        if not all(map(known.__contains__, self._asked)):
+            left = [batch.without(batch.ids.difference(known)) for batch in self._batches if batch]
             edit.batches = tuple(batch for batch in left if batch.requests)
