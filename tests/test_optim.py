@@ -300,11 +300,11 @@ def _interrupted_once(write: Any) -> Any:
     return interrupted
 
 
-class Touched(TorchDispatchMode):
+class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the numbers that operations read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(

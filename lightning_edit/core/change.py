@@ -79,8 +79,9 @@ class LowRank:
     def norm(self) -> float:
         """Frobenius norm of the change, in float32; of a sum that was multiplied out, known."""
         terms, norm = (0, None) if self._head is None else self._head.norm
-        known = norm is not None and terms == self.rank
-        return float(norm if known else torch.linalg.vector_norm(self.dense()))
+        if norm is None or terms != self.rank:
+            norm = torch.linalg.vector_norm(self.dense())
+        return float(norm)
 
     def _grown(self, matrix: Tensor | None, start: int) -> Tensor:
         """A tensor and the block of terms that begins there."""
