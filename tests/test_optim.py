@@ -300,11 +300,11 @@ def _interrupted_once(write: Any) -> Any:
     return interrupted
 
 
-class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Counts the numbers that operations read and write."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.count = 0
 
     def __torch_dispatch__(
