@@ -288,7 +288,7 @@ def plot(keep: Path, picture: Path) -> None:
         found = table_of(file)
         curves = (
             ([1000 * each for each in found["seconds"]], "milliseconds an edit"),
-            ([1000 * each for each in found["peak_gigabytes"]], "peak megabytes"),
+            ([1024 * each for each in found["peak_gigabytes"]], "peak megabytes"),
             ([each / 1000 for each in found["written"]], "kilobytes written an edit"),
         )
         for axes, (values, title) in zip(panels, curves, strict=True):
