@@ -4,6 +4,9 @@
 
     python benchmarks/scaling.py                                   # the tiny model, up to 10 000
     python benchmarks/scaling.py --modes run --editors GRACE       # with a checkpoint each
+    python benchmarks/scaling.py --modes run --editors GRACE --held 10000 --counts 20 70
+    python benchmarks/scaling.py --modes run --keep DIR            # goes on where it was stopped
+    python benchmarks/scaling.py --keep DIR --plot FILE.png        # draws what it found
     python benchmarks/scaling.py --model smollm2 --counts 1 10 100
     python benchmarks/scaling.py --model smollm2 --device cuda     # seconds and memory of the GPU
     python benchmarks/scaling.py --sums 4096 14336 --counts 1 64 512 2047 2049  # one matrix alone
@@ -11,9 +14,11 @@
 
 ``batch`` writes all requests at once, ``sequence`` commits them one after another, and ``run`` is a
 run of the Trainer with batches of one and a checkpoint after each: it also tells the bytes that an
-edit has the checkpoint write, and those that it has in the end. Requests are made up, each about a
-subject of its own. A process of its own takes each editor and mode, so that peaks are theirs;
-statistics and contexts are not counted.
+edit has the checkpoint write, and those that it has in the end. With ``--keep`` each figure of a
+run is on disk as soon as it is known, and the same command goes on from the checkpoint of one that
+was stopped. ``--held`` puts so many entries into GRACE's memory before. Requests are made up, each
+about a subject of its own. A process of its own takes each editor and mode, so that peaks are
+theirs; statistics and contexts are not counted.
 """
 
 from __future__ import annotations
@@ -68,7 +73,14 @@ def peak_on(device: str) -> float:
 
 
 def measure(
-    model_name: str, method: str, mode: str, counts: list[int], device: str, limit: float
+    model_name: str,
+    method: str,
+    mode: str,
+    counts: list[int],
+    device: str,
+    limit: float,
+    keep: str | None,
+    held: int,
 ) -> dict[str, Any]:
     import torch
 
@@ -94,8 +106,13 @@ def measure(
     if method != "GRACE":
         for site in editor.sites(editor.tree):
             editor.second_moment(site.layer)
+    if held:
+        fill(editor, held)
     if mode == "run":
-        return measure_run(editor, counts, device, limit)
+        if keep is not None:
+            return measure_run(editor, counts, device, limit, Path(keep))
+        with tempfile.TemporaryDirectory() as name:
+            return measure_run(editor, counts, device, limit, Path(name))
     requests = requests_of(max(counts))
     editor.edit(requests[:1])  # warms allocators and kernels up
     seconds, peaks = [], []
@@ -116,23 +133,48 @@ def measure(
     return {"seconds": seconds, "peak_gigabytes": peaks}
 
 
-def measure_run(editor: Any, counts: list[int], device: str, limit: float) -> dict[str, Any]:
-    """A run of the Trainer, which is stopped when its seconds are over."""
+def fill(editor: Any, count: int) -> None:
+    """Commits entries of GRACE that no pass has made, at once."""
+    import torch
+
+    from lightning_edit.core.committed import RequestBatch
+    from lightning_edit.core.provenance import Provenance
+    from lightning_edit.core.side_memory import MemoryEntry
+
+    entries = {}
+    for i, request in enumerate(requests_of(10000 + count)[10000:]):
+        tensors = {"keys": torch.randn(128), "values": torch.randn(32), "radii": torch.tensor(0.01)}
+        known = {"prompt": request.prompt, "target": request.target_new, "distance": 0.0}
+        notes = {"label": [i], "initial_radius": 0.01}
+        entries[request.id] = MemoryEntry(tensors, {request.id: known}, notes)
+        editor.history.append({"id": request.id, "placed": "added", "loss": 1.0, "took": True})
+    edit = editor.memory_write(entries)
+    edit.provenance = Provenance(request_ids=tuple(entries))
+    edit.batches = tuple(RequestBatch((r,)) for r in requests_of(10000 + count)[10000:])
+    editor.session.commit(edit)
+
+
+def measure_run(
+    editor: Any, counts: list[int], device: str, limit: float, keep: Path
+) -> dict[str, Any]:
+    """A run of the Trainer, which is stopped when its seconds are over, or goes on from there."""
     from lightning.pytorch import Callback, Trainer
     from torch.utils.data import DataLoader
 
     import lightning_edit as le
 
-    found: dict[str, Any] = {n: [] for n in ("counts", "seconds", "peak_gigabytes", "written")}
-    found["held"] = []
+    name = type(editor).__name__
+    folder, rows = keep / name, keep / f"{name}.jsonl"
+    last = folder / "last.ckpt"
 
     class Meter(Callback):
-        def on_train_start(self, *_: Any) -> None:
-            self.done, self.bytes, self.sizes = 0, 0, dict[tuple[str, int], int]()
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            self.done, self.bytes = trainer.global_step, 0
+            self.sizes = dict[tuple[str, int], int]()
             self.began, self.first = seconds_on(device), time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            stats = {path.name: path.stat() for path in folder.iterdir()}
+            stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
             # A file that is replaced is written anew; one that grew, as far as it did.
             sizes = {(name, stat.st_ino): stat.st_size for name, stat in stats.items()}
             self.bytes += sum(size - self.sizes.get(key, 0) for key, size in sizes.items())
@@ -141,28 +183,37 @@ def measure_run(editor: Any, counts: list[int], device: str, limit: float) -> di
             if step not in counts and not is_over:
                 return
             now, edits = seconds_on(device), step - self.done
-            found["counts"].append(step)
-            found["seconds"].append((now - self.began) / edits)
-            found["peak_gigabytes"].append(peak_on(device))
-            found["written"].append(self.bytes / edits)
-            found["held"].append(sum(sizes.values()))
+            found = {
+                "count": step,
+                "seconds": (now - self.began) / edits,
+                "peak_gigabytes": peak_on(device),
+                "written": self.bytes / edits,
+                "held": sum(sizes.values()),
+            }
+            with rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
             self.began, self.done, self.bytes = now, step, 0
             trainer.should_stop = is_over
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data: Any = DataLoader(cast(Any, requests_of(max(counts))), batch_size=1, collate_fn=list)
-        trainer = Trainer(
-            accelerator="cpu" if device == "cpu" else "gpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[le.EditCheckpoint(name), Meter()],
-        )
-        trainer.fit(editor, data)
-    return found
+    data: Any = DataLoader(cast(Any, requests_of(max(counts))), batch_size=1, collate_fn=list)
+    trainer = Trainer(
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[le.EditCheckpoint(str(folder)), Meter()],
+    )
+    keep.mkdir(parents=True, exist_ok=True)
+    trainer.fit(editor, data, ckpt_path=str(last) if last.exists() else None)
+    return table_of(rows)
+
+
+def table_of(file: Path) -> dict[str, Any]:
+    """The figures of a run, each as a list over counts."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def measure_sums(rows: int, columns: int, counts: list[int]) -> dict[str, Any]:
@@ -227,6 +278,27 @@ def measure_entries(counts: list[int]) -> list[float]:
     return seconds
 
 
+def plot(keep: Path, picture: Path) -> None:
+    """Draws what runs in a folder came to: time, memory and bytes written against edits."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for file in sorted(keep.glob("*.jsonl")):
+        found = table_of(file)
+        curves = (
+            ([1000 * each for each in found["seconds"]], "milliseconds an edit"),
+            ([1024 * each for each in found["peak_gigabytes"]], "peak megabytes"),
+            ([each / 1000 for each in found["written"]], "kilobytes written an edit"),
+        )
+        for axes, (values, title) in zip(panels, curves, strict=True):
+            axes.plot(found["count"], values, "o-", markersize=3, label=file.stem)
+            axes.set(title=title, xlabel="edits")
+            axes.set_ylim(0, max(axes.get_ylim()[1], 1.3 * max(values)))
+    panels[0].legend(frameon=False)
+    figure.savefig(picture, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -240,8 +312,14 @@ def main() -> None:
     parser.add_argument("--sums", type=int, nargs=2, help="rows and columns of one matrix")
     parser.add_argument("--entries", action="store_true", help="a memory alone, without passes")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which a run ends")
+    parser.add_argument("--keep", help="a folder to keep figures and checkpoints of runs in")
+    parser.add_argument("--held", type=int, default=0, help="entries that a memory begins with")
+    parser.add_argument("--plot", type=Path, help="a picture to draw of what --keep has")
     options = parser.parse_args()
     counts = sorted(options.counts)
+    if options.plot is not None:
+        plot(Path(options.keep), options.plot)
+        return
     if options.entries:
         for count, each in zip(counts, measure_entries(counts), strict=True):
             sys.stdout.write(f"{count} entries: {1000 * each:.2f} ms\n")
@@ -254,7 +332,8 @@ def main() -> None:
         return
     if options.here:
         [editor], [mode] = options.editors, options.modes
-        found = measure(options.model, editor, mode, counts, options.device, options.limit)
+        limits = options.device, options.limit, options.keep, options.held
+        found = measure(options.model, editor, mode, counts, *limits)
         sys.stdout.write(json.dumps(found) + "\n")
         return
     results: dict[str, Any] = {}
@@ -273,6 +352,9 @@ def main() -> None:
             "--counts",
             *map(str, counts),
         ]
+        command += ["--held", str(options.held)]
+        if options.keep is not None:
+            command += ["--keep", options.keep]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(output.strip().splitlines()[-1])
         cells = [
@@ -283,7 +365,7 @@ def main() -> None:
             cells = [
                 f"{count}: {cell}, {written / 1000:.0f} kB written, {held / 1000:.0f} kB held"
                 for cell, count, written, held in zip(
-                    cells, found["counts"], found["written"], found["held"], strict=True
+                    cells, found["count"], found["written"], found["held"], strict=True
                 )
             ]
         sys.stdout.write(f"{editor} | {mode} | " + " | ".join(cells) + "\n")

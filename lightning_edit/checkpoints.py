@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self, cast
@@ -21,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
 
 from lightning_edit.core.append_log import appended_to, read_log
 from lightning_edit.core.arguments import CheckedArguments
@@ -234,7 +235,7 @@ def _extended(checkpoint: dict[str, Any], later: list[dict[str, Any]]) -> dict[s
     edits = {
         **edits,
         "parts": [part["tensors"] for part in parts if not part["entries"]],
-        "carried": {name: t for part in (edits, *parts) for name, t in part["carried"].items()},
+        "carried": _carried_after(edits["carried"], parts),
         "request_ids": list(dict.fromkeys(ids)),
         "batches": [*edits["batches"], *(batch for part in parts for batch in part["batches"])],
     }
@@ -249,6 +250,18 @@ def _extended(checkpoint: dict[str, Any], later: list[dict[str, Any]]) -> dict[s
     whole = {**last, "state_dict": state, "optimizer_states": [edits], "lightning_edit": record}
     seal(whole)
     return whole
+
+
+def _carried_after(
+    carried: Mapping[str, Tensor], parts: Iterable[Mapping[str, Mapping[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """What is carried after some edits, each of which has what is new in it."""
+    found = {name: [tensor] for name, tensor in carried.items()}
+    for part in parts:
+        found |= {name: [tensor] for name, tensor in part["carried"].items()}
+        for name, columns in part.get("columns", {}).items():
+            found[name].append(columns)
+    return {n: torch.cat(ts, 1) if len(ts) > 1 else ts[0] for n, ts in found.items()}
 
 
 def seal(checkpoint: Mapping[str, Any]) -> None:

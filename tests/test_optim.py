@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_edit.core import delta as delta_module
 from lightning_edit.core.change import Change, LowRank
@@ -296,3 +298,34 @@ def _interrupted_once(write: Any) -> Any:
         write(*args)
 
     return interrupted
+
+
+class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """Counts the numbers that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, object] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += sum(t.numel() for t in tree_leaves((args, found)) if torch.is_tensor(t))
+        return found
+
+
+def test_a_late_edit_touches_as_many_numbers_as_an_early_one() -> None:
+    layer = nn.Linear(300, 280, bias=False)
+    optimizer = EditOptimizer(layer, {"weight": layer.weight.detach().clone()})
+    counts = []
+    for _ in range(64 * 2 + 6):
+        edit = WeightDelta({"weight": LowRank(torch.randn(280, 1) / 1e4, torch.randn(300, 1))})
+        optimizer.stage(edit)
+        with Touched() as touched:
+            optimizer.step()
+            optimizer.delta.norm()
+        counts.append(touched.count)
+    # As far into a block of terms each, and between two growths.
+    assert counts[68] == counts[132] < 25 * 280 * 300

@@ -39,6 +39,8 @@ class Plan:
             is done once for all edits stands under ``once``.
         seconds: Part of an edit to its seconds; ``once`` as above.
         sent: Bytes that a device receives in an edit.
+        appended: Bytes of numbers that a checkpoint adds for an edit, beside its texts. Where the
+            keys of earlier edits have become a matrix, it holds that anew from time to time.
         limit: Bytes of a device, where they were given.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     operations: Mapping[str, float]
     seconds: Mapping[str, float]
     sent: int
+    appended: int
     limit: int | None = None
 
     @property
@@ -139,6 +142,7 @@ def plan(
         ANSWER,
         steps or editor.settings.steps,
         method in SPREADING,
+        method == "AlphaEdit",
         editor.moments.settings.tokens_per_dimension * inputs,
         edits,
     )
@@ -157,6 +161,7 @@ def plan(
             for name, count in operations.items()
         },
         round(work.sent(devices, by_rows=division == "FSDP2")),
+        work.appended(),
         None if gigabytes is None else round(gigabytes * 1e9),
     )
 

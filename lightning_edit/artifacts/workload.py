@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_edit.core.locator import MLPSite, ModelTree
 from lightning_edit.functional.costs import (
+    carried_bytes,
     dense_operations,
     gathered_bytes,
     reduced_bytes,
@@ -44,6 +45,7 @@ class Workload:
         answer: Tokens of an answer.
         steps: Passes of a search.
         spreads: Whether edited layers are written one after another, each with new keys.
+        carries: Whether the keys of earlier edits are kept.
         tokens: Tokens that second moments are estimated from.
         edits: Edits that follow one another.
     """
@@ -57,6 +59,7 @@ class Workload:
     answer: int
     steps: int
     spreads: bool
+    carries: bool
     tokens: int
     edits: int
 
@@ -133,9 +136,17 @@ class Workload:
             "second moments": 4 * squares,
             "their factors": 8 * squares,
             "sum of edits": sum(sums),
+            "earlier keys": self.carries
+            * sum(carried_bytes(site.in_features, self.edits) for site in self.sites),
             "search": search_bytes(hidden, inner, words, self.rows, self.tail, depth),
             "writing": 3 * 4 * max(s.out_features * s.in_features for s in self.sites) // devices,
         }
+
+    def appended(self) -> int:
+        """Bytes that a checkpoint adds for an edit: its factors of rank one, and its key."""
+        return sum(
+            4 * (site.out_features + (1 + self.carries) * site.in_features) for site in self.sites
+        )
 
     def sent(self, devices: int, *, by_rows: bool) -> float:
         """Bytes that each device receives in an edit.

@@ -145,8 +145,9 @@ def _plan(result: Plan) -> Iterator[Table]:
     ]
     seconds.append(("an edit", "", f"{result.seconds_per_edit:.3g}"))
     sent = [f"A device receives {result.sent / 1e9:.3g} gigabytes in an edit."]
+    notes = [f"A checkpoint adds {result.appended / 1e6:.3g} megabytes for an edit."]
     columns = ("work", ">teraflop", ">seconds")
-    yield Table(columns, seconds, notes=sent if result.sent else ())
+    yield Table(columns, seconds, notes=[*notes, *(sent if result.sent else ())])
 
 
 def _rendered(result: Rendered) -> Iterator[Table]:

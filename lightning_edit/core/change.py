@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_edit.core.growing_rows import GrowingRows
+
 __all__ = ["Change", "LowRank", "add_changes", "dense_change", "tensors_of"]
 
 # Terms that are multiplied out at once: so many cost about as much as adding two matrices.
@@ -21,6 +23,9 @@ class _Head:
     """What the first terms of a sum come to, with which later sums begin, too."""
 
     made: tuple[int, Tensor | None] = (0, None)  # in one, so that no interrupt comes between
+    #: A number of terms, and the norm of these, which nobody has to multiply out for again.
+    norm: tuple[int, Tensor | None] = (0, None)
+    growing: GrowingRows = field(default_factory=GrowingRows)
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,23 @@ class LowRank:
         with torch.autocast(self.u.device.type, enabled=False):
             while terms + _BLOCK < self.rank:
                 terms, matrix = terms + _BLOCK, self._grown(matrix, terms)
+            whole = self._grown(matrix, terms)
             if self._head is not None:
                 self._head.made = terms, matrix
-            return self._grown(matrix, terms)
+                self._head.norm = self.rank, torch.linalg.vector_norm(whole)
+            return whole
+
+    def norm(self) -> float:
+        """Frobenius norm of the change, in float32; of a sum that was multiplied out, known."""
+        terms, norm = (0, None) if self._head is None else self._head.norm
+        if norm is None or terms != self.rank:
+            norm = torch.linalg.vector_norm(self.dense())
+        return float(norm)
 
     def _grown(self, matrix: Tensor | None, start: int) -> Tensor:
         """A tensor and the block of terms that begins there."""
-        u, v = (factor[..., start : start + _BLOCK] for factor in (self.u, self.v))
+        # One layout, whatever that of the factors, so that a sum has the same bits in any.
+        u, v = (factor[..., start : start + _BLOCK].contiguous() for factor in (self.u, self.v))
         if matrix is None:
             return u @ v.mT
         return torch.addmm(matrix, u, v.T) if u.ndim == 2 else matrix + u @ v.mT
@@ -105,10 +120,17 @@ def add_changes(a: Change, b: Change) -> Change:
     # What was read from a file lies on the CPU, what was computed, on the model's device.
     device = tensors_of(a)[0].device
     if isinstance(a, LowRank) and isinstance(b, LowRank) and _stays_small(a, b):
-        u, v = b.u.to(device), b.v.to(device)
         head = _Head() if a._head is None else replace(a._head)
-        return LowRank(torch.cat([a.u, u], -1), torch.cat([a.v, v], -1), _head=head)
+        u, v = (_joined(head, n, getattr(a, n), getattr(b, n).to(device)) for n in ("u", "v"))
+        return LowRank(u, v, _head=head)
     return dense_change(a) + dense_change(b).to(device)
+
+
+def _joined(head: _Head, name: str, terms: Tensor, new: Tensor) -> Tensor:
+    """Terms of a factor and new ones after them, without copying those of many edits again."""
+    if terms.ndim > 2:
+        return torch.cat([terms, new], -1)
+    return head.growing.added(name, terms.T, new.T).T
 
 
 def _stays_small(a: LowRank, b: LowRank) -> bool:

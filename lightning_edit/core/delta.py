@@ -200,7 +200,12 @@ class WeightDelta(Edit):
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of the change of each parameter, in float32 as published figures are."""
-        return {name: float(torch.linalg.vector_norm(self.dense(name))) for name in self.changes}
+        return {
+            name: change.norm()
+            if isinstance(change, LowRank)
+            else float(torch.linalg.vector_norm(change))
+            for name, change in self.changes.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -427,8 +432,9 @@ class WeightDelta(Edit):
         """Factors and dense tensors by name."""
         tensors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
-            if isinstance(change, LowRank):
-                tensors[f"{name}.u"], tensors[f"{name}.v"] = change.u, change.v
+            if isinstance(change, LowRank):  # of a sum, without the room that it has to grow
+                tensors[f"{name}.u"] = change.u.contiguous()
+                tensors[f"{name}.v"] = change.v.contiguous()
             else:
                 tensors[f"{name}.dense"] = change
         return tensors

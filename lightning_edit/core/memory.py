@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,12 @@ class MemoryWrite(Edit):
             entries: What it is to hold, by id; new ones last.
             before: What it held, by id; what it holds now if None.
         """
+        others = memory.changed(entries) if before is None else None
         before = memory.entries if before is None else before
-        changed: dict[str, MemoryEntry | None] = dict.fromkeys(
-            name for name in before if name not in entries
-        )
-        others = {n: e for n, e in entries.items() if e is not before.get(n)}
+        changed: dict[str, MemoryEntry | None] = {}
+        if others is None:
+            changed = dict.fromkeys(name for name in before if name not in entries)
+            others = {n: e for n, e in entries.items() if e is not before.get(n)}
         changed |= {n: e for n, e in others.items() if not e.equals(before.get(n))}
         return cls(
             type(memory).__name__,
@@ -322,7 +323,10 @@ class MemoryWrite(Edit):
 
     def write_(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Has the model's memory hold the entries of this edit and no others."""
-        memory_of(model).write({n: e for n, e in self.entries.items() if e is not None})
+        entries = self.entries
+        if not all(entries.values()):  # some are None
+            entries = {n: e for n, e in entries.items() if e is not None}
+        memory_of(model).write(cast("dict[str, MemoryEntry]", entries))
 
     reset_ = write_
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ __all__ = [
     "MemoryEntry",
     "MemoryRecord",
     "Row",
+    "Rows",
     "entries_by_request",
     "read_description",
     "rows_fit",
@@ -27,32 +28,54 @@ __all__ = [
 MemoryRecord: TypeAlias = Mapping[str, Any]
 
 
+class Rows:
+    """All rows of some fields, which may get other ones after them.
+
+    Args:
+        tensors: Field to all rows of it, [N, …].
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+
 class Row(Mapping[str, Tensor]):
     """One row of several tensors, which is looked up when it is asked for.
 
     Args:
-        rows: Field to all rows of it, [N, …].
+        rows: All rows.
         number: Which row.
 
     Examples:
-        >>> dict(Row({"sizes": torch.tensor([3.0, 4.0])}, 1))
-        {'sizes': tensor(4.)}
+        >>> rows = Rows({"sizes": torch.tensor([3.0, 4.0])})
+        >>> one, other = Row(rows, 0), Row(rows, 1)
+        >>> other.keep()
+        >>> rows.tensors = {"sizes": torch.tensor([3.0, 5.0, 6.0])}
+        >>> float(one["sizes"]), float(other["sizes"])
+        (3.0, 4.0)
     """
 
-    __slots__ = ("number", "rows")
+    __slots__ = ("_kept", "number", "rows")
 
-    def __init__(self, rows: Mapping[str, Tensor], number: int) -> None:
+    def __init__(self, rows: Rows, number: int) -> None:
         self.rows = rows
         self.number = number
+        self._kept: Mapping[str, Tensor] | None = None
+
+    def keep(self) -> None:
+        """Keeps what the row is, before another one takes its place among the rows."""
+        self._kept = self._kept or {field: self[field].clone() for field in self}
 
     def __getitem__(self, field: str) -> Tensor:
-        return self.rows[field][self.number]
+        return self.rows.tensors[field][self.number] if self._kept is None else self._kept[field]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
+        return iter(self.rows.tensors)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows.tensors)
 
 
 @dataclass(frozen=True)
@@ -88,19 +111,17 @@ def stacked_rows(
     return {f: torch.stack([e.tensors[f].detach().to(device) for e in entries]) for f in fields}
 
 
-def rows_fit(rows: Mapping[str, Tensor], entries: Sequence[MemoryEntry]) -> bool:
+def rows_fit(rows: Mapping[str, Tensor], entries: Collection[MemoryEntry]) -> bool:
     """Whether entries have rows of the shapes that there are."""
     return all(e.tensors[name].shape == t.shape[1:] for name, t in rows.items() for e in entries)
 
 
-def entries_by_request(
-    entries: Mapping[str, MemoryEntry], known: Mapping[str, list[str]] | None = None
-) -> dict[str, list[str]]:
-    """Names of the entries of each request, after those that are known."""
-    index = dict(known or {})
+def entries_by_request(entries: Mapping[str, MemoryEntry]) -> dict[str, list[str]]:
+    """Names of the entries of each request."""
+    index: dict[str, list[str]] = {}
     for name, entry in entries.items():
         for request in entry.requests:
-            index[request] = [*index.get(request, ()), name]
+            index.setdefault(request, []).append(name)
     return index
 
 

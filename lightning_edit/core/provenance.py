@@ -76,6 +76,12 @@ class Provenance:
 
     def and_then(self, other: Self) -> Self:
         """Where the sum of this edit and another comes from."""
+        if set(self.request_ids).isdisjoint(other.request_ids):  # most often, and at less cost
+            return replace(
+                self,
+                request_ids=(*self.request_ids, *dict.fromkeys(other.request_ids)),
+                requests=self.requests + other.requests,
+            )
         ids = dict.fromkeys((*self.request_ids, *other.request_ids))
         facts = {request.id: request for request in (*self.requests, *other.requests)}
         return replace(

@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from operator import eq, is_
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_edit.core.batch import PromptTokenizer
+from lightning_edit.core.entry_views import EntryViews, Held, ViewState
 from lightning_edit.core.errors import ArtifactError, EditError
-from lightning_edit.core.growing_rows import GrowingRows
 from lightning_edit.core.memory_entry import (
     MemoryEntry,
     MemoryRecord,
-    Row,
     entries_by_request,
     read_description,
     rows_fit,
@@ -40,9 +38,6 @@ __all__ = ["MEMORY_PREFIX", "EditMemory", "MemoryEntry", "MemoryRecord"]
 _ATTRIBUTE = "edit_memory"
 #: What the names of a memory's tensors in its model's state begin with.
 MEMORY_PREFIX = f"{_ATTRIBUTE}."
-
-#: The buffers of a memory, and its entries without their tensors.
-Held: TypeAlias = tuple[dict[str, Tensor], dict[str, MemoryEntry]]
 
 
 class Routes(Protocol):
@@ -114,13 +109,10 @@ class EditMemory(nn.Module, ABC):
         #: Whether the memory came with an edit and goes with the last of its entries.
         self.is_temporary = False
         self._records: dict[str, MemoryEntry] = {}  # without tensors
-        # Entries with views of the buffers, and what they were made of.
-        self._views: dict[str, MemoryEntry] = {}
-        self._viewed: Held = {}, {}
+        self._views = EntryViews()
         # Names of the entries of each request, and the records that they were found in.
         self._index: dict[str, list[str]] = {}
         self._indexed: dict[str, MemoryEntry] = self._records
-        self._growing = GrowingRows()
         self._handles: list[RemovableHandle] = []
         self._stale: frozenset[int] = frozenset()  # numbers of hooks that a copy came with
         self._model: weakref.ref[nn.Module] | None = None
@@ -216,15 +208,19 @@ class EditMemory(nn.Module, ABC):
         return self._records
 
     def _viewing(self) -> dict[str, MemoryEntry]:
-        held = self._held()
-        if not _is_same(held, self._viewed):
-            rows, records = held
-            views = {
-                name: MemoryEntry(Row(rows, i), record.requests, record.notes)
-                for i, (name, record) in enumerate(records.items())
-            }
-            self._views, self._viewed = views, held
-        return self._views
+        return self._views.of(self._held())
+
+    def changed(self, entries: Mapping[str, MemoryEntry]) -> dict[str, MemoryEntry] | None:
+        """Those of some entries that would take the place of others, or come after all.
+
+        Args:
+            entries: Entries by id, in order.
+
+        Returns:
+            These, by id; None where an entry would be gone or stand elsewhere.
+        """
+        self._viewing()
+        return self._views.changed(entries)
 
     @property
     def requests(self) -> dict[str, MemoryRecord]:
@@ -292,9 +288,10 @@ class EditMemory(nn.Module, ABC):
             field: The field.
             entries: Entries by id; those that are held already are not put together anew.
         """
-        if self._first_other(entries) == len(entries) == len(self):
-            return self.get_buffer(field)
-        return self._gathered(entries)[field]
+        changed = self._changed_rows(entries)
+        if changed is None:
+            return self._gathered(entries)[field]
+        return self._views.rows_with([field], changed, grows=False)[field]
 
     def write(self, entries: Mapping[str, MemoryEntry]) -> None:
         """Sets what the memory holds.
@@ -302,43 +299,48 @@ class EditMemory(nn.Module, ABC):
         Args:
             entries: All entries by id, in order.
         """
-        before, views = self._held(), self._viewing()
-        same = self._first_other(entries)
-        adds = same == len(self) and rows_fit(before[0], list(entries.values())[same:])
-        new = dict(list(entries.items())[same:]) if adds else {}
-        if not new:
+        changed = self._changed_rows(entries)
+        before, views = self._held(), self._views.state
+        if changed is None:
             rows = self._gathered(entries)
-            kept = before[1]
             records = {
-                name: kept[name] if entry is views.get(name) else replace(entry, tensors={})
+                name: before[1][name]
+                if entry is views.entries.get(name)
+                else replace(entry, tensors={})
                 for name, entry in entries.items()
             }
             index = entries_by_request(records)
-        else:  # an edit adds but few to many
-            added = stacked_rows(self.fields, list(new.values()), self._device())
-            rows = {n: self._growing.added(n, before[0][n], added[n]) for n in self.fields}
-            records = {**before[1], **{n: replace(e, tensors={}) for n, e in new.items()}}
-            index = entries_by_request(new, self._names())
-        in_place = all(_at(rows[name]) == _at(before[0][name]) for name in self.fields)
+        else:  # an edit changes few of many
+            rows = self._views.rows_with(self.fields, changed, grows=True)
+            records = {**before[1], **{n: replace(e, tensors={}) for n, e in changed.items()}}
+            index = self._names_with(changed)
         try:
             self._index, self._indexed = index, records
             self._set((rows, records))
-            if new and in_place:
-                self._views = views | {
-                    name: MemoryEntry(Row(rows, i), entry.requests, entry.notes)
-                    for i, (name, entry) in enumerate(new.items(), same)
-                }
-                self._viewed = rows, records
+            if changed is not None:
+                self._views.go_on((rows, records), changed)
         except BaseException:  # an interruption, too, leaves what it held
-            self._set(before)
+            self._put_back([(before, views)])
             raise
 
-    def _first_other(self, entries: Mapping[str, MemoryEntry]) -> int:
-        """How many entries stand where they stood, before one that does not."""
-        views = self._viewing()
-        names = list(map(eq, entries, views))
-        ones = list(map(is_, entries.values(), views.values()))
-        return min(same.index(False) if False in same else len(same) for same in (names, ones))
+    def _changed_rows(self, entries: Mapping[str, MemoryEntry]) -> dict[str, MemoryEntry] | None:
+        """What ``changed`` gives; None, too, where that has no place among the rows there are."""
+        changed = self.changed(entries)
+        fits = changed is not None and len(self) and rows_fit(self._held()[0], changed.values())
+        return changed if fits else None
+
+    def _names_with(self, changed: Mapping[str, MemoryEntry]) -> dict[str, list[str]]:
+        """Names of the entries of each request once some entries are others, or come last."""
+        index = dict(self._names())
+        for name, entry in changed.items():
+            known = self._records[name].requests if name in self._records else {}
+            for request in [one for one in known if one not in entry.requests]:
+                index[request] = [one for one in index[request] if one != name]
+                if not index[request]:
+                    del index[request]
+            for request in [one for one in entry.requests if one not in known]:
+                index[request] = self._views.sorted([*index.get(request, ()), name])
+        return index
 
     def _gathered(self, entries: Mapping[str, MemoryEntry]) -> dict[str, Tensor]:
         """Rows of entries, of which those that are held already are copied at once."""
@@ -368,7 +370,8 @@ class EditMemory(nn.Module, ABC):
     @contextmanager
     def kept(self, *, always: bool = True) -> Iterator[None]:
         """Context manager: the memory holds after it what it held before, or only if it fails."""
-        left = [(self._held(), self._views, self._viewed)]
+        self._viewing()
+        left = [(self._held(), self._views.state)]
         try:
             try:
                 yield
@@ -379,9 +382,10 @@ class EditMemory(nn.Module, ABC):
         finally:
             self._put_back(left)  # if the first time was interrupted
 
-    def _put_back(self, left: list[tuple[Held, dict[str, MemoryEntry], Held]]) -> None:
+    def _put_back(self, left: list[tuple[Held, ViewState]]) -> None:
         if left:
-            held, self._views, self._viewed = left[0]
+            held, views = left[0]
+            self._views.put_back(views)
             self._set(held)
             left.clear()
 
@@ -506,8 +510,8 @@ class EditMemory(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, object]:
         stale = frozenset(handle.id for handle in self._handles) | self._stale
-        made: dict[str, object] = {"_views": {}, "_viewed": ({}, {}), "_growing": GrowingRows()}
-        return {**self.__dict__, **made, "_handles": [], "_model": None, "_stale": stale}
+        made: dict[str, object] = {"_views": EntryViews(), "_handles": [], "_model": None}
+        return {**self.__dict__, **made, "_stale": stale}
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -567,19 +571,6 @@ class EditMemory(nn.Module, ABC):
                     setattr(self, name, torch.empty_like(tensor, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
-
-
-def _at(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _is_same(one: Held, other: Held) -> bool:
-    """Whether the very same tensors and records are held."""
-    return (
-        one[1] is other[1]
-        and one[0].keys() == other[0].keys()
-        and all(tensor is other[0][name] for name, tensor in one[0].items())
-    )
 
 
 def _remove_hooks(model: nn.Module, is_one: Callable[[int], bool]) -> None:

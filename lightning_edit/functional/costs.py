@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "carried_bytes",
     "dense_operations",
     "gathered_bytes",
     "reduced_bytes",
@@ -69,6 +70,26 @@ def sum_bytes(outputs: int, inputs: int, terms: int, block: int = 64) -> int:
     if 2 * terms > min(outputs, inputs):
         return whole
     return 4 * (outputs + inputs) * terms + (whole if terms > block else 0)
+
+
+def carried_bytes(inputs: int, keys: int, share: int = 16) -> int:
+    """Bytes of the keys of earlier edits, which some methods carry from edit to edit.
+
+    Up to half of their dimensions they are kept in float32; then the sum of their outer products
+    is, in float64, beside the last few.
+
+    Args:
+        inputs: M.
+        keys: How many there are.
+        share: Keys that are kept beside the sum, as a share of their dimensions.
+
+    Examples:
+        >>> carried_bytes(64, 10), carried_bytes(64, 1000)
+        (2560, 33792)
+    """
+    if keys <= inputs // 2:
+        return 4 * inputs * keys
+    return 8 * inputs**2 + 4 * inputs * (inputs // share)
 
 
 def search_bytes(hidden: int, inner: int, vocabulary: int, rows: int, tail: int, depth: int) -> int:

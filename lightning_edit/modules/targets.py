@@ -496,9 +496,11 @@ class _MemoryOptimizer(EditOptimizer[MemoryWrite]):
 
     def _describe(self, edit: MemoryWrite, known: Collection[str]) -> None:
         """Adds what the memory itself does not know of an edit of all that it holds."""
-        ids = dict.fromkeys((*(name for name in self._order if name in known), *known))
-        edit.provenance = Provenance(request_ids=tuple(ids))
+        ids = self._order
+        if len(ids) != len(known) or not all(map(known.__contains__, ids)):
+            ids = tuple(dict.fromkeys((*filter(known.__contains__, ids), *known)))
+        edit.provenance = Provenance(request_ids=ids)
         edit.carried, edit.batches = self._carried, self._batches
         # What an edit has pushed out comes back without that edit; what was taken out does not.
-        if gone := self._left - ids.keys():
+        if gone := self._left.difference(known):
             edit.batches = narrowed(self._batches, gone)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 import lightning_edit
 from lightning_edit import EditError, plan
 from lightning_edit.__main__ import main
 from lightning_edit.core.change import Change, LowRank, add_changes, tensors_of
 from lightning_edit.demos import tiny_requests, trained_tiny_model
+from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 
 RATES: Any = {"teraflops": 1.0, "bandwidth": 100.0}
 CONTEXTS = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
@@ -82,6 +84,51 @@ def test_memory_is_what_is_held(edits: int, folder: str) -> None:
     for _ in range(edits - 1):
         total = add_changes(total, one)
     assert made.memory["sum of edits"] == sum(t.nbytes for t in tensors_of(total))
+
+
+@pytest.mark.parametrize("edits", [3, 64, 65, 100])
+def test_keys_that_are_carried_are_counted(edits: int, folder: str) -> None:
+    earlier, keys = EarlierEdits(), torch.randn(edits, 128)
+    for key in keys:
+        earlier = earlier.with_keys(key[None])
+    held = sum(tensor.nbytes for tensor in earlier.pack(1).values())
+    made = plan(folder, "AlphaEdit", edits=edits, layers=[1], **RATES)
+    assert held <= made.memory["earlier keys"] <= held + 4 * 128 * 128 // 16
+    assert not plan(folder, "MEMIT", edits=edits, layers=[1], **RATES).memory["earlier keys"]
+
+
+def test_what_a_checkpoint_adds_is_what_an_edit_holds(folder: str) -> None:
+    model, tokenizer = trained_tiny_model()
+    editor = lightning_edit.AlphaEdit.from_model(
+        model, tokenizer, layers=[1], steps=1, context_templates=["{}"]
+    )
+    edit = editor.edit(tiny_requests(1))
+    made = plan(folder, "AlphaEdit", layers=[1], **RATES)
+    assert made.appended == edit.nbytes + sum(t.nbytes for t in edit.carried.values())
+
+
+@pytest.mark.parametrize("method", ["ROME", "MEMIT", "AlphaEdit"])
+def test_ten_thousand_edits_cost_as_much_each_as_a_hundred(method: str, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    few, many, more = (
+        plan(str(tmp_path), method, edits=edits, dtype="bfloat16", **RATES)
+        for edits in (100, 10_000, 100_000)
+    )
+    assert few.operations == many.operations
+    assert few.seconds == many.seconds
+    assert few.appended == many.appended < 1_000_000
+    assert many.memory == more.memory  # no more than matrices of the edited layers
+    layers = 1 if method == "ROME" else 5
+    assert many.memory["sum of edits"] == layers * 4 * 4096 * 14336
 
 
 def test_devices_share_what_is_divided(folder: str) -> None:

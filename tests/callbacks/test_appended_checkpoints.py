@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def test_what_was_appended_is_read_and_gone_on_from(
     assert torch.load(part / "last.ckpt", weights_only=True)["global_step"] == 2
     found = read_checkpoint(part / "last.ckpt")
     assert found["global_step"] == 5
+    if cls is AlphaEdit:  # of the keys that edit after edit carries, those that are new
+        owner = torch.load(part / "last.ckpt", weights_only=True)["lightning_edit"]["sha256"]
+        for record in read_log(part / "last.ckpt.edits", owner):
+            saved = torch.load(BytesIO(record), weights_only=True)["optimizer_states"][0]
+            [one] = saved["increments"]
+            assert {n: t.shape[1] for n, t in one["columns"].items()} == {"keys/1": 1, "keys/2": 1}
+            assert not one["carried"]
     with monkeypatch.context() as patch:
         patch.setattr(edit_checkpoint, "FEW_EDITS", 1000)
         run(cls, anew, stop=5)
@@ -82,6 +90,8 @@ def test_what_was_appended_is_read_and_gone_on_from(
         old, new = (one["lightning_edit"]["edit_state"].get(name, []) for one in (wanted, found))
         assert [_timeless(row) for row in new] == [_timeless(row) for row in old]
     assert nested_hash(found["state_dict"]) == nested_hash(wanted["state_dict"])
+    carried = [one["optimizer_states"][0]["carried"] for one in (found, wanted)]
+    assert nested_hash(carried[0]) == nested_hash(carried[1])
 
     whole = run(cls, tmp_path / "whole")
     resumed = run(cls, part, ckpt_path=part / "last.ckpt")

@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_edit.core.memory import MemoryWrite
+from lightning_edit.core.memory_entry import Row, Rows
 from lightning_edit.core.side_memory import EditMemory, MemoryEntry
 
 
@@ -82,3 +85,54 @@ def test_adding_to_many_entries_leaves_them_where_they_are() -> None:
                 one is before[name] for name, one in memory.entries.items() if name in before
             )
     assert len(places) < 30  # the first sixteen, and then each time they are twice as many
+
+
+def test_an_edit_makes_as_many_entries_anew_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    memory = Growing().attach_(model)
+    made, lengths = 0, list[int]()
+    begin = Row.__init__
+
+    def counted(self: Row, rows: Rows, number: int) -> None:
+        nonlocal made
+        made += 1
+        begin(self, rows, number)
+
+    monkeypatch.setattr(Row, "__init__", counted)
+    for number in range(200):
+        before, made = memory.entries, 0
+        places = {memory.keys.data_ptr()}
+        last = f"e{number - 1}"
+        entries = {**before, f"e{number}": entry(number)}
+        if number > 1:  # as GRACE splits the radius of the nearest entry
+            shrunk = {**before[last].tensors, "sizes": torch.tensor(-1.0)}
+            entries[last] = replace(before[last], tensors=shrunk)
+        edit = MemoryWrite.between(memory, entries)
+        edit.apply_(model, check=False)
+        lengths.append(made)
+        places.add(memory.keys.data_ptr())
+        if number > 1:
+            assert list(edit.entries) == [last, f"e{number}"]
+            assert float(before[last].tensors["sizes"]) == number - 1
+            assert float(memory.entries[last].tensors["sizes"]) == -1.0
+            assert memory.entries["e0"] is before["e0"]
+        if number in (5 + 16, 195):  # between two that make room
+            assert len(places) == 1
+    assert lengths[5] == lengths[199] == 2
+
+
+def test_requests_of_entries_that_change_are_found() -> None:
+    model = nn.Linear(2, 2)
+    memory = Growing().attach_(model)
+    memory.write({f"e{i}": entry(i) for i in range(4)})
+    _ = memory.request_ids
+    entries = memory.entries
+    entries["e3"] = replace(entries["e3"], requests={"r3": {}, "r0": {}})
+    memory.write(entries)
+    assert memory.requests["r0"]["entries"] == ["e0", "e3"]
+    entries = memory.entries
+    entries["e0"] = replace(entries["e0"], requests={"new": {}})
+    entries["e1"] = replace(entries["e1"], requests={"r0": {}})
+    memory.write(entries)
+    assert memory.requests["r0"]["entries"] == ["e1", "e3"]
+    assert set(memory.request_ids) == {"new", "r0", "r2", "r3"}

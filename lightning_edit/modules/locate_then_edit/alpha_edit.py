@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.functional.least_squares import outside, projected_update, protected_directions
+from lightning_edit.functional.least_squares import outside, projected_update
 from lightning_edit.modules.locate_then_edit.base import LocateModule
 from lightning_edit.modules.locate_then_edit.spread import Spread, lower_layers
 
@@ -86,8 +86,10 @@ class AlphaEdit(LocateModule):
 
     def protected(self, layer: int) -> tuple[Tensor, float]:
         """Protected directions of a layer, [M, P] or of each expert, and the gap after them."""
-        return self.from_second_moment(
-            layer, protected_directions, self.nullspace_threshold, self.protected_share
+        index = self.tree.index(layer)
+        self.moments.find(self.session, self.sites(self.tree), index)
+        return self.moments.protected(
+            self.session, index, self.nullspace_threshold, self.protected_share
         )
 
     @override

@@ -16,6 +16,10 @@ from torch import Tensor
 __all__ = ["EarlierEdits"]
 
 
+# Keys, as a share of their dimensions, that wait beside the sum of outer products.
+_SHARE = 16
+
+
 @dataclass(frozen=True)
 class EarlierEdits:
     """What earlier edits left at a layer; see ``carried``.
@@ -62,11 +66,12 @@ class EarlierEdits:
         """The keys of earlier edits with those of a batch, [E, M].
 
         While there are few, they are kept as they are, which makes for small systems; from half of
-        their dimensions on, the sum of their outer products takes less.
+        their dimensions on, the sum of their outer products takes less. That one is only added to
+        when there are some keys again, since a checkpoint has to hold it anew each time.
         """
         joined = self.joined(keys)
-        if self.gram is None and joined.shape[1] <= joined.shape[0] // 2:
-            return EarlierEdits(joined)
+        if joined.shape[1] <= joined.shape[0] // (2 if self.gram is None else _SHARE):
+            return EarlierEdits(joined, self.gram)
         whole = joined.double() @ joined.double().T
         # Tensors of earlier edits stay in a sum of edits until they are replaced.
         return EarlierEdits(joined[:, :0], whole if self.gram is None else whole + self.gram)

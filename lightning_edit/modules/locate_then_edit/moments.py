@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.errors import ArtifactError, LocatorError
+from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.locator import MLPSite
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.tensor_files import read_sealed, write_sealed
+from lightning_edit.functional.least_squares import protected_directions
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments
 from lightning_edit.modules.session import EditSession
 
@@ -27,6 +30,9 @@ __all__ = ["MomentSettings", "SecondMoments"]
 
 # Largest difference of C and Cᵀ, relative to the largest entry, that rounding accounts for.
 MAX_ASYMMETRY = 1e-3
+
+# Inputs from which eigenvectors take longer to compute than to read.
+_COSTLY = 2048
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -171,6 +177,51 @@ class SecondMoments:
         self._made[layer, make] = (moment, given, found)
         return found
 
+    def protected(
+        self,
+        session: EditSession[WeightDelta],
+        layer: int,
+        threshold: float | None,
+        share: float,
+    ) -> tuple[Tensor, float]:
+        """Protected directions of a layer and the gap after them; see ``least_squares``.
+
+        Of a large second moment they are kept beside it in the folder for estimates, since other
+        runs would decompose it as long again.
+
+        Args:
+            session: The model.
+            layer: Index of the layer, from 0, whose second moment ``find`` has found.
+            threshold: Eigenvalues from which directions are protected, or None.
+            share: Without a threshold, the share of the trace that they hold.
+
+        Raises:
+            ArtifactError: If the second moment does not allow it.
+        """
+        return self.derived(session, layer, self._directions, threshold, share)
+
+    def _directions(
+        self, moment: Tensor, threshold: float | None, share: float
+    ) -> tuple[Tensor, float]:
+        if moment.shape[-1] < _COSTLY:
+            return protected_directions(moment, threshold, share)
+        name = f"{tensor_hash(moment)[:20]}-protected-{threshold}-{share}.safetensors"
+        file = self._folder / "second_moments" / name
+        with suppress(OSError, ValueError, KeyError):  # missing or damaged: made anew
+            kept, _ = read_sealed(file, is_needed=True)
+            return kept["directions"].to(moment.device), float(kept["gap"])
+        directions, gap = protected_directions(moment, threshold, share)
+        about = {
+            "directions": directions.cpu().contiguous(),
+            "gap": torch.tensor(gap, dtype=torch.float64),
+        }
+        write_sealed(file, about, {})
+        return directions, gap
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.settings.cache_dir or Path.home() / ".cache" / "lightning_edit")
+
     def save(self, session: EditSession[WeightDelta], sites: Sequence[MLPSite], file: Path) -> Path:
         """Writes the second moments of the edited layers, with the hash of their model."""
         moments = {
@@ -197,7 +248,7 @@ class SecondMoments:
                 tokens_per_dimension=settings.tokens_per_dimension,
                 ridge=settings.ridge,
                 seed=settings.seed,
-                cache_dir=settings.cache_dir or Path.home() / ".cache" / "lightning_edit",
+                cache_dir=self._folder,
                 processes=processes,
             )
 

@@ -18,6 +18,7 @@ from lightning_edit.core.locator import ModelTree
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.least_squares import key_strengths
+from lightning_edit.modules.locate_then_edit import moments
 from lightning_edit.modules.locate_then_edit.base import LocateModule
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 from tests import zoo
@@ -198,7 +199,7 @@ def test_alpha_edit_carries_keys_of_the_edited_model() -> None:
 
 
 def test_many_remembered_keys_become_one_matrix() -> None:
-    width = 8
+    width = 8  # of which no key waits beside their sum
     keys = torch.randn(width // 2, width, generator=torch.Generator().manual_seed(0))
     few = EarlierEdits().with_keys(keys).pack(1)
     assert list(few) == ["keys/1"]
@@ -360,3 +361,52 @@ def test_strengths_and_null_spaces_of_the_default_model(default_model: tuple[Any
     strength = key_strengths(keys[7].T, editor.factor(7))
     assert strength.tolist() == pytest.approx([2115, 9304, 11499, 17174], rel=2e-4)
     assert 1536 - editor.protected(7)[0].shape[1] == 1217
+
+
+def test_what_edits_carry_is_new_by_their_keys_alone_most_times() -> None:
+    earlier, keys, new = EarlierEdits(), torch.randn(400, 64), 0
+    for key in keys:
+        later = earlier.with_keys(key[None])
+        new += later.gram is not None and later.gram is not earlier.gram
+        earlier = later
+    assert earlier.keys is not None
+    assert earlier.gram is not None
+    assert earlier.keys.shape[1] <= 64 // 16
+    assert new < 400 / 4
+    whole = earlier.keys.double() @ earlier.keys.double().T + earlier.gram
+    torch.testing.assert_close(whole, keys.double().T @ keys.double())
+
+
+def test_a_later_run_reads_the_protected_directions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "_COSTLY", 100)
+    model, tokenizer = trained_tiny_model()
+    moment = torch.diag(torch.linspace(1, 2, 128))
+    count, eigh = 0, torch.linalg.eigh
+
+    def counted(matrix: Tensor) -> Any:
+        nonlocal count
+        count += 1
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+
+    def protected(share: float) -> tuple[Tensor, float]:
+        editor = AlphaEdit.from_model(
+            model, tokenizer, layers=[1], cache_dir=str(tmp_path), protected_share=share
+        )
+        editor.set_second_moment(1, moment)
+        editor.protected(1)
+        return editor.protected(1)
+
+    first, again = protected(0.7), protected(0.7)
+    assert count == 1
+    assert torch.equal(first[0], again[0])
+    assert first[1] == again[1]
+    protected(0.5)
+    assert count == 2
+    [file, _] = sorted((tmp_path / "second_moments").glob("*-0.?.safetensors"))
+    file.write_bytes(b"damaged")
+    protected(0.5)
+    assert count == 3
