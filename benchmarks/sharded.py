@@ -9,15 +9,12 @@ A Llama with random weights is saved to a folder; one process, and then two with
 edit of a request by a Trainer, in processes of their own. C is the identity, since what counts here
 is its size. ``peak`` is the resident set of a process at most, ``imports`` what it had before it
 loaded the model; ``sent`` is what the collectives of a step gave to a process, and ``largest`` the
-largest tensor among them. Weights are pages of the model's file, which Linux may map in pieces of
-two megabytes, with what the other process reads of it; here it maps small ones, so that a process
-is charged with its own.
+largest tensor among them.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -34,7 +31,6 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 METHODS = ("ROME", "MEMIT")
-_SMALL_PAGES = 41  # PR_SET_THP_DISABLE of Linux's prctl
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,7 +89,6 @@ def edit(method: str, folder: Path, processes: int) -> None:
     from lightning_edit.demos import tiny_requests
 
     torch.set_num_threads(1)
-    ctypes.CDLL(None).prctl(_SMALL_PAGES, 1, 0, 0, 0)
     strategy: Any = "auto" if processes == 1 else ModelParallelStrategy(processes, 1)
     editor = getattr(lightning_edit, method)(
         model=str(folder), steps=2, context_templates=["{}"], cache_dir=str(folder / "cache")
