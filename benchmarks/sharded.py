@@ -172,8 +172,6 @@ def main() -> None:
                     check=True,
                     stdout=subprocess.PIPE,
                     text=True,
-                    # Else glibc keeps what gathered blocks leave behind, for blocks to come.
-                    env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
                 )
                 lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
                 sys.stdout.write("\n".join(lines) + "\n")

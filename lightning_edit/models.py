@@ -119,6 +119,8 @@ def load_model(
             f"`{model}` lacks {len(missing)} weights of {type(loaded).__name__}, the first of them "
             f"`{missing[0]}`; they would be random. Give a complete language model."
         )
+    if divide is not None:
+        _check_ties(loaded, model)
     check_writes(loaded)
     if model == DEFAULT_MODEL:
         # The name by which it is loaded again, not a folder of this machine.
@@ -185,11 +187,31 @@ def _divided(
     def begin(model: PreTrainedModel, *arguments: object, **settings: object) -> None:
         kind.__init__(model, *arguments, **settings)
         model.__class__ = kind
+        # transformers ties weights after it has read them; FSDP2 would gather each by itself then.
+        for name, source in model.all_tied_weights_keys.items():
+            holder, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(holder), leaf, model.get_parameter(source))
         divide(model)
         # By these transformers knows which weights of old files have another name now.
         type(model).__name__, type(model).__module__ = kind.__name__, kind.__module__
 
     return type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
+
+
+def _check_ties(model: PreTrainedModel, name: str) -> None:
+    """Checks that weights are the same that were taken for the same when a model was divided.
+
+    Raises:
+        ModelError: If the file has others for each of them, whatever the configuration says.
+    """
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for one, other in ties.items():
+        if model.get_parameter(one) is not model.get_parameter(other):
+            raise ModelError(
+                f"The configuration of `{name}` says that `{one}` is `{other}`, but its weights "
+                "hold different ones, so that it cannot be divided among processes. Set "
+                "`tie_word_embeddings` to false in its config.json."
+            )
 
 
 def _recall(model: PreTrainedModel, name: str, revision: str | None) -> None:

@@ -66,6 +66,7 @@ def test_a_model_is_divided_before_it_has_weights(kind: str, tmp_path: Path) -> 
     def divide(model: nn.Module) -> None:
         assert {p.device.type for p in model.parameters()} == {"meta"}
         assert type(model) is type(saved)
+        assert len([*model.parameters()]) == len([*saved.parameters()])  # tied ones are one already
         seen.append(model)
 
     loaded = load_model(str(tmp_path), divide=divide)
@@ -74,6 +75,15 @@ def test_a_model_is_divided_before_it_has_weights(kind: str, tmp_path: Path) -> 
     ids = torch.arange(5)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
+
+
+def test_a_model_whose_tied_weights_differ_is_not_divided(tmp_path: Path) -> None:
+    saved = zoo.build("gpt2")
+    saved.lm_head.weight = nn.Parameter(saved.lm_head.weight + 1.0)
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"`lm_head.weight` is `transformer.wte.weight`, but its"):
+        load_model(str(tmp_path), divide=lambda model: None)
+    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, saved.lm_head.weight)
 
 
 def test_wrong_dtype() -> None:

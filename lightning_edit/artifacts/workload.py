@@ -29,6 +29,7 @@ __all__ = ["Workload", "measured_bandwidth", "measured_rate"]
 
 # How often an edited matrix is read or written for an edit: tried, written, checked and measured.
 PASSES_OVER_MATRIX = 16
+GATHERED_AT_ONCE = 3
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ class Workload:
         depth = len(blocks) - self.first
         inner = max(site.in_features for site in self.sites)
         sums = [sum_bytes(s.out_features, s.in_features, self.edits) for s in self.sites]
-        gathered = gathered_bytes(self.item * (max(blocks) + outside), devices)
+        # FSDP2 has a block, the buffer that it came in, and that of the one before, all at once.
+        gathered = self.item * (GATHERED_AT_ONCE * max(blocks) + outside) if devices > 1 else 0
         return {
             "weights": self.item * total // devices,
-            "gathered": round(gathered),
+            "gathered": gathered,
             "originals": self.item * self._edited // devices,
             "kept while an edit is made": self.item * self._edited // devices,
             "second moments": 4 * squares,
@@ -159,8 +161,10 @@ class Workload:
         blocks = self.blocks
         above = sum(blocks[self.first :])
         if by_rows:
-            passes = sum(blocks) * (2 + self.spreads) + self.steps * 2 * above
-            return gathered_bytes(self.item * passes, devices)
+            # What a search runs is checked first against a pass of the whole model.
+            passes = sum(blocks) * (3 + self.spreads) + (self.steps * 2 + 1) * above
+            ends = sum(p.numel() for p in self.outline.parameters()) - sum(blocks)
+            return gathered_bytes(self.item * (passes + 2 * ends), devices)
         depth = len(blocks) - self.first
         tokens = len(blocks) * self.rows * self.prompt * (1 + self.spreads)
         tokens += self.steps * 2 * depth * self.rows * self.tail

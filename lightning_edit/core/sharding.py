@@ -7,7 +7,9 @@ All that is known of ``DTensor`` and FSDP2 is here.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.errors import ModelError
+from lightning_edit.core.linear_maps import linears
 from lightning_edit.core.processes import Processes
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ __all__ = [
     "whole_tensor",
 ]
 
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE = 2**20  # bytes
 # Models whose outermost parameters are whole for now.
 _WHOLE: WeakSet[nn.Module] = WeakSet()
 
@@ -69,8 +74,9 @@ def is_sharded(model: nn.Module) -> bool:
 def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Has each process keep its part of every parameter, by FSDP2; every process must call.
 
-    A block is whole on a process only while it runs. The first pass has to be one of the whole
-    model, since FSDP2 takes what runs first for the outermost module.
+    A block is whole on a process only while it runs; on the CPU each of its linear maps, while that
+    runs. The first pass has to be one of the whole model, since FSDP2 takes what runs first for the
+    outermost module.
 
     Args:
         model: A decoder-only model, all of it on each process; its parameters are replaced.
@@ -81,14 +87,30 @@ def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> N
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
+    kind = mesh.device_type
     if not is_sharded(model):
         # By this name alone peft knows that a projection has all of its width while it runs.
-        group, kind = mesh.get_group(), mesh.device_type
-        mesh = DeviceMesh.from_group(group, kind, mesh_dim_names=("fsdp",))
+        mesh = DeviceMesh.from_group(mesh.get_group(), kind, mesh_dim_names=("fsdp",))
     for block in blocks:
+        if kind == "cpu":  # where nothing is computed meanwhile, so that small parts cost no time
+            for _, part in linears(block):
+                fully_shard(part, mesh=mesh)
         fully_shard(block, mesh=mesh)
     # Also after a pass, since what is written into the parts is not in copies of the whole.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if kind == "cpu":
+        _give_back_at_once()
+
+
+def _give_back_at_once() -> None:
+    """Has the C library give large blocks back to the system when they are freed, where it can.
+
+    By itself glibc keeps what gathered weights leave behind, in pieces that fit none of the next.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not everywhere there is glibc
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def split_(model: nn.Module, block_names: Sequence[str], mesh: DeviceMesh) -> None:
