@@ -42,18 +42,18 @@ test: $(VENV)/.dev
 
 # What `make test` leaves, as tests/long.txt says.
 test-long: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'long and not slow'
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m 'long and not slow' --ignore tests/distributed
 
 # Examples, and all that loads or trains a model, on the other instruction sets that this CPU has.
 test-processors: $(VENV)/.dev
 	$(BIN)/python -m tests.processors $(WORKERS) -m 'not long and not slow' $(MODEL_TESTS)
 
-# Every editor on two processes, with whole and with divided weights, the slow ones, too.
+# Every editor under every strategy that it declares, on groups of processes, one group at a time.
 test-distributed: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest tests/distributed
 
 test-slow: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m slow --ignore tests/distributed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -108,8 +108,8 @@ class EditModule(PlainCheckpoints, LightningModule, ABC, Generic[E]):
     unused_arguments: ClassVar[Mapping[str, str]] = {}
     #: Whether requests must name their subjects.
     needs_subject: bool = False
-    #: Ways of dividing weights that the method works with: ``FSDP2``, ``TP``, ``FSDP2+TP``.
-    edits_shards: ClassVar[tuple[str, ...]] = ()
+    #: What ``fit`` works under, which tests try: ``ddp``, ``FSDP2``, ``TP``, ``FSDP2+TP``.
+    strategies: ClassVar[tuple[str, ...]] = ("ddp",)
 
     def __init__(
         self,

@@ -88,16 +88,17 @@ def _check_strategy(trainer: Trainer, editor: EditModule[E]) -> None:
     if not isinstance(strategy, ModelParallelStrategy):
         return
     sizes = [strategy.device_mesh[f"{kind}_parallel"].size() for kind in ("data", "tensor")]
-    if not editor.edits_shards:
+    divided = [way for way in editor.strategies if way != "ddp"]
+    if not divided:
         raise EditError(
             f"{name} does not work on weights that are divided among processes. Set "
             "`trainer.strategy` to `ddp`, by which each process has all of them, or choose an "
             "editor that does: ROME, MEMIT, FineTune or GRACE, for example."
         )
-    if _way(strategy.device_mesh) not in editor.edits_shards:
+    if _way(strategy.device_mesh) not in divided:
         raise EditError(
             f"`data_parallel_size` is {sizes[0]} and `tensor_parallel_size` {sizes[1]}, but {name} "
-            f"works with {', '.join(editor.edits_shards)}. Set "
+            f"works with {', '.join(divided)}. Set "
             f"`data_parallel_size={trainer.world_size}` and `tensor_parallel_size=1`, which is "
             "FSDP2."
         )

@@ -39,6 +39,7 @@ __all__ = [
     "public_classes",
     "quick",
     "quick_editor",
+    "trained_editor",
 ]
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,16 +1,14 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""Trains editors on two processes; each writes the networks that it has in the end."""
+"""Trains editors under a strategy; each process writes the networks that it has in the end."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,10 +18,12 @@ from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.sharding import whole_tensor
 from lightning_edit.data import EditDataModule, HeldOut
 from lightning_edit.demos import tiny_requests, trained_tiny_model
+from tests.contract.enumeration import LEARNERS, quick
+from tests.distributed.editing import WAYS, strategy_of
 
-__all__ = ["CASES", "learn", "learn_and_save", "learn_in_parts"]
+__all__ = ["CASES", "learn"]
 
-# Name of a case: method and arguments.
+#: Name of a case: method and arguments.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mend": ("MEND", {"rank": 4, "edit_lr": 0.01, "edit_lr_lr": 1e-3}),
     "mend_together": ("MEND", {"rank": 4, "edit_lr": 0.01, "edits_at_once": None}),
@@ -33,16 +33,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ke": ("KE", {"layers": [3], "hidden": 8, "condition": 16, "warmup_steps": 0}),
     "serac": ("SERAC", {"width": 16, "rank": 2, "cross_negatives": True}),
 }
+# Whoever adds one gets its cases.
+CASES |= {
+    name: (name, quick(cls))
+    for name, cls in LEARNERS.items()
+    if name not in {method for method, _ in CASES.values()}
+}
 
 
-def trainer_of(processes: int, way: str = "ddp", **settings: Any) -> Trainer:
-    strategy: Any = "auto"
-    if processes > 1:
-        strategy = way if way == "ddp" else ModelParallelStrategy(processes, 1)
+def trainer_of(way: str, **settings: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
-        devices=processes,
-        strategy=strategy,
+        devices=math.prod(WAYS[way]),
+        strategy=strategy_of(way),
         check_val_every_n_epoch=2,
         accumulate_grad_batches=2,
         gradient_clip_val=10.0,
@@ -69,60 +72,44 @@ def fresh(case: str) -> tuple[EditModule[Any], HeldOut]:
 def learned(editor: Any, trainer: Trainer) -> dict[str, Tensor]:
     """The tensors of the network, and the last figures that were logged."""
     tensors = {f"network.{name}": t.clone() for name, t in editor.network.state_dict().items()}
-    figures = {name: t.clone() for name, t in trainer.callback_metrics.items()}
+    figures = {f"figures.{name}": t.clone() for name, t in trainer.callback_metrics.items()}
     return {**tensors, **figures}
 
 
-def learn(case: str, processes: int, way: str = "ddp") -> dict[str, Tensor]:
-    """Two epochs of seven requests in batches of three, of whose last one process has no share.
+def learn(case: str, folder: Path, way: str, alone: Path) -> None:
+    """Learns, edits, takes the edit out, and goes on from checkpoints of both.
 
-    Returns:
-        The tensors of the network, and the last figures that were logged.
-    """
-    editor, data = fresh(case)
-    trainer = trainer_of(processes, way, max_epochs=2)
-    trainer.fit(editor, data)
-    return learned(editor, trainer)
-
-
-def learn_and_save(case: str, folder: Path) -> None:
-    """Learns as one of two processes, and saves what this one has."""
-    save_file(learn(case, processes=2), folder / f"{case}-{os.environ['RANK']}")
-
-
-def learn_in_parts(cases: Sequence[str], folder: Path, processes: int) -> None:
-    """Learns beside weights that processes have in parts, edits, and goes on from checkpoints.
+    Two epochs of seven requests in batches of three: under `ddp` one process has no share of the
+    last one.
 
     Args:
-        cases: Names of cases.
-        folder: Gets, for each process, a file of what it has in the end of each case. Two processes
-            find checkpoints there that one process has left.
-        processes: Number of processes.
+        case: Name of a case.
+        folder: Gets, for each process, a file of what it has in the end of the case.
+        way: The strategy.
+        alone: The folder of one process, whose checkpoints lie there.
     """
-    rank = os.environ.get("RANK", "0")
-    for case in cases:
-        print(f"Case {case}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    editor, data = fresh(case)
+    trainer = trainer_of(way, max_epochs=2)
+    trainer.fit(editor, data)
+    found = learned(editor, trainer)
+    edit = editor.edit(tiny_requests(1))
+    before = weight_hash(editor.model)
+    edit.apply_(editor.model)
+    found |= {f"edited.{name}": tensor for name, tensor in written(editor).items()}
+    edit.revert_(editor.model)
+    assert weight_hash(editor.model) == before
+    editor, data = fresh(case)
+    halfway = trainer_of(way, max_epochs=1)
+    halfway.fit(editor, data)
+    halfway.save_checkpoint(folder / f"{case}.ckpt")
+    for source, place in (("own", folder), ("one", alone)):
         editor, data = fresh(case)
-        trainer = trainer_of(processes, "parts", max_epochs=2)
-        trainer.fit(editor, data)
-        found = learned(editor, trainer)
-        edit = editor.edit(tiny_requests(1))
-        before = weight_hash(editor.model)
-        edit.apply_(editor.model)
-        found |= {f"edited.{name}": tensor for name, tensor in written(editor).items()}
-        edit.revert_(editor.model)
-        assert weight_hash(editor.model) == before
-        editor, data = fresh(case)
-        halfway = trainer_of(processes, "parts", max_epochs=1)
-        halfway.fit(editor, data)
-        halfway.save_checkpoint(folder / f"{case}-{processes}.ckpt")
-        for count in (1, processes):
-            editor, data = fresh(case)
-            trainer = trainer_of(processes, "parts", max_epochs=2)
-            trainer.fit(editor, data, ckpt_path=folder / f"{case}-{count}.ckpt")
-            found |= {f"from_{count}.{k}": t for k, t in learned(editor, trainer).items()}
-        kept = {name: tensor.contiguous().clone() for name, tensor in found.items()}
-        save_file(kept, folder / f"{case}-{processes}-{rank}")
+        again = trainer_of(way, max_epochs=2)
+        again.fit(editor, data, ckpt_path=place / f"{case}.ckpt")
+        found |= {f"from_{source}.{k}": t for k, t in learned(editor, again).items()}
+    kept = {name: tensor.contiguous().clone() for name, tensor in found.items()}
+    save_file(kept, folder / f"{case}-{trainer.global_rank}.safetensors")
 
 
 def written(editor: EditModule[Any]) -> dict[str, Tensor]:

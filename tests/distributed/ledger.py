@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_edit import ROME, EditLedger
+from lightning_edit import ROME, EditLedger, EditReport
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_requests, trained_tiny_model
-from tests.distributed.edit import trainer_of
+from tests.distributed.editing import trainer_of
 
 __all__ = ["record"]
 
@@ -23,5 +23,6 @@ def record(folder: Path, processes: int = 2) -> None:
         *trained_tiny_model(), layers=[0], steps=4, tokens_per_dimension=1, cache_dir=str(folder)
     )
     recorder = EditLedger(str(folder / "ledger.db"), on_conflict="skip")
-    trainer = trainer_of(folder, processes, recorder, max_epochs=1)
+    way = "ddp" if processes > 1 else "one"
+    trainer = trainer_of(folder, way, recorder, EditReport(), max_epochs=1)
     trainer.fit(editor, EditDataModule(requests=[*requests, again], batch_size=2))

@@ -133,6 +133,7 @@ class CaliNET(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.03329"
+    strategies: ClassVar[tuple[str, ...]] = ()
     unsaved_arguments: ClassVar[tuple[str, ...]] = ("optimizer", "lr_scheduler")
 
     def __init__(

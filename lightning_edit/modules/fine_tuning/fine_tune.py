@@ -62,7 +62,7 @@ class FineTune(EditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2012.00363"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP", "FSDP2+TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

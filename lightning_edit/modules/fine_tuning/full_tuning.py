@@ -43,7 +43,7 @@ class FullTuning(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.08011"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class LoRATuning(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
 
     def __init__(
         self,

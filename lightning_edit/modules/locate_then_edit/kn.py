@@ -115,7 +115,7 @@ class KN(EditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.08696"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
 
     def __init__(
         self,

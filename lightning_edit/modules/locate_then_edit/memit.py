@@ -55,7 +55,7 @@ class MEMIT(LocateModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07229"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP", "FSDP2+TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     groups_contexts: ClassVar[bool] = True
 
     def __init__(

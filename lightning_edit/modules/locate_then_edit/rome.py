@@ -33,7 +33,7 @@ class ROME(LocateModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.05262"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP", "FSDP2+TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     @override
     def edited_names(self, tree: ModelTree) -> list[str]:

@@ -81,7 +81,7 @@ class UltraEdit(EditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.14679"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2",)
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ class GRACE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2211.11031"
-    edits_shards: ClassVar[tuple[str, ...]] = ("FSDP2", "TP", "FSDP2+TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

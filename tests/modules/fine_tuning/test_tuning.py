@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
@@ -25,9 +24,7 @@ from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trai
 from lightning_edit.functional.token_weights import token_weights
 from lightning_edit.modules.fine_tuning.loop import AnswerLoss
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
-from tests.distributed import tune
 from tests.modules.helpers import autoregressive, bare_trainer, plain_nll, same, snapshot
-from tests.processes import run_pair
 
 CASES = [
     pytest.param(LocFT, {"lr": 1e-2}, id="LocFT"),
@@ -329,19 +326,6 @@ def test_token_weights_add_up_to_one() -> None:
     torch.testing.assert_close(total, values[mask].mean())
     rows = torch.stack([values[b][mask[b]].mean() for b in range(5)])
     torch.testing.assert_close((token_weights(mask, per_sequence=True) * values).sum(), rows.mean())
-
-
-def test_two_processes_tune_as_one(tmp_path: Path) -> None:
-    run_pair(tune.tune_and_save, tmp_path)
-    for method in tune.SETTINGS:
-        one = tune.tune(method, processes=1)
-        first, second = (load_file(tmp_path / f"{method}-{rank}") for rank in range(2))
-        assert one.keys() == first.keys() == second.keys()
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), name
-            # Gradients are summed in another order.
-            error = torch.linalg.vector_norm(tensor - one[name])
-            assert error <= 1e-3 * torch.linalg.vector_norm(one[name]), name
 
 
 @pytest.mark.real
