@@ -11,10 +11,15 @@ Facts are those of the package and, with ``--counterfact``, as many of CounterFa
 unedited model writes the old answer by itself. They are edited each alone (``alone``), and one
 batch after another into the same model, measured when all are in (``1``, ``10``, ``50``: requests
 of a batch). Target values of the unedited model are searched once for methods that share them,
-since they are the same in a batch and alone. A run that was stopped goes on where it was.
+since they are the same in a batch and alone. A run that was stopped goes on where it was, with the
+next fact where each is edited alone.
 
 The methods run with their presets for the default model, ``configs/method``. ``--steps`` gives all
 target values another number of passes, 20 in the figures of ``docs/measured.md``.
+
+``--held-out n`` takes n further facts, none of which is among those of ``--facts``: settings are
+chosen by these, so that the others tell what they are worth. ``--own-contexts`` leaves contexts to
+the presets.
 
 With ``--retention n`` the edits so far are measured after every n, group by group of n, which shows
 what later edits leave of earlier ones. ``--set`` puts settings over those of the presets,
@@ -152,23 +157,45 @@ def kept(evaluator: Evaluator, requests: Sequence[Any], group: int) -> list[floa
     return [mean(found[start : start + group]) for start in range(0, len(found), group)]
 
 
-def run(editor: Any, requests: Sequence[Any], mode: str, group: int | None) -> dict[str, Any]:
-    """Edits with all requests and gives the model back."""
+def run_alone(
+    editor: Any, requests: Sequence[Any], label: str, file: Path
+) -> tuple[list[tuple[str, float]], float]:
+    """Scores of each edit by itself, and their CPU seconds; a line a fact goes into the file."""
     evaluator = Evaluator(editor.model, editor.tokens)
-    baseline = evaluator.baseline(requests)
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    kept = [row for row in map(json.loads, lines) if row["label"] == label]
+    done = {row["id"]: row for row in kept}
+    for request in requests:
+        if request.id in done:
+            continue
+        began = time.process_time()
+        edit = editor.edit(request)
+        seconds = time.process_time() - began
+        baseline = evaluator.baseline([request])
+        with edit.applied(editor.model):
+            scores = list(hits(evaluator.evaluate([request], baseline).probes))
+        done[request.id] = {"label": label, "id": request.id, "seconds": seconds, "scores": scores}
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(done[request.id]) + "\n")
+    rows = [done[request.id] for request in requests]
+    found = [(name, score) for row in rows for name, score in row["scores"]]
+    return found, sum(row["seconds"] for row in rows)
+
+
+def run(
+    editor: Any, requests: Sequence[Any], mode: str, group: int | None, label: str, file: Path
+) -> dict[str, Any]:
+    """Edits with all requests and gives the model back."""
     found: list[tuple[str, float]] = []
-    began = time.process_time()
     measuring = 0.0
     failed: list[str] = []
     retention: dict[int, list[float]] = {}
     if mode == ALONE:
-        for request in requests:
-            edit = editor.edit(request)
-            with edit.applied(editor.model):
-                at = time.process_time()
-                found += hits(evaluator.evaluate([request], baseline).probes)
-                measuring += time.process_time() - at
+        found, spent = run_alone(editor, requests, label, file)
     else:
+        evaluator = Evaluator(editor.model, editor.tokens)
+        baseline = evaluator.baseline(requests)
+        began = time.process_time()
         size = int(mode)
         for start in range(0, len(requests), size):
             edit = editor.edit(requests[start : start + size])
@@ -184,7 +211,7 @@ def run(editor: Any, requests: Sequence[Any], mode: str, group: int | None) -> d
         found += hits(evaluator.evaluate(requests, baseline).probes)
         measuring += time.process_time() - at
         editor.edit_optimizer.rewind()
-    spent = time.process_time() - began - measuring
+        spent = time.process_time() - began - measuring
     names = dict.fromkeys(name for name, _ in found)
     scores = {name: [score for key, score in found if key == name] for name in names}
     return {
@@ -220,6 +247,8 @@ def main() -> None:
     parser.add_argument("--counterfact", help="a file of CounterFact; the package's facts alone")
     parser.add_argument("--output", type=Path, default=Path("quality.jsonl"))
     parser.add_argument("--facts", type=int, default=50)
+    parser.add_argument("--held-out", type=int, help="take so many that are not among --facts")
+    parser.add_argument("--own-contexts", action="store_true", help="those of each preset")
     parser.add_argument("--methods", nargs="+", default=LOCATE, choices=[*LOCATE, *REMEMBER])
     parser.add_argument("--modes", nargs="+", default=[ALONE, "50", "10", "1"])
     parser.add_argument("--steps", type=int, help="passes for a target value, at most")
@@ -235,6 +264,12 @@ def main() -> None:
         model, tokenizer = le.load_model("smollm2"), le.load_tokenizer("smollm2")
         cache = options.output.with_suffix(f".{options.facts}.json")
         requests = known_facts(model, tokenizer, options.counterfact, options.facts, cache)
+        if options.held_out:
+            more = options.facts + options.held_out
+            cache = options.output.with_suffix(f".{more}.json")
+            first = {request.id for request in requests}
+            requests = known_facts(model, tokenizer, options.counterfact, more, cache)
+            requests = [request for request in requests if request.id not in first]
         done = {(row["method"], row["mode"], row["facts"]) for row in rows}
         contexts: Any = None
         shared = Shared()
@@ -249,12 +284,14 @@ def main() -> None:
                     if contexts is None:  # the same for all: bare, and behind five sampled texts
                         memit = le.MEMIT.from_model(model, tokenizer, preset="smollm2")
                         contexts = memit.template_groups
-                    settings |= {"context_templates": contexts}
+                    if not options.own_contexts:
+                        settings |= {"context_templates": contexts}
                     settings |= {"steps": options.steps} if options.steps else {}
                     editor = getattr(le, name).from_model(model, tokenizer, **settings)
                     shared.of(editor)
                 row = {"method": label, "mode": mode, "facts": len(requests)}
-                rows.append(row | run(editor, requests, mode, options.retention))
+                alone = options.output.with_suffix(f".{len(requests)}.alone.jsonl")
+                rows.append(row | run(editor, requests, mode, options.retention, label, alone))
                 if (memory := EditMemory.find(model)) is not None:
                     memory.detach_()
                 with options.output.open("a", encoding="utf-8") as stream:
