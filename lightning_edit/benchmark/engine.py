@@ -58,12 +58,12 @@ class Unedited:
     Args:
         requests: The requests that are edited.
         evaluation: Its scores of their probes.
-        perplexity: On the package's page of prose.
+        perplexity: On the package's page of prose, where sequences of edits need it.
     """
 
     requests: list[EditRequest]
     evaluation: Evaluation
-    perplexity: float
+    perplexity: float | None
 
 
 class Engine:
@@ -110,9 +110,10 @@ class Engine:
         name = f"unedited/{digest(unedited_parts(self.study, data, self.sha256))}.json"
         by_id = {request.id: request for request in data.source.requests}
         found = self.folder.read_json(name)
-        if found is None:
+        reads_prose = any(one.name == "sequential" for one in self.study.protocols)
+        if found is None or (reads_prose and found["perplexity"] is None):
             requests = self._chosen(data)
-            run = self._asked(requests, reads_prose=True)
+            run = self._asked(requests, reads_prose=reads_prose)
             found = {
                 "ids": [request.id for request in requests],
                 "perplexity": run.perplexity,
@@ -124,7 +125,7 @@ class Engine:
         self._unedited[data.name] = Unedited(
             [by_id[id_] for id_ in cast("Sequence[str]", found["ids"])],
             from_record(**scores),  # type: ignore[arg-type]
-            cast(float, found["perplexity"]),
+            cast("float | None", found["perplexity"]),
         )
         return self._unedited[data.name]
 
@@ -241,11 +242,12 @@ class Engine:
             }
         rows = probe_rows(cell.key, order, measured.before, measured.after, measured.figures, held)
         for point in sorted({made for made, _, _ in measured.between}):
-            pairs = [(old, new) for made, old, new in measured.between if made == point]
-            held = {new.request_id: point for _, new in pairs}
-            told = measured.figures
-            so_far = ([old for old, _ in pairs], [new for _, new in pairs])
-            rows += probe_rows(cell.key, order, *so_far, told, held, is_final=False)
+            olds = [old for made, old, _ in measured.between if made == point]
+            news = [new for made, _, new in measured.between if made == point]
+            made_by_then = {probe.request_id: point for probe in news}
+            rows += probe_rows(
+                cell.key, order, olds, news, measured.figures, made_by_then, is_final=False
+            )
         for point, scores in curve.found.items():
             so_far = order[:point]
             before = [p for request in so_far for p in unedited.evaluation.of(request.id)]
@@ -374,7 +376,7 @@ class _Curve(Callback):
         """Before the protocol puts the model back."""
         if isinstance(pl_module, EditModule):
             after = perplexity(pl_module.model, pl_module.tokens, read_prose())
-            ratio = after / self.unedited.perplexity
+            ratio = after / cast(float, self.unedited.perplexity)
             self.perplexity_ratio = ratio if math.isfinite(ratio) else None
 
 

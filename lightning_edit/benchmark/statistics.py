@@ -88,9 +88,9 @@ def figures(
             done = [records[k] for k in keys if records.get(k, {}).get("status") == "done"]
             own = part[part["is_final"] & (part["method"] == method)]
             if done:
-                place = Figure(data, protocol, method, int(own["edits"].max()), True, "")
-                found += conflict_figures(part[part["method"] == method], place)
-                found += _costs(own, done, place)
+                whole = Figure(data, protocol, method, int(own["edits"].max()), True, "")
+                found += conflict_figures(part[part["method"] == method], whole)
+                found += _costs(own, done, whole)
     return found
 
 

@@ -7,6 +7,7 @@ Li et al., ICLR 2024 (arXiv:2310.02129).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ def conflict_from_record(record: Record, where: str) -> list[EditRequest]:
 
 def _request(edit: Record, where: str) -> EditRequest:
     subject = text(edit, "subject.label", where)
-    query = optional_text(edit.get("relation", {}), "query", where)
+    query = optional_text(_part(edit, "relation", where), "query", where)
     fields = {
         "prompt": text(edit, "relation.prompt", where),
         "subject": subject,
@@ -94,10 +95,12 @@ def _request(edit: Record, where: str) -> EditRequest:
 def _tied(record: Record, where: str) -> tuple[Probe, ...]:
     """Facts that the contradiction rests on, where it rests on any."""
     probes = []
-    triples = record.get("triples") or []
-    for i in record.get("prerequisites") or []:
+    triples, named = record.get("triples") or [], record.get("prerequisites") or []
+    if not isinstance(triples, list) or not isinstance(named, list):
+        raise RequestError(f"{where}: `triples` and `prerequisites` are expected to be lists.")
+    for i in named:
         place = f"{where}, triples[{i}]"
-        if not (isinstance(triples, list) and isinstance(i, int) and 0 <= i < len(triples)):
+        if not (isinstance(i, int) and 0 <= i < len(triples)):
             raise RequestError(f"{where}: `prerequisites` names {i!r}, which is none of `triples`.")
         prompt = text(triples[i], "relation.prompt", place)
         prompt = prompt.replace("{}", text(triples[i], "subject.label", place), 1)
@@ -106,7 +109,7 @@ def _tied(record: Record, where: str) -> tuple[Probe, ...]:
 
 
 def _round(record: Record, where: str) -> list[EditRequest]:
-    first = _request(record["edit"], f"{where}, edit")
+    first = _request(_part(record, "edit", where), f"{where}, edit")
     objects = record.get("true_objects")
     if not isinstance(objects, list):
         raise RequestError(
@@ -116,6 +119,13 @@ def _round(record: Record, where: str) -> list[EditRequest]:
     others = [name for name in dict.fromkeys(named) if name != first.target_old]
     probes = tuple(Probe(first.prompt, name, "neighborhood") for name in others)
     return _paired("round", first, replace(first.reversed(), locality=probes))
+
+
+def _part(record: Record, name: str, where: str) -> Record:
+    found = record.get(name)
+    if not isinstance(found, Mapping):
+        raise RequestError(f"{where}: `{name}` is expected to be a record, but got {found!r:.80}.")
+    return found
 
 
 def _paired(kind: str, first: EditRequest, second: EditRequest) -> list[EditRequest]:

@@ -16,8 +16,8 @@ from torchmetrics import MetricCollection
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.request import EditRequest, is_question
 from lightning_edit.core.spacing import continues_word
+from lightning_edit.evaluation.greedy import Continuation
 from lightning_edit.evaluation.scoring import (
-    Continuation,
     Score,
     continuations,
     prompt_ids,
