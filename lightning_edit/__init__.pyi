@@ -28,6 +28,7 @@ from .core.errors import EditError as EditError
 from .core.locator import Locator as Locator
 from .core.request import EditRequest as EditRequest
 from .core.request import Probe as Probe
+from .data import ConflictEdit as ConflictEdit
 from .data import CounterFact as CounterFact
 from .data import EditDataModule as EditDataModule
 from .data import Facts as Facts

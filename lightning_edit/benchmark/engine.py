@@ -32,7 +32,7 @@ from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import WeightHashes
 from lightning_edit.core.provenance import utc_now
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, cases
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.base import EditDataModule
 from lightning_edit.data.loader import RequestLoader
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Unedited"]
 
 ROWS_AT_ONCE = 16  # requests whose probes are measured together
-AT_ONCE = 5  # requests of a cell whose results are kept together, where they are apart
+AT_ONCE = 5  # cases of a cell whose results are kept together, where they are apart
 KNOWN_AT_ONCE = 64  # facts asked for at once, in search of those that the model knows
 
 
@@ -58,12 +58,12 @@ class Unedited:
     Args:
         requests: The requests that are edited.
         evaluation: Its scores of their probes.
-        perplexity: On the package's page of prose.
+        perplexity: On the package's page of prose, where sequences of edits need it.
     """
 
     requests: list[EditRequest]
     evaluation: Evaluation
-    perplexity: float
+    perplexity: float | None
 
 
 class Engine:
@@ -110,9 +110,10 @@ class Engine:
         name = f"unedited/{digest(unedited_parts(self.study, data, self.sha256))}.json"
         by_id = {request.id: request for request in data.source.requests}
         found = self.folder.read_json(name)
-        if found is None:
+        reads_prose = any(one.name == "sequential" for one in self.study.protocols)
+        if found is None or (reads_prose and found["perplexity"] is None):
             requests = self._chosen(data)
-            run = self._asked(requests, reads_prose=True)
+            run = self._asked(requests, reads_prose=reads_prose)
             found = {
                 "ids": [request.id for request in requests],
                 "perplexity": run.perplexity,
@@ -124,7 +125,7 @@ class Engine:
         self._unedited[data.name] = Unedited(
             [by_id[id_] for id_ in cast("Sequence[str]", found["ids"])],
             from_record(**scores),  # type: ignore[arg-type]
-            cast(float, found["perplexity"]),
+            cast("float | None", found["perplexity"]),
         )
         return self._unedited[data.name]
 
@@ -165,22 +166,23 @@ class Engine:
         return getattr(rank_zero_only, "rank", 0) == 0
 
     def _measured(self, cell: Cell, unedited: Unedited, record: CellRecord) -> list[CellRow]:
-        order = _shuffled(unedited.requests, cell.seed)
+        apart = _shuffled(cases(unedited.requests), cell.seed)
+        order = [request for case in apart for request in case]
         record["requests"] = len(order)
         size = cell.protocol.size
         # Where requests are apart, a cell of hours is not lost with its last minute.
-        at_once = len(order) if cell.protocol.name == "sequential" else -(-AT_ONCE // size) * size
+        at_once = len(apart) if cell.protocol.name == "sequential" else -(-AT_ONCE // size) * size
         parts: list[CellPart] = []
-        for start in range(0, len(order), at_once):
+        for start in range(0, len(apart), at_once):
             name = f"cells/{cell.key}.{start}.json"
             part = self.folder.read_part(name)
             if part is None:
-                part = self._part(cell, order[start : start + at_once], unedited)
+                part = self._part(cell, apart[start : start + at_once], unedited)
                 if not self._is_as_before():
                     raise EditError("The method left the model changed.")
                 if self.is_first:
                     self.folder.write_json(name, part)
-                if self.is_told_to_stop and start + at_once < len(order):
+                if self.is_told_to_stop and start + at_once < len(apart):
                     raise SIGTERMException
             parts.append(part)
         rows = [row for part in parts for row in part["rows"]]
@@ -199,9 +201,10 @@ class Engine:
         }
         return rows
 
-    def _part(self, cell: Cell, order: list[EditRequest], unedited: Unedited) -> CellPart:
-        """Edits with some requests of a cell, by an editor of their own, from the seed on."""
+    def _part(self, cell: Cell, apart: list[list[EditRequest]], unedited: Unedited) -> CellPart:
+        """Edits with some cases of a cell, by an editor of their own, from the seed on."""
         began = time.perf_counter()
+        order = [request for case in apart for request in case]
         seed_everything(cell.seed, verbose=False)
         study, protocol = self.study, cell.protocol
         resolved = study.resolved[cell.method]
@@ -233,8 +236,18 @@ class Engine:
         if protocol.name == "sequential":
             held = dict.fromkeys((request.id for request in order), len(order))
         else:
-            held = {r.id: len(order[i - i % size :][:size]) for i, r in enumerate(order)}
+            together = (apart[i - i % size :][:size] for i in range(0, len(apart), size))
+            held = {
+                r.id: sum(map(len, group)) for group in together for case in group for r in case
+            }
         rows = probe_rows(cell.key, order, measured.before, measured.after, measured.figures, held)
+        for point in sorted({made for made, _, _ in measured.between}):
+            olds = [old for made, old, _ in measured.between if made == point]
+            news = [new for made, _, new in measured.between if made == point]
+            made_by_then = {probe.request_id: point for probe in news}
+            rows += probe_rows(
+                cell.key, order, olds, news, measured.figures, made_by_then, is_final=False
+            )
         for point, scores in curve.found.items():
             so_far = order[:point]
             before = [p for request in so_far for p in unedited.evaluation.of(request.id)]
@@ -263,17 +276,22 @@ class Engine:
 
     def _chosen(self, data: DataSpec) -> list[EditRequest]:
         """The requests of a data set that are edited."""
-        requests = data.source.requests
-        if not data.known:
-            return requests[: data.limit]
-        asked = [request for request in requests if request.target_old]
-        known: list[EditRequest] = []
+        found = cases(data.source.requests)
+        if data.known:
+            found = self._known(data, found)
+        return [request for case in found[: data.limit] for request in case]
+
+    def _known(self, data: DataSpec, found: Sequence[list[EditRequest]]) -> list[list[EditRequest]]:
+        """The cases of which the model gives all old answers by itself."""
+        asked = [case for case in found if all(request.target_old for request in case)]
+        known: list[list[EditRequest]] = []
         step = KNOWN_AT_ONCE if data.limit else max(1, len(asked))
         for start in range(0, len(asked), step):
             part = asked[start : start + step]
-            scores = self._asked([reversed_alone(request) for request in part]).evaluation
+            old = [reversed_alone(request) for case in part for request in case]
+            scores = self._asked(old).evaluation
             hits = {p.request_id for p in scores.probes if p.autoregressive}
-            known += [request for request in part if request.id in hits]
+            known += [case for case in part if all(request.id in hits for request in case)]
             if data.limit and len(known) >= data.limit:
                 break
         if not known:
@@ -282,7 +300,7 @@ class Engine:
                 f"{len(asked)} facts of {data.name!r} that name one. Set `known: false` to edit "
                 "them nevertheless, or take other facts."
             )
-        return known[: data.limit]
+        return known
 
     def _asked(self, requests: Sequence[EditRequest], *, reads_prose: bool = False) -> UneditedRun:
         max_length = getattr(self.model.config, "max_position_embeddings", None)
@@ -329,7 +347,7 @@ class _Curve(Callback):
     """
 
     def __init__(self, points: Sequence[int], total: int, unedited: Unedited) -> None:
-        self.points = {point for point in points if point < total}
+        self.points, self.total = points, total
         self.unedited = unedited
         #: Number of edits to the scores of those so far.
         self.found: dict[int, Evaluation] = {}
@@ -345,18 +363,20 @@ class _Curve(Callback):
         batch: list[EditRequest],
         *args: object,
     ) -> None:
+        before, now = len(self._made), len(self._made) + len(batch)
         self._made += batch
-        if len(self._made) in self.points and isinstance(pl_module, EditModule):
+        # A case that stands together may pass a point.
+        is_point = now < self.total and any(before < point <= now for point in self.points)
+        if is_point and isinstance(pl_module, EditModule):
             baseline = self.unedited.evaluation.baseline
-            scores = pl_module.evaluator.evaluate(self._made, baseline)
-            self.found[len(self._made)] = scores
+            self.found[now] = pl_module.evaluator.evaluate(self._made, baseline)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the protocol puts the model back."""
         if isinstance(pl_module, EditModule):
             after = perplexity(pl_module.model, pl_module.tokens, read_prose())
-            ratio = after / self.unedited.perplexity
+            ratio = after / cast(float, self.unedited.perplexity)
             self.perplexity_ratio = ratio if math.isfinite(ratio) else None
 
 
@@ -396,7 +416,7 @@ class _PeakMemory:
         return 1024 * int(peak)
 
 
-def _shuffled(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
-    """Requests in the order that a seed draws."""
+def _shuffled(found: Sequence[list[EditRequest]], seed: int) -> list[list[EditRequest]]:
+    """Cases in the order that a seed draws."""
     generator = torch.Generator().manual_seed(seed)
-    return [requests[i] for i in torch.randperm(len(requests), generator=generator).tolist()]
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_edit.benchmark.conflicts import conflict_figures
+from lightning_edit.benchmark.figure import RESAMPLES, Figure
 from lightning_edit.benchmark.specs import UNEDITED
 from lightning_edit.benchmark.store import CellRecord
 from lightning_edit.functional.bootstrap import (
@@ -27,61 +29,11 @@ from lightning_edit.functional.intervals import wilson_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RATES", "READINGS", "Figure", "figures", "frame_of"]
+__all__ = ["RATES", "READINGS", "figures", "frame_of"]
 
 RATES = ("reliability", "generality", "locality", "portability")
 READINGS = ("teacher_forced", "autoregressive")
-RESAMPLES = 2000
 FLIPS = 10000
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of one method: a row of the frame that ``compare`` returns.
-
-    Args:
-        data: Label of the data set.
-        protocol: Label of the protocol.
-        method: Label of the method; ``unedited`` for the model as it is.
-        edits: Edits in the model when it was measured, at most.
-        is_final: Whether these were all; else it is a point of the curve of a sequence.
-        metric: ``reliability``, ``generality``, ``locality``, ``portability``, or a cost.
-        kind: Kind of the probes, where only those of one kind are meant.
-        reading: ``teacher_forced`` or ``autoregressive``; empty for costs.
-        before: Mean over the same probes of the unedited model.
-        value: Mean over all probes of all requests and seeds; the median of seconds.
-        low: Lower end of the 95 % interval of ``value``.
-        high: Upper end.
-        gap: By how much the teacher-forced value is above the autoregressive one.
-        n: Probes, each counted once a seed.
-        requests: Requests that have them.
-        reference: Method that this one is compared with.
-        difference: ``value`` less that of the reference, on the requests that both have.
-        difference_low: Lower end of its 95 % interval.
-        difference_high: Upper end.
-        p: Two-sided, of the difference, by a paired permutation test over requests.
-    """
-
-    data: str
-    protocol: str
-    method: str
-    edits: int
-    is_final: bool
-    metric: str
-    kind: str = ""
-    reading: str = ""
-    before: float = math.nan
-    value: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    gap: float = math.nan
-    n: int = 0
-    requests: int = 0
-    reference: str = ""
-    difference: float = math.nan
-    difference_low: float = math.nan
-    difference_high: float = math.nan
-    p: float = math.nan
 
 
 class _Column(NamedTuple):
@@ -136,8 +88,9 @@ def figures(
             done = [records[k] for k in keys if records.get(k, {}).get("status") == "done"]
             own = part[part["is_final"] & (part["method"] == method)]
             if done:
-                edits = int(own["edits"].max())
-                found += _costs(own, done, Figure(data, protocol, method, edits, True, ""))
+                whole = Figure(data, protocol, method, int(own["edits"].max()), True, "")
+                found += conflict_figures(part[part["method"] == method], whole)
+                found += _costs(own, done, whole)
     return found
 
 
@@ -186,7 +139,7 @@ def _by_request(
     """Sums and counts of scores by request, [R, K], and what the unedited model's mean is, [K]."""
     import pandas as pd
 
-    columns = ["method", "metric", "kind", "request_id", "probe"]
+    columns = ["cell", "method", "metric", "kind", "request_id", "probe"]
     parts = []
     for reading in READINGS:
         part = rows[[*columns, reading, f"{reading}_before"]].copy()
@@ -194,6 +147,13 @@ def _by_request(
         parts.append(part.assign(reading=reading))
     long = pd.concat(parts).dropna(subset=["value", "before"])
     long = long.astype({"value": "float64", "before": "float64"})
+    # Wordings of one question: it counts once, by the one that does best.
+    is_worded = long["kind"] == "multi_hop"
+    if is_worded.any():
+        one = [name for name in long.columns if name not in ("probe", "value", "before")]
+        worded = long[is_worded].groupby(one, sort=False, as_index=False)
+        best = worded.agg({"probe": "min", "value": "max", "before": "max"})
+        long = pd.concat([long[~is_worded], best])
     # The unedited model is asked the same, once.
     own = long.drop_duplicates(["metric", "request_id", "probe", "reading"])
     long = pd.concat([own.assign(method=UNEDITED, value=own["before"]), long])

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from lightning_edit.benchmark.statistics import RATES, Figure, frame_of
+from lightning_edit.benchmark.conflicts import CONFLICTS
+from lightning_edit.benchmark.figure import Figure
+from lightning_edit.benchmark.statistics import RATES, frame_of
 from lightning_edit.rendering.templates import render
 from lightning_edit.report.files import write_file
 from lightning_edit.report.glossary import METRICS, READINGS
@@ -135,6 +137,7 @@ def sections(found: Sequence[Figure]) -> list[Section]:
         own = [f for f in found if (f.data, f.protocol) == (data, protocol)]
         final = [figure for figure in own if figure.is_final]
         tables = [_summary(final), _rates(final), _differences(final), _kinds(final)]
+        tables.append(_conflicts(final))
         whole = [table for table in tables if table.cells]
         made.append(Section(data, protocol, whole, _curves(own)))
     return made
@@ -306,6 +309,25 @@ def _kinds(found: Sequence[Figure]) -> ComparisonTable:
         if kinds
     ]
     return ComparisonTable("By kind of the probes, teacher-forced / autoregressive", columns, rows)
+
+
+def _conflicts(found: Sequence[Figure]) -> ComparisonTable:
+    look = _Lookup(found)
+    metrics = [metric for metric in CONFLICTS if any(f.metric == metric for f in found)]
+    columns = ["method"]
+    for metric in metrics:
+        pairs = max(figure.requests for figure in found if figure.metric == metric)
+        columns += [f">{metric.replace('_', ' ')} (n = {pairs})", ">95 % interval"]
+    rows = []
+    for method in look.methods:
+        figures = [look.get(method, metric) for metric in metrics]
+        if any(figures):
+            cells = [TableCell(method)]
+            for figure in figures:
+                cells.append(_number(figure.value if figure else None, 3))
+                cells.append(_interval((figure.low, figure.high) if figure else None))
+            rows.append(cells)
+    return ComparisonTable("Pairs of edits that contradict each other", columns, rows)
 
 
 def _curves(found: Sequence[Figure]) -> list[Curve]:

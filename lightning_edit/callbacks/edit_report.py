@@ -38,7 +38,7 @@ from lightning_edit.core.provenance import Provenance
 from lightning_edit.core.request import EditRequest, is_question
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.data.loader import requests_sha256
-from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_score
+from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_scores
 from lightning_edit.evaluation.measured import metric_values
 from lightning_edit.functional.matching import completion_matches, contains_answer
 from lightning_edit.metrics import edit_metrics
@@ -397,7 +397,7 @@ def _points(*sequences: list[dict[str, float]]) -> list[dict[str, float]]:
 def _scores(probes: list[ScoredProbe], keys: list[str]) -> dict[str, float | None]:
     scores: dict[str, float | None] = {}
     for key in keys:
-        known = [s for s in (probe_score(p, key) for p in probes) if s is not None]
+        known = probe_scores(probes, key)
         if known:
             scores[key] = sum(known) / len(known)
     return scores

@@ -21,6 +21,7 @@ __all__ = [
     "PORTABILITY_KINDS",
     "EditRequest",
     "Probe",
+    "cases",
     "check_requests",
     "check_subjects",
     "warn_of_several_places",
@@ -29,7 +30,14 @@ __all__ = [
 T = TypeVar("T")
 
 LOCALITY_KINDS = ("neighborhood", "distracting", "unrelated")
-PORTABILITY_KINDS = ("one_hop", "subject_alias", "inverse")
+PORTABILITY_KINDS = (
+    "one_hop",
+    "subject_alias",
+    "inverse",
+    "single_hop",
+    "multi_hop",
+    "conflict",
+)
 
 
 def _retaken(cls: type[T]) -> type[T]:
@@ -59,7 +67,9 @@ class Probe:
             for portability. May be empty for locality, which compares the model with itself.
         kind: For locality ``neighborhood`` (same relation, another subject), ``distracting`` (the
             new fact stands in the prompt) or ``unrelated``; for portability ``one_hop``,
-            ``subject_alias`` or ``inverse``.
+            ``subject_alias``, ``inverse``, ``single_hop`` and ``multi_hop`` (a fact of a chain, and
+            a question that needs the whole chain, each in one of its wordings) or ``conflict``
+            (follows from the edit and contradicts the one before it in its case).
         aliases: Further spellings of the answer that count as right.
         glued: Whether the answer follows the prompt without a space; as running text has it if
             None.
@@ -119,6 +129,8 @@ class EditRequest:
         subject_start: Index of the subject's first character in the prompt, in which ``{}`` then
             means itself. Kept where it says more than the prompt alone does; None for the first
             place where the subject is a word of its own.
+        case: Name of the case that the request is a part of, where several that stand together are
+            measured together, such as the edits of a chain of facts; else it is one by itself.
         metadata: What else is to be known of it, such as a ticket or a reason, as JSON types. It
             is kept beside the edit and changes nothing in it.
 
@@ -148,6 +160,7 @@ class EditRequest:
     id: str = field(default="", kw_only=True)
     glued: bool | None = field(default=None, kw_only=True)
     subject_start: int | None = field(default=None, kw_only=True)
+    case: str = field(default="", kw_only=True)
     metadata: Mapping[str, object] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +173,7 @@ class EditRequest:
                     f"{self._name()}: `{name}` is expected to be text, but got {value!r}. "
                     f"Write the {name.replace('_', ' ')} of the edit."
                 )
-        for name, is_optional in (("target_old", True), ("id", False)):
+        for name, is_optional in (("target_old", True), ("id", False), ("case", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (is_optional and value is None):
                 raise RequestError(
@@ -332,10 +345,33 @@ def is_question(prompt: str) -> bool:
     return prompt.rstrip().endswith(("?", "？"))
 
 
-def check_requests(requests: Sequence[EditRequest]) -> None:
+def cases(requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
+    """Requests by the case that they are a part of, in order; one without a case by itself.
+
+    Examples:
+        >>> named = {"a": "", "b": "one", "c": "one", "d": ""}
+        >>> edits = [EditRequest("x", "", "y", id=id, case=case) for id, case in named.items()]
+        >>> [[request.id for request in case] for case in cases(edits)]
+        [['a'], ['b', 'c'], ['d']]
+    """
+    found: list[list[EditRequest]] = []
+    for request in requests:
+        if request.case and found and found[-1][-1].case == request.case:
+            found[-1].append(request)
+        else:
+            found.append([request])
+    return found
+
+
+def check_requests(requests: Sequence[EditRequest], *, in_turn: bool = False) -> None:
     """Checks a set of requests against each other.
 
     Warns where a target equals the old answer.
+
+    Args:
+        requests: The requests.
+        in_turn: Whether those of one case may come one after another, so that a later one may ask
+            for something else than an earlier one.
 
     Raises:
         RequestError: If the set is empty, two requests share an id, or two of them demand
@@ -348,7 +384,8 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
     for request in requests:
         _check_whole(request)
         other = by_prompt.setdefault(request.prompt.strip(), request)
-        if other.target_new.strip() != request.target_new.strip():
+        differs = other.target_new.strip() != request.target_new.strip()
+        if differs and not (in_turn and request.case and other.case == request.case):
             raise RequestError(
                 f"Requests {other.id!r} and {request.id!r} contradict each other: the prompt "
                 f"{request.prompt!r} cannot be answered by both {other.target_new!r} and "

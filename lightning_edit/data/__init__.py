@@ -3,6 +3,7 @@
 """Edit requests from files, from the literature's data sets, and from the package itself."""
 
 from lightning_edit.data.base import EditDataModule
+from lightning_edit.data.conflict_edit import ConflictEdit, conflict_from_record
 from lightning_edit.data.counterfact import CounterFact, counterfact_from_record
 from lightning_edit.data.facts import Facts
 from lightning_edit.data.held_out import HeldOut
@@ -19,6 +20,7 @@ from lightning_edit.data.wikibigedit import WikiBigEdit, wikibigedit_from_record
 from lightning_edit.data.zsre import ZsRE, zsre_from_record
 
 __all__ = [
+    "ConflictEdit",
     "CounterFact",
     "EditDataModule",
     "Facts",
@@ -34,6 +36,7 @@ __all__ = [
     "TextDataModule",
     "WikiBigEdit",
     "ZsRE",
+    "conflict_from_record",
     "counterfact_from_record",
     "knowedit_from_record",
     "known_from_record",

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_edit.checkpoints import PlainCheckpoints
 from lightning_edit.core.errors import MissingDependencyError, RequestError
-from lightning_edit.core.request import EditRequest, check_requests
+from lightning_edit.core.request import EditRequest, cases, check_requests
 from lightning_edit.data.json import read_records, request_from_record
 from lightning_edit.data.loader import RequestLoader, ResumableRequestLoader, requests_sha256
 from lightning_edit.data.records import Record, without_nones
@@ -42,7 +42,8 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
         subset: Configuration of the hub data set, where it has several.
         split: Split of the hub data set.
         batch_size: Requests edited in one optimizer step.
-        eval_batch_size: Requests in a batch of ``validate``, ``test`` and ``predict``.
+        eval_batch_size: Requests in a batch of ``validate``, ``test`` and ``predict``; the requests
+            of a case stay together, and count as one here and in what follows.
         limit: Keep this many requests; all of them when null.
         offset: Leave out this many requests first.
         ids: Keep the requests with these ids, in this order.
@@ -124,7 +125,7 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
                 valid = self._without_conflicts(valid)
             chosen = self._choose(valid)
             try:
-                check_requests(chosen)
+                check_requests(chosen, in_turn=True)
             except RequestError as error:
                 hint = " Or set `skip_invalid`, which keeps the first of such requests."
                 raise RequestError(f"{self.source}: {error}{hint if chosen else ''}") from None
@@ -237,10 +238,12 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
     def _without_conflicts(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         kept: dict[str, EditRequest] = {}
         targets: dict[str, str] = {}
-        for request in requests:
-            target = targets.setdefault(request.prompt.strip(), request.target_new.strip())
-            if request.id not in kept and target == request.target_new.strip():
-                kept[request.id] = request
+        for case in cases(requests):
+            wanted = [(request.prompt.strip(), request.target_new.strip()) for request in case]
+            is_apart = all(targets.get(prompt, new) == new for prompt, new in wanted)
+            if is_apart and not any(request.id in kept for request in case):
+                kept |= {request.id: request for request in case}
+                targets |= dict(wanted)
         if dropped := len(requests) - len(kept):
             rank_zero_warn(
                 f"Left out {dropped} of {len(requests)} requests of {self.source} that contradict "
@@ -259,15 +262,16 @@ class EditDataModule(PlainCheckpoints, LightningDataModule):
                         f"Ids there are, for example: {', '.join(near)}."
                     )
             requests = [by_id[name] for name in self.ids]
+        units = cases(requests)
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(len(requests), generator=generator).tolist()
-            requests = [requests[i] for i in order]
+            order = torch.randperm(len(units), generator=generator).tolist()
+            units = [units[i] for i in order]
         end = None if self.limit is None else self.offset + self.limit
-        chosen = requests[self.offset : end]
+        chosen = [request for unit in units[self.offset : end] for request in unit]
         if requests and not chosen:
             raise RequestError(
-                f"`offset` is {self.offset}, but {self.source} has {len(requests)} requests. "
+                f"`offset` is {self.offset}, but {self.source} has {len(units)} requests. "
                 "Give a smaller offset."
             )
         return chosen

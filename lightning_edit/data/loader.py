@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 from lightning_edit.core.errors import RequestError
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, cases
 
 __all__ = ["RequestLoader", "ResumableRequestLoader", "requests_sha256"]
 
 
 class RequestLoader:
-    """Yields lists of requests; with several replicas, each gets every n-th request.
+    """Yields lists of requests; with several replicas, each gets every n-th case.
+
+    A request without a ``case`` is one by itself; the requests of a case stay together.
 
     All replicas run the same number of batches. Requests are never repeated to get there: a replica
     that has run out gets empty lists, so that five requests on two replicas count as five, and a
@@ -30,8 +32,8 @@ class RequestLoader:
 
     Args:
         requests: The requests, in order.
-        batch_size: Requests in a batch; the last one may hold fewer.
-        num_replicas: Number of processes that share the requests.
+        batch_size: Cases in a batch; the last one may hold fewer.
+        num_replicas: Number of processes that share the cases.
         rank: Which of them this is, from 0.
 
     Examples:
@@ -44,6 +46,9 @@ class RequestLoader:
         [['B'], []]
     """
 
+    #: Whether the requests of a case stay together, and count as one.
+    keeps_cases: ClassVar[bool] = True
+
     def __init__(
         self,
         requests: Sequence[EditRequest],
@@ -52,8 +57,10 @@ class RequestLoader:
         rank: int = 0,
     ) -> None:
         self.batch_size = batch_size
-        self.requests = requests[rank::num_replicas]
-        self._most = len(requests[::num_replicas])
+        units = cases(requests) if self.keeps_cases else [[request] for request in requests]
+        self._mine = units[rank::num_replicas]
+        self.requests = [request for unit in self._mine for request in unit]
+        self._most = len(units[::num_replicas])
 
     def __len__(self) -> int:
         return -(-self._most // self.batch_size)
@@ -64,7 +71,8 @@ class RequestLoader:
     def __getitem__(self, index: int) -> list[EditRequest]:
         if not 0 <= index < len(self):
             raise IndexError(f"Batch {index} of {len(self)}.")
-        return list(self.requests[index * self.batch_size : (index + 1) * self.batch_size])
+        part = self._mine[index * self.batch_size : (index + 1) * self.batch_size]
+        return [request for unit in part for request in unit]
 
 
 class LoaderState(TypedDict):
@@ -92,6 +100,8 @@ class ResumableRequestLoader(RequestLoader):
         batch_size: Requests in a batch.
         progress: Says how many batches of the current epoch are done.
     """
+
+    keeps_cases = False  # an optimizer step is of requests
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ Zhong et al., EMNLP 2023 (arXiv:2305.14795).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning_edit.core.errors import RequestError
@@ -21,8 +22,9 @@ def mquake_from_record(record: Record, where: str) -> list[EditRequest]:
     """Reads one case: an edit for each of its ``requested_rewrite``.
 
     The question of a rewrite is its rephrase. The questions over several hops are probes of the
-    *last* edit (kind ``one_hop``, with the aliases of the new answer), for they hold only when all
-    edits of the case have been made.
+    *last* edit (kind ``multi_hop``, with the aliases of the new answer), for they hold only when
+    all edits of the case have been made, and so are the facts of the new chain
+    (``new_single_hops``, kind ``single_hop``), edited and not.
 
     Args:
         record: The case.
@@ -41,6 +43,8 @@ def mquake_from_record(record: Record, where: str) -> list[EditRequest]:
         ...     "new_answer_alias": []}, "mquake.json[0]")
         >>> first.id, last.id, len(first.portability), len(last.portability)
         ('mquake-1-0', 'mquake-1-1', 0, 1)
+        >>> first.case == last.case
+        True
     """
     rewrites = record.get("requested_rewrite")
     if not isinstance(rewrites, list) or not rewrites:
@@ -50,6 +54,8 @@ def mquake_from_record(record: Record, where: str) -> list[EditRequest]:
     answer = text(record, "new_answer", where)
     aliases = tuple(texts(record, "new_answer_alias", where))
     questions = texts(record, "questions", where)
+    probes = [*_single_hops(record, where)]
+    probes += [Probe(question, answer, "multi_hop", aliases) for question in questions]
     case = record.get("case_id")
     requests = []
     for i, rewrite in enumerate(rewrites):
@@ -62,25 +68,36 @@ def mquake_from_record(record: Record, where: str) -> list[EditRequest]:
             "target_new": text(rewrite, "target_new.str", place),
             "target_old": text(rewrite, "target_true.str", place),
             "rephrases": [question] if question else [],
-            "portability": [Probe(q, answer, "one_hop", aliases) for q in questions]
-            if is_last
-            else [],
+            "portability": probes if is_last else [],
             "id": "" if case is None else f"mquake-{case}-{i}",
+            "case": next(iter(questions), "") if case is None else f"mquake-{case}",
         }
         requests.append(EditRequest.from_dict(fields, place))
     return requests
 
 
+def _single_hops(record: Record, where: str) -> Iterator[Probe]:
+    hops = record.get("new_single_hops") or []
+    if not isinstance(hops, list):
+        raise RequestError(
+            f"{where}: `new_single_hops` is expected to be a list of facts, but got {hops!r:.80}."
+        )
+    for i, hop in enumerate(hops):
+        place = f"{where}, new_single_hops[{i}]"
+        aliases = tuple(texts(hop, "answer_alias", place))
+        yield Probe(text(hop, "question", place), text(hop, "answer", place), "single_hop", aliases)
+
+
 class MQuAKE(EditDataModule):
     """Edits and questions over several hops (MQuAKE).
 
-    Cases with several edits need a protocol under which all of them stay in the model (``batch``,
-    ``sequential``); for one that restores the model after each edit set ``max_edits`` to 1.
+    The edits of a case stay together: under ``test_protocol="batch"`` with an ``eval_batch_size``
+    of 1 each case is one edit, as in the paper; under ``independent`` its edits are made one after
+    another.
 
     Args:
         max_edits: Keep the cases with at most this many edits; all of them when null.
-        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule]; they count edits,
-            not cases.
+        kwargs: Arguments of [`EditDataModule`][lightning_edit.EditDataModule].
     """
 
     def __init__(self, max_edits: int | None = None, **kwargs: Any) -> None:

@@ -16,8 +16,8 @@ from torchmetrics import MetricCollection
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.request import EditRequest, is_question
 from lightning_edit.core.spacing import continues_word
+from lightning_edit.evaluation.greedy import Continuation
 from lightning_edit.evaluation.scoring import (
-    Continuation,
     Score,
     continuations,
     prompt_ids,
@@ -56,7 +56,8 @@ class ScoredProbe:
         stated: Whether it states the answer, as a reply in a chat; not for locality.
         contains: Whether the answer stands anywhere in it; not for locality.
         token_f1: F1 of the words that it and the answer share, in [0, 1]; not for locality.
-        nll_new: Mean negative log-likelihood of the new answer's tokens, in nats.
+        nll_new: Mean negative log-likelihood of the new answer's tokens, in nats; for portability
+            of the probe's own answer.
         nll_old: The same of the old answer.
         kl: KL(unedited ‖ now) of the next token, in nats (locality).
         glued: Whether the answers follow the prompt without a space, where the request says it.
@@ -130,8 +131,7 @@ class Evaluation:
         """Adds the scores to metrics with the keys of ``edit_metrics``."""
         members: Iterable[tuple[str, Any]] = metrics.items(keep_base=True)
         for name, metric in members:
-            scores = [probe_score(probe, name) for probe in self.probes]
-            known = [score for score in scores if score is not None]
+            known = probe_scores(self.probes, name)
             if known:
                 metric.update_scores(torch.tensor(known, dtype=torch.float64))
 
@@ -184,6 +184,29 @@ def probe_score(probe: ScoredProbe, key: str) -> float | None:
         return None
     score = getattr(probe, _FIELDS[reading])
     return None if score is None else float(score)
+
+
+def probe_scores(probes: Iterable[ScoredProbe], key: str) -> list[float]:
+    """Scores of all probes that a metric takes.
+
+    ``multi_hop`` probes of one request are wordings of one question, which counts once, by the one
+    that does best (arXiv 2305.14795, section 4.2).
+
+    Args:
+        probes: Scored probes.
+        key: As in ``probe_score``.
+    """
+    found: list[float] = []
+    best: dict[str, float] = {}
+    for probe in probes:
+        score = probe_score(probe, key)
+        if score is None:
+            continue
+        if probe.kind == "multi_hop":
+            best[probe.request_id] = max(score, best.get(probe.request_id, 0.0))
+        else:
+            found.append(score)
+    return [*found, *best.values()]
 
 
 class Evaluator:
@@ -395,11 +418,9 @@ class Evaluator:
                 found["nll_old"] = target(probe.prompt, probe.answers[0])
                 found["nll_new"] = target(probe.prompt, request.target_new)
             return found
-        found["answer"] = target(probe.prompt, probe.answers[0])
-        if probe.metric in ("reliability", "generality"):
-            found["nll_new"] = found["answer"]
-            if request.target_old:
-                found["nll_old"] = target(probe.prompt, request.target_old)
+        found["answer"] = found["nll_new"] = target(probe.prompt, probe.answers[0])
+        if request.target_old and probe.metric != "portability":
+            found["nll_old"] = target(probe.prompt, request.target_old)
         return found
 
     def _longest(self, probe: ScoredProbe) -> int:

@@ -13,7 +13,7 @@ import torch.distributed
 
 from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.request import EditRequest
-from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_score
+from lightning_edit.evaluation.evaluator import Evaluation, ScoredProbe, probe_scores
 from lightning_edit.functional.counterfact import edit_score
 from lightning_edit.metrics import edit_metrics
 from lightning_edit.metrics.reading import Reading
@@ -30,12 +30,15 @@ class Measured:
         before: Scores without the edits.
         after: Scores with them.
         figures: What the edits tell of themselves, a row a request.
+        between: Within a case of several edits, made one after another: how many of them were in
+            the model, and the scores of a probe of those without and with them.
     """
 
     requests: list[EditRequest] = field(default_factory=list)
     before: list[ScoredProbe] = field(default_factory=list)
     after: list[ScoredProbe] = field(default_factory=list)
     figures: list[RequestFigures] = field(default_factory=list)
+    between: list[tuple[int, ScoredProbe, ScoredProbe]] = field(default_factory=list)
 
     def add(
         self,
@@ -52,8 +55,8 @@ class Measured:
 
     def whole(self) -> Measured:
         """That of all processes, to be asked for by each."""
-        parts = [gathered(part) for part in (self.requests, self.before, self.after, self.figures)]
-        return Measured(*parts)
+        mine = (self.requests, self.before, self.after, self.figures, self.between)
+        return Measured(*(gathered(part) for part in mine))
 
 
 def gathered(rows: list[Any]) -> list[Any]:
@@ -76,8 +79,7 @@ def metric_values(
     """
     values: dict[str, tuple[float, int]] = {}
     for key in map(str, edit_metrics(readings=readings, likelihoods=True)):
-        scores = [probe_score(probe, key) for probe in evaluation.probes]
-        known = [score for score in scores if score is not None]
+        known = probe_scores(evaluation.probes, key)
         if known:
             values[key] = (math.fsum(known) / len(known), len(known))
     parts = [

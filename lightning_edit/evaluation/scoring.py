@@ -21,16 +21,16 @@ from torch.nn.functional import pad
 from lightning_edit.core.batch import PromptTokenizer, pad_rows
 from lightning_edit.core.plain_model import check_ids, check_tokens
 from lightning_edit.core.side_memory import EditMemory
-from lightning_edit.functional.matching import is_ended, is_interjection
+from lightning_edit.evaluation.greedy import Continuation, greedy_texts
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.caches import keeps_keys_and_values, takes
-from lightning_edit.passes.decoding import GREEDY, begin_id, end_ids, write
+from lightning_edit.passes.decoding import begin_id
 from lightning_edit.passes.prefixes import SharedPrefix, shared_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Continuation", "Score", "continuations", "prompt_ids", "score_targets"]
+__all__ = ["Score", "continuations", "prompt_ids", "score_targets"]
 
 _T = TypeVar("_T")
 _Ids = tuple[int, ...]
@@ -66,21 +66,6 @@ class Score:
     def nll(self) -> float:
         """Mean negative log-likelihood of a token, in nats."""
         return -sum(self.log_probs) / len(self.log_probs)
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a model writes after a prompt.
-
-    Args:
-        text: The text up to its first line break, stripped.
-        ids: All tokens it wrote, line breaks and an end token included.
-        is_spaced: Whether white space stands between the prompt and the text.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    is_spaced: bool = False
 
 
 @torch.no_grad()
@@ -453,7 +438,7 @@ def continuations(
         for beginning, items in parts.items():
             prefix = SharedPrefix(model, beginning) if beginning else None
             for chunk in _chunks(model, items, lambda item: len(ids[item[0]]), max_rows):
-                written = _generate(
+                written = greedy_texts(
                     model,
                     tokens,
                     [ids[p] for p, _ in chunk],
@@ -475,77 +460,3 @@ def _chunks(
     for group in groups.values():
         for start in range(0, len(group), max_rows):
             yield group[start : start + max_rows]
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokens: PromptTokenizer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    least: Sequence[int],
-    prefix: SharedPrefix | None = None,
-) -> list[Continuation]:
-    from transformers import StoppingCriteria
-
-    device = next(model.parameters()).device
-    side = "right" if tokens.is_encoder_decoder else "left"
-    # With a prefix, padding stands behind it.
-    length = 0 if prefix is None else prefix.length
-    ids, mask = pad_rows([prompt[length:] for prompt in prompts], tokens.pad_id, side=side)
-    cache = None if prefix is None else prefix.cache(len(prompts))
-    if prefix is not None:
-        start = torch.tensor([list(prompts[0][:length])]).expand(len(prompts), -1)
-        ids = torch.cat([start, ids], 1)
-        mask = torch.cat([torch.ones_like(start), mask], 1)
-    begin = 1 if tokens.is_encoder_decoder else ids.shape[1]
-    ends = set(end_ids(model, tokens))
-    done = [False] * len(prompts)
-    lengths = [max_new_tokens] * len(prompts)
-
-    class NaturalStop(StoppingCriteria):  # type: ignore[misc, unused-ignore]
-        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-            count = input_ids.shape[1] - begin
-            for b, own in enumerate(input_ids[:, begin:].tolist()):
-                if not done[b]:
-                    text = _written(tokens, prompts[b], own).lstrip()
-                    at_end = is_ended(text) and count >= least[b]
-                    if tokens.chat_template and is_interjection(text):
-                        at_end = False
-                    done[b] = "\n" in text or (bool(text) and at_end)
-                    lengths[b] = count
-            return torch.tensor(done, device=input_ids.device)
-
-    memory = EditMemory.find(model)
-    # Without a cache each token is read with the whole row, in which the prompt ends where it did.
-    is_whole = not (tokens.is_encoder_decoder or takes(model, "cache"))
-    settings = {**GREEDY, "max_new_tokens": max_new_tokens, "use_cache": not is_whole}
-    with memory.prompts_of(mask.sum(1)) if memory is not None and is_whole else nullcontext():
-        output = write(
-            model,
-            tokens,
-            ids.to(device),
-            mask.to(device),
-            settings,
-            stop=[NaturalStop()],
-            cache=cache,
-        )
-    written: list[Continuation] = []
-    for b, row in enumerate(output[:, begin:].tolist()):
-        own = row[: lengths[b]]  # behind a stop there is only padding
-        end = next((i for i, token in enumerate(own) if token in ends), len(own))
-        text = _written(tokens, prompts[b], own[:end])
-        kept = tuple(own[: end + 1])  # with an end token that was written
-        line = text.strip().partition("\n")[0].rstrip()
-        written.append(Continuation(line, kept, text[:1].isspace()))
-    return written
-
-
-def _written(tokens: PromptTokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of tokens after a prompt, with the space that tokenizers drop where texts begin."""
-    decode = tokens.tokenizer.decode
-    before = [] if tokens.is_encoder_decoder else list(prompt[-1:])
-    start = decode(before, skip_special_tokens=True)
-    whole = str(decode([*before, *ids], skip_special_tokens=True))
-    # A character whose bytes the prompt's last token only begins is read otherwise in the whole.
-    is_apart = whole.startswith(start)
-    return whole[len(start) :] if is_apart else str(decode(ids, skip_special_tokens=True))

@@ -8,6 +8,11 @@ from lightning_edit.functional.bootstrap import (
     percentile_interval,
     sign_flip_p,
 )
+from lightning_edit.functional.conflict import (
+    conflict_magnitude,
+    ignore_rate,
+    knowledge_distortion,
+)
 from lightning_edit.functional.counterfact import (
     edit_score,
     efficacy_magnitude,
@@ -49,6 +54,7 @@ __all__ = [
     "cluster_means",
     "cluster_weights",
     "completion_matches",
+    "conflict_magnitude",
     "contains_answer",
     "early_retention",
     "edit_score",
@@ -56,7 +62,9 @@ __all__ = [
     "efficacy_magnitude",
     "efficacy_success",
     "forgetting",
+    "ignore_rate",
     "kl_divergence",
+    "knowledge_distortion",
     "locality_agreement",
     "mirage_gap",
     "neighborhood_magnitude",

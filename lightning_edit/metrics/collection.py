@@ -21,11 +21,13 @@ from lightning_edit.metrics.reliability import Reliability
 
 __all__ = ["edit_metrics"]
 
+KINDS = ("one_hop", "subject_alias", "inverse", "single_hop", "multi_hop", "conflict")
+
 
 def edit_metrics(
     prefix: str = "",
     readings: Sequence[Reading] = ("teacher_forced", "autoregressive"),
-    kinds: Sequence[str] = ("one_hop", "subject_alias", "inverse"),
+    kinds: Sequence[str] = KINDS,
     *,
     likelihoods: bool = False,
 ) -> MetricCollection:

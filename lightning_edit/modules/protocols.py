@@ -1,6 +1,9 @@
 # Copyright the lightning_edit developers.
 # SPDX-License-Identifier: Apache-2.0
-"""How ``test`` measures edits: each by itself, a batch at once, or all after one another."""
+"""How ``test`` measures edits: each case by itself, a batch at once, or all after one another.
+
+A request without a ``case`` is one by itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing_extensions import override
 
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.figures import RequestFigures
-from lightning_edit.core.request import EditRequest
+from lightning_edit.core.request import EditRequest, cases
 from lightning_edit.evaluation.evaluator import Evaluation
 from lightning_edit.modules.fitting import edit_or_go_on, request_rows
 from lightning_edit.modules.sharded import counts
@@ -49,15 +52,19 @@ class EditProtocol(ABC, Generic[E]):
 
 
 class Independent(EditProtocol[E]):
-    """Each request is edited, measured and taken out by itself."""
+    """Each case is edited, measured and taken out by itself; its edits are made one by one."""
 
     @override
     def measure(self, editor: EditModule[E], batch: list[EditRequest]) -> None:
-        _measure_groups(editor, ([request] for request in batch))
+        for case in cases(batch):
+            if len(case) == 1:
+                _measure_groups(editor, [case])
+            else:
+                _measure_in_turn(editor, case)
 
     @override
     def finish(self, editor: EditModule[E]) -> None:
-        """Nothing: the model is back after each request."""
+        """Nothing: the model is back after each case."""
 
 
 class Batch(EditProtocol[E]):
@@ -161,6 +168,29 @@ def _measure_groups(editor: EditModule[E], groups: Iterable[Sequence[EditRequest
         if counts(editor):
             after.update(editor.test_metrics)
             editor.measured.add(group, before, after, figures)
+
+
+def _measure_in_turn(editor: EditModule[E], case: list[EditRequest]) -> None:
+    """Makes the edits of a case one after another, and measures all that are made after each."""
+    at_first = editor.delta
+    known = None if len(at_first) else editor.unedited.known(case)
+    before = after = known or editor.evaluator.evaluate(case)
+    figures: list[RequestFigures] = []
+    try:
+        for made, request in enumerate(case, start=1):
+            with torch.inference_mode(False):
+                edit, rows = _made(editor, [request])
+                editor.session.commit(edit)
+            figures += rows
+            after = editor.evaluator.evaluate(case[:made], before.baseline)
+            if made < len(case) and counts(editor):
+                pairs = zip(before.probes, after.probes, strict=False)  # of the first requests
+                editor.measured.between += [(made, old, new) for old, new in pairs]
+    finally:
+        editor.edit_optimizer.rewind(at_first)
+    if counts(editor):
+        after.update(editor.test_metrics)
+        editor.measured.add(case, before, after, figures)
 
 
 def _made(editor: EditModule[E], group: Sequence[EditRequest]) -> tuple[E, list[RequestFigures]]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.passes.blocks import running
 
-__all__ = ["blocks_below", "replayed"]
+__all__ = ["blocks_before", "blocks_below", "replayed"]
 
 
 def blocks_below(tree: ModelTree, layer: int) -> list[nn.Module]:
@@ -30,6 +30,30 @@ def blocks_below(tree: ModelTree, layer: int) -> list[nn.Module]:
         return below
     encoder = ModelTree.of(tree.model, "encoder")
     return below if encoder.block_names == tree.block_names else [*encoder.blocks, *below]
+
+
+def blocks_before(tree: ModelTree, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks that run before some parameters, and depend on none of them.
+
+    Args:
+        tree: The stack that the parameters are in; where one is elsewhere, there is no such block.
+        names: Names of the parameters.
+
+    Examples:
+        >>> from lightning_edit.demos import tiny_model
+        >>> tree = ModelTree.of(tiny_model())
+        >>> names = [name for name, _ in tree.model.named_parameters()]
+        >>> len(blocks_before(tree, [name for name in names if ".layers.2." in name]))
+        2
+        >>> blocks_before(tree, names)
+        []
+    """
+    beginnings = [f"{name}." for name in tree.block_names]
+    first = len(beginnings)
+    for name in names:
+        at = (i for i, beginning in enumerate(beginnings) if name.startswith(beginning))
+        first = min(first, next(at, 0))
+    return blocks_below(tree, first) if 0 < first < len(beginnings) else []
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,12 +21,13 @@ from lightning_edit import (
     EditModule,
     EditRequest,
     MethodSpec,
+    Probe,
     ProtocolSpec,
     compare,
 )
 from lightning_edit.benchmark import engine as engines
 from lightning_edit.benchmark.cells import Cell
-from lightning_edit.benchmark.compare import study_of
+from lightning_edit.benchmark.compare import run_study, study_of
 from lightning_edit.benchmark.engine import Engine
 from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.benchmark.store import CellPart, CellRecord, ResultsFolder
@@ -306,3 +308,50 @@ def test_a_study_is_refused_before_its_model_is_loaded(tmp_path: Path) -> None:
             out=str(tmp_path),
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_cases_are_measured_by_themselves(model: str, tmp_path: Path) -> None:
+    """One after another each edit of a pair shows alone, too; a batch takes a case as one edit."""
+    fact = replace(tiny_requests(1)[0], locality=(), portability=(), case="pair")
+    answers = [fact.target_old or "", fact.target_new]
+    follows = Probe(fact.prompt, fact.target_new, "conflict")
+    objects = tuple(Probe(fact.prompt, answer, "neighborhood") for answer in answers[:1])
+    other = tiny_requests(2)[1]
+    pair = [
+        replace(fact, target_new=other.target_new, id="first"),
+        replace(fact, id="second", portability=(follows,), locality=objects),
+    ]
+    hop = Probe(other.prompt, other.target_new, "multi_hop")
+    hops = (hop, Probe(other.rephrases[0], other.target_new, "multi_hop"))
+    chain = [replace(tiny_requests(3)[2], portability=(), case="chain")]
+    chain += [replace(other, portability=hops, case="chain")]
+    study = study_of(
+        [FT],
+        [DataSpec(EditDataModule(requests=[*pair, *chain]), label="world", limit=2)],
+        ["independent"],
+        model=model,
+        accelerator="cpu",
+    )
+    outcome = run_study(study, tmp_path, "cases", progress=False)
+    frame = outcome.frame
+    own = frame[frame["method"] == "FT"].set_index(["metric", "kind", "reading", "is_final"])
+    assert own.loc[("reliability", "", "autoregressive", True), ["edits", "n"]].tolist() == [2, 4]
+    assert own.loc[("reliability", "", "autoregressive", False), ["edits", "n"]].tolist() == [1, 2]
+    assert own.loc[("portability", "multi_hop", "autoregressive", True), "n"] == 1
+    # The later edit stands, and it took from the earlier.
+    assert own.loc[("conflict_score", "", "", True), "value"] == 1.0
+    assert own.loc[("conflict_magnitude", "", "", True), "value"] > 0.5
+    assert 0.0 < own.loc[("distortion", "", "", True), "value"] <= math.log(2)
+    assert own.loc[("ignore_rate", "", "", True), "value"] == 1.0
+    assert "Pairs of edits that contradict" in (tmp_path / "cases.md").read_text(encoding="utf-8")
+
+    data = [EditDataModule(requests=chain)]
+    batch = study_of([FT], data, [ProtocolSpec("batch", size=1)], model=model, accelerator="cpu")
+    [cell] = (engine := Engine(batch, ResultsFolder(tmp_path))).cells
+    record, rows = engine.run(cell)
+    assert record["status"] == "done"
+    assert {(row["edits"], row["is_final"]) for row in rows} == {(2, True)}
+    at_once = study_of([FT], [EditDataModule(requests=pair)], [ProtocolSpec("batch", size=1)])
+    at_once.model, at_once.accelerator = model, "cpu"
+    [cell] = (engine := Engine(at_once, ResultsFolder(tmp_path))).cells
+    assert "contradict each other" in engine.run(cell)[0]["error"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lightning_edit.benchmark.statistics import RATES, READINGS, Figure
+from lightning_edit.benchmark.figure import Figure
+from lightning_edit.benchmark.statistics import RATES, READINGS
 from lightning_edit.benchmark.tables import write_tables
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lightning_edit.benchmark.figure import Figure
 from lightning_edit.benchmark.rows import COLUMNS
-from lightning_edit.benchmark.statistics import Figure, figures, frame_of
+from lightning_edit.benchmark.statistics import figures, frame_of
 from lightning_edit.benchmark.store import CellRecord
 from lightning_edit.benchmark.tables import sections, write_tables
 from lightning_edit.functional import wilson_interval

@@ -394,6 +394,15 @@ def test_contradictions() -> None:
         check_requests(spaced)
 
 
+def test_within_a_case_a_later_request_may_overwrite_an_earlier() -> None:
+    requests = [_request(id="a", case="x"), _request(target_new="Oslo", id="b", case="x")]
+    check_requests(requests, in_turn=True)
+    with pytest.raises(RequestError, match="contradict each other"):
+        check_requests(requests)  # at once they cannot both be had
+    with pytest.raises(RequestError, match="contradict each other"):
+        check_requests([dataclasses.replace(r, case="") for r in requests], in_turn=True)
+
+
 @pytest.mark.parametrize("is_copy", [True, False])
 def test_shared_ids(is_copy: bool) -> None:
     request = _request()

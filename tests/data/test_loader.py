@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_a_batch_has_an_index() -> None:
     assert loader[1] == people(3)[2:]
     with pytest.raises(IndexError, match="Batch 2 of 2"):
         loader[2]
+
+
+def test_cases_stay_together_in_all_verbs_but_fit() -> None:
+    named = ["", "x", "x", "y", "y", "y"]
+    requests = [replace(r, case=case) for r, case in zip(people(6), named, strict=True)]
+    data = EditDataModule(requests=requests, eval_batch_size=2)
+    assert [len(batch) for batch in data.test_dataloader()] == [3, 3]
+    shares = [RequestLoader(requests, 1, 2, rank) for rank in range(2)]
+    assert [[len(batch) for batch in loader] for loader in shares] == [[1, 3], [2, 0]]
+    assert [len(batch) for batch in data.train_dataloader()] == [1] * 6
 
 
 class Diary(LightningModule):

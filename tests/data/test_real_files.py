@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from lightning_edit.core.request import cases
 from lightning_edit.data import (
+    ConflictEdit,
     CounterFact,
     EditDataModule,
     KnowEdit,
@@ -70,8 +72,24 @@ FILES: list[tuple[str, type[EditDataModule], int, int, int, Any, Any]] = [
         {"one_hop": 379, "subject_alias": 34, "inverse": 178},
     ),
     # 277, 72 and 5 cases with one, two and three edits; three questions a case.
-    ("mquake_cf.json", MQuAKE, 436, 436, 436, {}, {"one_hop": 3 * 354}),
-    ("mquake_hard.json", MQuAKE, 800, 800, 800, {}, {"one_hop": 3 * 200}),
+    (
+        "mquake_cf.json",
+        MQuAKE,
+        436,
+        436,
+        436,
+        {},
+        {"multi_hop": 3 * 354, "single_hop": 2 * 139 + 3 * 138 + 4 * 77},
+    ),
+    (
+        "mquake_hard.json",
+        MQuAKE,
+        800,
+        800,
+        800,
+        {},
+        {"multi_hop": 3 * 200, "single_hop": 4 * 200},
+    ),
     # One fact is the only one of its relation.
     ("known_1000.json", Known1000, 1207, 1207, 0, {}, {}),
     ("qaedit.json", QAEdit, 1000, 0, 1000, {"unrelated": 5000}, {}),
@@ -135,3 +153,17 @@ def test_flat_counterfact_contradicts_itself_in_places(name: str, count: int, dr
     with pytest.warns(UserWarning, match=f"Left out {dropped} of {count} requests"):
         assert len(module.requests) == count - dropped
     assert kinds(module, "locality") == {"neighborhood": count - dropped}
+
+
+@pytest.mark.filterwarnings("ignore:.*is a part of another word")
+def test_conflicts_come_in_pairs_whose_first_edits_stand_apart() -> None:
+    with pytest.warns(UserWarning, match="Left out 68 of 1200 requests"):
+        pairs = cases(data(ConflictEdit, "pitfalls_conflict.json", skip_invalid=True).requests)
+    assert Counter(map(len, pairs)) == {2: 566}
+    for first, second in pairs:
+        assert not first.portability
+        [probe] = second.portability
+        assert (probe.kind, probe.answer in (first.target_new, second.target_new)) == (
+            "conflict",
+            True,
+        )

@@ -17,11 +17,13 @@ import pytest
 from lightning_edit.core.errors import RequestError
 from lightning_edit.core.request import EditRequest, Probe
 from lightning_edit.data import (
+    ConflictEdit,
     CounterFact,
     Known1000,
     MQuAKE,
     OldNewPairs,
     ZsRE,
+    conflict_from_record,
     counterfact_from_record,
     knowedit_from_record,
     known_from_record,
@@ -349,11 +351,32 @@ def test_mquake() -> None:
         target_old="French",
         rephrases=("What is Jo Lee's native language?",),
         id="mquake-4-0",
+        case="mquake-4",
     )
+    assert last.case == first.case
     assert (last.prompt, last.target_new, last.id) == ("The home of Welsh is", "Rome", "mquake-4-1")
-    assert last.portability == tuple(
-        Probe(question, "Rome", "one_hop", ("Roma",)) for question in MQUAKE["questions"]
-    )
+    questions = [Probe(asked, "Rome", "multi_hop", ("Roma",)) for asked in MQUAKE["questions"]]
+    assert last.portability == tuple(questions)
+    hop = {"question": "What does Jo Lee speak?", "answer": "Welsh", "answer_alias": ["Cymraeg"]}
+    _, last = mquake_from_record({**MQUAKE, "new_single_hops": [hop]}, "here")
+    single = Probe("What does Jo Lee speak?", "Welsh", "single_hop", ("Cymraeg",))
+    assert last.portability == (single, *questions)
+    with pytest.raises(RequestError, match="`new_single_hops` is expected to be a list"):
+        mquake_from_record({**MQUAKE, "new_single_hops": "none"}, "here")
+
+
+def test_mquake_cases_are_chosen_whole(tmp_path: Path) -> None:
+    records = [{**MQUAKE, "case_id": i, "requested_rewrite": own(i)} for i in range(3)]
+    (tmp_path / "mquake.json").write_text(json.dumps(records))
+    path = str(tmp_path / "mquake.json")
+    found = MQuAKE(path=path, offset=1, limit=1, seed=1).requests
+    assert [r.id.rpartition("-")[2] for r in found] == ["0", "1"]
+    assert found[0].case == found[1].case
+
+
+def own(case: int) -> list[dict[str, Any]]:
+    """The rewrites of ``MQUAKE`` for other people."""
+    return [{**r, "subject": f"{r['subject']} {case}"} for r in MQUAKE["requested_rewrite"]]
 
 
 def test_mquake_cases_can_be_kept_to_single_edits(tmp_path: Path) -> None:
@@ -363,6 +386,78 @@ def test_mquake_cases_can_be_kept_to_single_edits(tmp_path: Path) -> None:
     assert [r.id for r in MQuAKE(path=path).requests] == ["mquake-4-0", "mquake-4-1", "mquake-5-0"]
     (kept,) = MQuAKE(path=path, max_edits=1).requests
     assert (kept.id, len(kept.portability)) == ("mquake-5-0", 2)
+
+
+def conflict(kind: str, *edits: tuple[str, str, str, str], **more: Any) -> dict[str, Any]:
+    """A pair of edits, each of a prompt, a subject, its old and its new object."""
+    facts = [
+        {
+            "relation": {"prompt": prompt, "query": f"{prompt}?"},
+            "subject": {"label": subject},
+            "object": {"label": old},
+            "new_object": {"label": new},
+        }
+        for prompt, subject, old, new in edits
+    ]
+    return {"type": kind, "edits": facts, **more}
+
+
+FATHER, CHILD, SPOUSE = "The father of {} is", "The child of {} is", "The spouse of {} is"
+
+
+def test_what_follows_from_the_second_edit_contradicts_the_first() -> None:
+    first, second = conflict_from_record(
+        conflict("reverse", (FATHER, "Ada", "Tom", "Jim"), (CHILD, "Jim", "Ada", "Eve")), "here"
+    )
+    assert (first.prompt, first.target_old, first.target_new) == (
+        "The father of Ada is", "Tom", "Jim",
+    )  # fmt: skip
+    assert first.rephrases == ("The father of Ada is?",)
+    assert first.portability == ()
+    assert second.portability == (Probe("The father of Eve is", "Jim", "conflict"),)
+    assert first.case == second.case != ""
+
+    tied = [{"relation": {"prompt": CHILD}, "subject": {"label": "Jo"}, "object": {"label": "Ada"}}]
+    edits = (FATHER, "Ada", "Tom", "Jim"), (SPOUSE, "Jo", "Jim", "Max")
+    record = conflict("composite", *edits, triples=tied, prerequisites=[0])
+    _, second = conflict_from_record(record, "here")
+    assert second.portability == (Probe("The father of Ada is", "Max", "conflict"),)
+    assert second.locality == (Probe("The child of Jo is", "Ada", "unrelated"),)
+    with pytest.raises(RequestError, match="`prerequisites` names 1, which is none of `triples`"):
+        conflict_from_record({**record, "prerequisites": [1]}, "here")
+    with pytest.raises(RequestError, match=r"`type` is expected to be coverage, .* got 'other'"):
+        conflict_from_record({**record, "type": "other"}, "here")
+    with pytest.raises(RequestError, match="`edits` is expected to be a list of two"):
+        conflict_from_record({**record, "edits": []}, "here")
+
+
+def test_a_pair_may_ask_for_two_answers_and_pairs_may_not(tmp_path: Path) -> None:
+    twice = conflict("coverage", (FATHER, "Ada", "Tom", "Jim"), (FATHER, "Ada", "Jim", "Max"))
+    again = conflict("coverage", (FATHER, "Ada", "Tom", "Ben"), (FATHER, "Ada", "Ben", "Max"))
+    other = conflict("reverse", (FATHER, "Eve", "Tom", "Jim"), (CHILD, "Jim", "Eve", "Ian"))
+    (tmp_path / "pairs.json").write_text(json.dumps([twice, again, other]))
+    path = str(tmp_path / "pairs.json")
+    (_, second) = ConflictEdit(path=path, limit=1).requests
+    assert second.portability == (Probe("The father of Ada is", "Max", "conflict"),)
+    with pytest.raises(RequestError, match="contradict each other"):
+        ConflictEdit(path=path).setup("test")
+    with pytest.warns(UserWarning, match="Left out 2 of 6 requests"):
+        found = ConflictEdit(path=path, skip_invalid=True).requests
+    assert [request.target_new for request in found] == ["Jim", "Max", "Jim", "Ian"]
+    assert len(ConflictEdit(path=path, kind="reverse").requests) == 2
+
+
+def test_an_edit_that_is_taken_back() -> None:
+    edit = conflict("", ("The award of {} is", "Ada", "Gold", "Tin"))["edits"][0]
+    objects = [{"label": name} for name in ("Ring", "Gold", "Star")]
+    first, second = conflict_from_record({"edit": edit, "true_objects": objects}, "here")
+    assert (first.target_new, second.target_new, second.target_old) == ("Tin", "Gold", "Tin")
+    assert second.prompt == first.prompt
+    assert second.locality == tuple(
+        Probe("The award of Ada is", name, "neighborhood") for name in ("Ring", "Star")
+    )
+    with pytest.raises(RequestError, match="`true_objects` is expected to be a list"):
+        conflict_from_record({"edit": edit}, "here")
 
 
 def test_known1000_states_facts_or_takes_the_next_attribute_of_the_relation(tmp_path: Path) -> None:

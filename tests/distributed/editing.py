@@ -81,7 +81,7 @@ TRAINED = "mend.ckpt"
 # Those by which every verb is tried on divided weights.
 THOROUGH = ("rome_batches", "fine_tune", "grace")
 # Those that requests are taken out of again: weights, several a batch, and a memory.
-REMOVING = ("rome_one_by_one", "memit", "grace")
+REMOVING = ("rome_one_by_one", "memit", "grace", "wise")
 # Of a continuation: enough for an answer, and for its end.
 TOKENS = 6
 

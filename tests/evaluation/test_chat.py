@@ -16,7 +16,7 @@ from lightning_edit import ROME, EditDataModule, EditEvaluator, EditReport, Rete
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.errors import ModelError
 from lightning_edit.demos import tiny_requests, tiny_tokenizer, trained_tiny_model
-from lightning_edit.evaluation import scoring
+from lightning_edit.evaluation import greedy
 from lightning_edit.evaluation.evaluator import Evaluator
 from lightning_edit.evaluation.scoring import continuations
 from lightning_edit.functional import states_answer
@@ -142,7 +142,7 @@ def test_texts_end_with_sentences_and_not_with_abbreviations(
                 break
         return ids
 
-    monkeypatch.setattr(scoring, "write", write)
+    monkeypatch.setattr(greedy, "write", write)
     cases = [
         (" It is Dorin. It is green.", False, "It is Dorin."),
         (" It is J. Dorin. It is green.", False, "It is J. Dorin."),

@@ -12,7 +12,7 @@ import torch
 from lightning_edit.core.batch import PromptTokenizer
 from lightning_edit.core.request import EditRequest, Probe
 from lightning_edit.demos import tiny_requests, trained_tiny_model
-from lightning_edit.evaluation.evaluator import Evaluator, ScoredProbe, probe_score
+from lightning_edit.evaluation.evaluator import Evaluator, ScoredProbe, probe_score, probe_scores
 from lightning_edit.metrics import edit_metrics
 
 
@@ -118,3 +118,16 @@ def test_scores_go_to_the_metrics_they_belong_to() -> None:
     assert probe_score(neighbor, "neighborhood_success/teacher_forced") == 1.0
     unrelated = ScoredProbe("a", "locality", "unrelated", "p", ("x",), nll_new=2.0, nll_old=1.0)
     assert probe_score(unrelated, "neighborhood_success/teacher_forced") is None
+
+
+def test_a_question_in_several_wordings_counts_once_by_its_best() -> None:
+    def probe(request: str, kind: str, hit: bool) -> ScoredProbe:
+        about = (request, "portability", kind, "?", ("x",))
+        return ScoredProbe(*about, autoregressive=hit)
+
+    probes = [probe("a", "multi_hop", hit) for hit in (False, True, False)]
+    probes += [probe("b", "multi_hop", False) for _ in range(3)]
+    probes += [probe("b", "single_hop", hit) for hit in (True, False)]
+    key = "portability/multi_hop/autoregressive"
+    assert sorted(probe_scores(probes, key)) == [0.0, 1.0]
+    assert sorted(probe_scores(probes, "portability/autoregressive")) == [0.0, 0.0, 1.0, 1.0]

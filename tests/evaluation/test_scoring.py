@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from lightning_edit.core.batch import PromptTokenizer
-from lightning_edit.demos import tiny_tokenizer, trained_tiny_model, world_sentences
-from lightning_edit.evaluation import scoring
+from lightning_edit.demos import (
+    tiny_requests,
+    tiny_tokenizer,
+    trained_tiny_model,
+    world_sentences,
+)
+from lightning_edit.evaluation import greedy, scoring
 from lightning_edit.evaluation.scoring import continuations, score_targets
 from lightning_edit.passes import prefixes
 from tests import zoo
@@ -184,3 +189,30 @@ def test_texts_go_on_from_what_their_prompts_begin_with(monkeypatch: pytest.Monk
     handle.remove()
     assert shared < 0.6 * sum(read)
     assert len({text.text for text in texts}) > 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_that_have_ended_are_left_out_and_nothing_changes(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = trained_tiny_model()
+    tokens = PromptTokenizer(tokenizer)
+    prompts = [request.prompt for request in tiny_requests(8)] + ["The", "In a", "Nobody knows"]
+    if shared:
+        monkeypatch.setattr(prefixes, "SHORTEST", 2)
+        prompts = [f"{tiny_requests(1)[0].prompt} {prompt}" for prompt in prompts]
+    monkeypatch.setattr(greedy, "STAGE", 99)
+    whole = continuations(model, tokens, prompts, max_new_tokens=12)
+    assert len({len(said.ids) for said in whole}) > 2
+    rows: list[int] = []
+
+    def count(_: Any, args: Any, kwargs: Any) -> None:
+        rows.append(len(kwargs["input_ids"]))
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    for stage in (3, 4):
+        monkeypatch.setattr(greedy, "STAGE", stage)
+        rows.clear()
+        assert continuations(model, tokens, prompts, max_new_tokens=12) == whole
+        assert max(rows) > rows[-1]
+    hook.remove()

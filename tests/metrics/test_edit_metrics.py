@@ -78,7 +78,7 @@ def test_even_the_default_collection_does_not_merge_them() -> None:
 
 def test_empty_collection_computes_nan_quietly() -> None:
     values = edit_metrics().compute()
-    assert len(values) == 14
+    assert len(values) == 2 * (4 + len(PORTABILITY_KINDS))
     assert all(math.isnan(value) for value in values.values())
 
 

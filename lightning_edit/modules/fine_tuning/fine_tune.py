@@ -16,6 +16,7 @@ from lightning_edit.core.delta import WeightDelta
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.modules.base import EditModule
 from lightning_edit.modules.fine_tuning.inner_loop import InnerLoop, parameter_names
+from lightning_edit.passes.replay import blocks_before, replayed
 from lightning_edit.passes.target_loss import (
     Objective,
     row_means,
@@ -23,6 +24,8 @@ from lightning_edit.passes.target_loss import (
 )
 
 __all__ = ["FineTune"]
+
+REPLAYED_CHUNKS = 16  # chunks of which is kept what the blocks below return
 
 
 class FineTune(EditModule):
@@ -113,18 +116,22 @@ class FineTune(EditModule):
         def adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
             return Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
-        inner = InnerLoop(self.model, self.edited_names(tree), adam, self.norm_constraint)
+        names = self.edited_names(tree)
+        inner = InnerLoop(self.model, names, adam, self.norm_constraint)
         count = len(batch)
         chunks = [
             range(start, min(start + self.chunk_size, count))
             for start in range(0, count, self.chunk_size)
         ]
+        below = blocks_before(tree, names) if len(chunks) <= REPLAYED_CHUNKS else []
+        kept: list[dict[nn.Module, object]] = [{} for _ in chunks]
         losses: list[list[float]] = [[] for _ in range(count)]
         steps = [0] * count
         for _ in range(self.steps):
-            for chunk in chunks:
+            for chunk, outputs in zip(chunks, kept, strict=True):
                 part = batch.select(chunk)
-                means = row_means(target_nll(tree, part, self.objective), part.labels)
+                with replayed(below, outputs):
+                    means = row_means(target_nll(tree, part, self.objective), part.labels)
                 for e, mean in zip(chunk, means.tolist(), strict=True):
                     losses[e].append(mean)
                 loss = means.mean()

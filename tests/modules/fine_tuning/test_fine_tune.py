@@ -19,9 +19,17 @@ from lightning_edit.core.errors import EditError
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
+from lightning_edit.modules.fine_tuning import fine_tune
 from lightning_edit.modules.fine_tuning.inner_loop import InnerLoop
 from lightning_edit.passes.target_loss import row_means, target_nll
-from tests.modules.helpers import autoregressive, bare_trainer, plain_nll, same, snapshot
+from tests.modules.helpers import (
+    autoregressive,
+    bare_trainer,
+    plain_nll,
+    same,
+    same_edit,
+    snapshot,
+)
 from tests.zoo import DECODERS, ENCODER_DECODERS, build
 
 
@@ -137,6 +145,19 @@ def test_chunks_make_a_step_each() -> None:
     one = _editor(steps=1, chunk_size=5).edit(tiny_requests(5))
     five = _editor(steps=1, chunk_size=1).edit(tiny_requests(5))
     assert five.norm() > 1.5 * one.norm()
+
+
+def test_what_stands_below_runs_once_for_the_same_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = _editor(layers=[1], steps=3, stop_loss=0.0)
+    runs: list[int] = []
+    below = editor.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    once, count = editor.edit(tiny_requests(2)), len(runs)
+    monkeypatch.setattr(fine_tune, "REPLAYED_CHUNKS", 1)
+    runs.clear()
+    again = editor.edit(tiny_requests(2))
+    below.remove()
+    assert len(runs) - count == 2 * (3 - 1)  # each chunk in each pass but the first
+    assert same_edit(once, again)
 
 
 def test_all_parameters_of_the_model_or_of_a_layer() -> None:
