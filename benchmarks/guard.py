@@ -175,7 +175,7 @@ def run(
     )
     trainer.fit(
         editor,
-        EditDataModule(requests=asked),
+        EditDataModule(requests=list(asked)),
         ckpt_path=last if last.exists() else None,
         weights_only=True,
     )

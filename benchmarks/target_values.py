@@ -168,7 +168,7 @@ def compare_searches(
                 scored = evaluator.evaluate([request], baseline).probes
             losses = [one["total"] for one in edit.details["target_values"].losses[0]]
             row[kind] = {"losses": losses, "seconds": spent} | {
-                metric: [float(p.teacher_forced) for p in scored if p.metric == metric]
+                metric: [p.teacher_forced for p in scored if p.metric == metric]
                 for metric in QUALITY
             }
         rows.append(row)
