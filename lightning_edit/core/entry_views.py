@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import reduce
 from itertools import compress, count, islice
 from operator import is_not
 from typing import NamedTuple, TypeAlias, cast
@@ -103,8 +104,9 @@ class EntryViews:
             rows = self._held[0][field]
             given = {numbers[name]: entry.tensors[field] for name, entry in changed.items()}
             others = {i: row for i, row in given.items() if i < total and not _is_at(row, rows[i])}
-            if others:
-                rows = rows.clone()
+            if others:  # which may have more digits than rows that were converted with the model
+                kinds = (row.dtype for row in others.values())
+                rows = rows.to(reduce(torch.promote_types, kinds, rows.dtype), copy=True)
                 for i, row in others.items():
                     rows[i] = row.detach().to(rows.device)
             new = [row.detach().to(rows.device) for i, row in given.items() if i >= total]

@@ -104,7 +104,8 @@ def test_the_metrics_ask_in_these_words() -> None:
     for probe, text, prompt in zip(found, said, asked, strict=True):
         assert probe.text.startswith(text)
         if probe.nll_new is not None and probe.metric != "locality":
-            target = tokens.target(prompt, request.target_new)
+            is_own = probe.metric == "portability"
+            target = tokens.target(prompt, probe.answers[0] if is_own else request.target_new)
             nll = torch.stack(plain_nll(plain, tokens.prompt(prompt), target)).detach().mean()
             assert probe.nll_new == pytest.approx(float(nll), rel=1e-4)
     row = edit.details["requests"][0]
