@@ -74,8 +74,8 @@ def is_sharded(model: nn.Module) -> bool:
 def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Has each process keep its part of every parameter, by FSDP2; every process must call.
 
-    A block is whole on a process only while it runs; on the CPU each of its linear maps, while that
-    runs. The first pass has to be one of the whole model, since FSDP2 takes what runs first for the
+    A block is whole on a process only while it runs; on the CPU each of its large linear maps, while
+    that runs. The first pass has to be one of the whole model, since FSDP2 takes what runs first for the
     outermost module.
 
     Args:
@@ -92,9 +92,10 @@ def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> N
         # By this name alone peft knows that a projection has all of its width while it runs.
         mesh = DeviceMesh.from_group(mesh.get_group(), kind, mesh_dim_names=("fsdp",))
     for block in blocks:
-        if kind == "cpu":  # where nothing is computed meanwhile, so that small parts cost no time
+        if kind == "cpu":  # where nothing is computed meanwhile, so that large parts cost no time
             for _, part in linears(block):
-                fully_shard(part, mesh=mesh)
+                if sum(p.nbytes for p in part.parameters()) >= _LARGE:
+                    fully_shard(part, mesh=mesh)
         fully_shard(block, mesh=mesh)
     # Also after a pass, since what is written into the parts is not in copies of the whole.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_edit.core import sharding
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.sharding import lies_in_parts, shard_
 from tests import zoo
@@ -27,9 +28,10 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_matrix_at_a_time_is_whole_on_the_cpu(kind: str) -> None:
+def test_a_matrix_at_a_time_is_whole_on_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
+    monkeypatch.setattr(sharding, "_LARGE", 1)
     model, ids = zoo.build(kind), torch.arange(5)[None]
     tree, whole = ModelTree.of(model), list[str]()
     with torch.no_grad():

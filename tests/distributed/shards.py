@@ -10,12 +10,14 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import lightning_edit
+from lightning_edit.core import sharding
 from lightning_edit.core.batch import EditBatch
 from lightning_edit.core.errors import EditError, ModelError
 from lightning_edit.data import EditDataModule
@@ -24,7 +26,10 @@ from tests import zoo
 from tests.distributed.editing import WAYS, fresh, keep, strategy_of, trainer_of
 from tests.modules.helpers import bare_trainer
 
-__all__ = ["count_gathers", "edit_kind", "leave", "tamper"]
+__all__ = ["LARGE", "count_gathers", "edit_kind", "edit_large", "leave", "tamper"]
+
+#: Cases that are tried with weights that are gathered a matrix at a time.
+LARGE = ("rome_batches", "memit", "fine_tune", "grace")
 
 
 def tamper(model: Path, folder: Path) -> None:
@@ -99,6 +104,16 @@ def edit_kind(kind: str, folder: Path, way: str, models: Path) -> None:
         (folder / f"{kind}.txt").write_text(str(error))
         return
     keep(editor, folder / f"{kind}-{trainer.global_rank}.safetensors")
+
+
+def edit_large(model: Path, folder: Path, way: str = "FSDP2") -> None:
+    """Edits weights that are gathered a matrix at a time, as large ones are, and writes them."""
+    with patch.object(sharding, "_LARGE", 1):
+        for case in LARGE:
+            editor, data = fresh(case, model, folder / case)
+            trainer = trainer_of(folder / case, way, max_epochs=1)
+            trainer.fit(editor, data)
+            keep(editor, folder / f"{case}-{trainer.global_rank}.safetensors")
 
 
 class CountGathers(Callback):

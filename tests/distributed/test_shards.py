@@ -67,6 +67,16 @@ def test_models_of_all_kinds_are_divided(way: str, kinds: Path, subtests: pytest
     assert "llama" in divided
 
 
+def test_matrices_may_be_gathered_one_by_one(world: TinyWorld, tmp_path: Path) -> None:
+    """As large ones are on the CPU; those of the tiny model come a block at a time."""
+    shards.edit_large(world.model, tmp_path / "one", "one")
+    run_pair(shards.edit_large, world.model, tmp_path)
+    for case in shards.LARGE:
+        for rank in range(2):
+            one = tmp_path / "one" / f"{case}-0.safetensors"
+            assert distance(one, tmp_path / f"{case}-{rank}.safetensors") <= CLOSE["FSDP2"]
+
+
 def test_no_whole_matrix_is_gathered_to_edit_rows(world: TinyWorld, tmp_path: Path) -> None:
     run_pair(shards.count_gathers, world.model, tmp_path)
     for rank in range(2):
