@@ -74,9 +74,9 @@ def is_sharded(model: nn.Module) -> bool:
 def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Has each process keep its part of every parameter, by FSDP2; every process must call.
 
-    A block is whole on a process only while it runs; on the CPU each of its large linear maps, while
-    that runs. The first pass has to be one of the whole model, since FSDP2 takes what runs first for the
-    outermost module.
+    A block is whole on a process only while it runs; on the CPU each of its large linear maps,
+    while that runs. The first pass has to be one of the whole model, since FSDP2 takes what runs
+    first for the outermost module.
 
     Args:
         model: A decoder-only model, all of it on each process; its parameters are replaced.
