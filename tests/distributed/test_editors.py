@@ -34,8 +34,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
 ]
 
-# How far saved changes may be from those of one process, relative to them.
-CHANGE = {"ddp": 1e-4, "FSDP2": 1e-6, "TP": 5e-3, "FSDP2+TP": 5e-3}
+# How far saved changes may be from those of one process, relative to them: they are smaller than
+# the weights, whose rounding they carry.
+CHANGE = {"ddp": 1e-4, "FSDP2": 1e-4, "TP": 5e-3, "FSDP2+TP": 5e-3}
 # How far figures may be; the counts that they are of are the same.
 FIGURE = {"ddp": 1e-4, "FSDP2": 1e-6, "TP": 5e-3, "FSDP2+TP": 5e-3}
 # The same of `validate` and `test`.
