@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edits one after another, with the guard and without it: what it stops, and the damage it spares.
 
-    python benchmarks/guard.py --counterfact counterfact.json --matmul medium --lean --seconds 500
+    python benchmarks/guard.py --counterfact counterfact.json --lean --seconds 500
     python benchmarks/guard.py --plot docs/guard.png
 
 Packaged facts that the default model knows are edited in an order drawn by seed 0; the last ten
 are canaries, whose answers must stay. Records of CounterFact follow where more edits are asked for
 than that. ``--lean`` has ROME and AlphaEdit search by Gauss-Newton, eight passes at most, and ROME
-behind MEMIT's five contexts in place of 20. ``--matmul medium`` lets a processor with bfloat16
-products use them. Each run goes on from its checkpoint in ``--folder`` when it is called again, so
-that it can be cut into pieces of some seconds. Rows go to ``rows.jsonl`` there. FT-M stands for
-fine-tuning: LocFT has no single edits that a guard could take back.
+behind MEMIT's five contexts in place of 20. Each run goes on from its checkpoint in ``--folder``
+when it is called again, so that it can be cut into pieces of some seconds. Rows go to
+``rows.jsonl`` there. FT-M stands for fine-tuning: LocFT has no single edits that a guard could take
+back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -220,7 +219,6 @@ def main(arguments: argparse.Namespace) -> None:
         lines = (folder / "rows.jsonl").read_text().splitlines()
         plot([json.loads(line) for line in lines], arguments.plot)
         return
-    torch.set_float32_matmul_precision(arguments.matmul)
     folder.mkdir(parents=True, exist_ok=True)
     asked, canaries = draw(arguments.count, arguments.counterfact)
     until = time.monotonic() + arguments.seconds
@@ -238,7 +236,6 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--counterfact", type=Path, help="a file of CounterFact")
-    parser.add_argument("--matmul", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--lean", action="store_true")
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"))
