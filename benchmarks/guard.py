@@ -188,8 +188,9 @@ def plot(rows: Sequence[dict[str, object]], picture: Path) -> None:
     from matplotlib import pyplot
 
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
+    figures = ("canaries", "perplexity_ratio", "held")
     figure, axes = pyplot.subplots(
-        2, len(methods), figsize=(3.4 * len(methods), 5), sharex=True, squeeze=False
+        len(figures), len(methods), figsize=(3.4 * len(methods), 7), sharex=True, squeeze=False
     )
     for column, method in enumerate(methods):
         for guarded, color, style in ((False, "#d55e00", "--"), (True, "#0072b2", "-")):
@@ -200,14 +201,16 @@ def plot(rows: Sequence[dict[str, object]], picture: Path) -> None:
             }
             steps = sorted(line)
             label = "with the guard" if guarded else "without"
-            for axis, name in zip(axes[:, column], ("canaries", "perplexity_ratio"), strict=True):
+            for axis, name in zip(axes[:, column], figures, strict=True):
                 values = [float(str(line[step][name])) for step in steps]
                 axis.plot(steps, values, style, color=color, label=label)
         axes[0, column].set(title=method, ylim=(-0.03, 1.03))
-        axes[1, column].set(yscale="log", xlabel="edits asked for")
+        axes[1, column].set(yscale="log")
+        axes[2, column].set(xlabel="edits asked for")
         axes[1, column].axhline(PERPLEXITY, color="gray", linewidth=0.8)
     axes[0, 0].set_ylabel("canaries that keep their answer")
     axes[1, 0].set_ylabel("perplexity over that of before")
+    axes[2, 0].set_ylabel("edits that hold")
     axes[0, 0].legend(loc="lower left", frameon=False)
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
