@@ -205,11 +205,10 @@ def plot(rows: Sequence[dict[str, object]], picture: Path) -> None:
                 values = [float(str(line[step][name])) for step in steps]
                 axis.plot(steps, values, style, color=color, label=label)
         axes[0, column].set(title=method, ylim=(-0.03, 1.03))
-        axes[1, column].set(yscale="log")
         axes[2, column].set(xlabel="edits asked for")
         axes[1, column].axhline(PERPLEXITY, color="gray", linewidth=0.8)
-    axes[0, 0].set_ylabel("canaries that keep their answer")
-    axes[1, 0].set_ylabel("perplexity over that of before")
+    axes[0, 0].set_ylabel("share of canaries kept")
+    axes[1, 0].set_ylabel("perplexity ratio")
     axes[2, 0].set_ylabel("edits that hold")
     axes[0, 0].legend(loc="lower left", frameon=False)
     figure.tight_layout()
