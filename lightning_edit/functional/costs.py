@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "KEYS_BESIDE_SUM",
     "carried_bytes",
     "dense_operations",
     "gathered_bytes",
@@ -17,6 +18,9 @@ __all__ = [
     "solve_operations",
     "sum_bytes",
 ]
+
+#: Keys of earlier edits that wait beside the sum of outer products: one in so many dimensions.
+KEYS_BESIDE_SUM = 16
 
 
 def dense_operations(weights: int, tokens: float, *, backward: bool = False) -> float:
@@ -72,7 +76,7 @@ def sum_bytes(outputs: int, inputs: int, terms: int, block: int = 64) -> int:
     return 4 * (outputs + inputs) * terms + (whole if terms > block else 0)
 
 
-def carried_bytes(inputs: int, keys: int, share: int = 16) -> int:
+def carried_bytes(inputs: int, keys: int) -> int:
     """Bytes of the keys of earlier edits, which some methods carry from edit to edit.
 
     Up to half of their dimensions they are kept in float32; then the sum of their outer products
@@ -81,7 +85,6 @@ def carried_bytes(inputs: int, keys: int, share: int = 16) -> int:
     Args:
         inputs: M.
         keys: How many there are.
-        share: Keys that are kept beside the sum, as a share of their dimensions.
 
     Examples:
         >>> carried_bytes(64, 10), carried_bytes(64, 1000)
@@ -89,7 +92,7 @@ def carried_bytes(inputs: int, keys: int, share: int = 16) -> int:
     """
     if keys <= inputs // 2:
         return 4 * inputs * keys
-    return 8 * inputs**2 + 4 * inputs * (inputs // share)
+    return 8 * inputs**2 + 4 * inputs * (inputs // KEYS_BESIDE_SUM)
 
 
 def search_bytes(hidden: int, inner: int, vocabulary: int, rows: int, tail: int, depth: int) -> int:

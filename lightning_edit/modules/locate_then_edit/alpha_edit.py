@@ -86,10 +86,8 @@ class AlphaEdit(LocateModule):
 
     def protected(self, layer: int) -> tuple[Tensor, float]:
         """Protected directions of a layer, [M, P] or of each expert, and the gap after them."""
-        index = self.tree.index(layer)
-        self.moments.find(self.session, self.sites(self.tree), index)
-        return self.moments.protected(
-            self.session, index, self.nullspace_threshold, self.protected_share
+        return self.from_second_moment(
+            layer, self.moments.protected, self.nullspace_threshold, self.protected_share
         )
 
     @override

@@ -13,11 +13,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_edit.functional.costs import KEYS_BESIDE_SUM
+
 __all__ = ["EarlierEdits"]
-
-
-# Keys, as a share of their dimensions, that wait beside the sum of outer products.
-_SHARE = 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class EarlierEdits:
         when there are some keys again, since a checkpoint has to hold it anew each time.
         """
         joined = self.joined(keys)
-        if joined.shape[1] <= joined.shape[0] // (2 if self.gram is None else _SHARE):
+        if joined.shape[1] <= joined.shape[0] // (2 if self.gram is None else KEYS_BESIDE_SUM):
             return EarlierEdits(joined, self.gram)
         whole = joined.double() @ joined.double().T
         # Tensors of earlier edits stay in a sum of edits until they are replaced.

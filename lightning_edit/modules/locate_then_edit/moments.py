@@ -178,31 +178,21 @@ class SecondMoments:
         return found
 
     def protected(
-        self,
-        session: EditSession[WeightDelta],
-        layer: int,
-        threshold: float | None,
-        share: float,
+        self, moment: Tensor, threshold: float | None, share: float
     ) -> tuple[Tensor, float]:
-        """Protected directions of a layer and the gap after them; see ``least_squares``.
+        """Protected directions of a second moment and the gap after them; see ``least_squares``.
 
-        Of a large second moment they are kept beside it in the folder for estimates, since other
-        runs would decompose it as long again.
+        Of a large one they are kept in the folder for estimates, since other runs would decompose
+        it as long again.
 
         Args:
-            session: The model.
-            layer: Index of the layer, from 0, whose second moment ``find`` has found.
+            moment: C, [..., M, M].
             threshold: Eigenvalues from which directions are protected, or None.
             share: Without a threshold, the share of the trace that they hold.
 
         Raises:
-            ArtifactError: If the second moment does not allow it.
+            ValueError: If the second moment does not allow it.
         """
-        return self.derived(session, layer, self._directions, threshold, share)
-
-    def _directions(
-        self, moment: Tensor, threshold: float | None, share: float
-    ) -> tuple[Tensor, float]:
         if moment.shape[-1] < _COSTLY:
             return protected_directions(moment, threshold, share)
         name = f"{tensor_hash(moment)[:20]}-protected-{threshold}-{share}.safetensors"
