@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `plan` computes beside what edits take: operations, seconds and memory.
 
-    python benchmarks/plan.py                # the default model, and 0.37 billion random weights
+    python benchmarks/plan.py        # the default model, 0.37 and 1.1 billion random weights
 
 Rates of the device are measured in the same process. Second moments are given, so that none is
 estimated. A process of its own takes each model and method, so that peaks are theirs.
@@ -21,16 +21,8 @@ from typing import Any
 
 CONTEXTS = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
 STEPS, EDITS = 5, 3
-# Some 0.37 billion weights.
-RANDOM = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "vocab_size": 32000,
-    "architectures": ["LlamaForCausalLM"],
-}
+#: Models of random weights: width, inner width, blocks, heads and those of keys, untied words.
+RANDOM = {"random_0.4b": (1024, 2816, 24, 16, 16), "random_1.1b": (2048, 5632, 22, 32, 4)}
 
 
 def peak() -> float:
@@ -50,8 +42,18 @@ def measure(name: str, method: str) -> None:
     began = peak()  # of PyTorch and what it loads
     layers = [5] if method == "ROME" else [3, 4, 5]
     model: Any
-    if name == "random":
-        model, tokenizer = LlamaForCausalLM(LlamaConfig(**RANDOM)).eval(), tiny_tokenizer()
+    if name in RANDOM:
+        width, inner, blocks, heads, key_heads = RANDOM[name]
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            vocab_size=32000,
+            architectures=["LlamaForCausalLM"],
+        )
+        model, tokenizer = LlamaForCausalLM(config).eval(), tiny_tokenizer()
     else:
         model, tokenizer = le.load_model(name), le.load_tokenizer(name)
     editor: Any = getattr(le, method).from_model(
@@ -94,7 +96,7 @@ def measure(name: str, method: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", default=["smollm2", "random"])
+    parser.add_argument("--models", nargs="+", default=["smollm2", *RANDOM])
     parser.add_argument("--methods", nargs="+", default=["ROME", "MEMIT"])
     parser.add_argument(
         "--here", action="store_true", help="measure the one named, in this process"
