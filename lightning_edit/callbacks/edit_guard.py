@@ -26,6 +26,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, is_question
 from lightning_edit.evaluation.evaluator import Baseline, Evaluator
 from lightning_edit.evaluation.prose import perplexity, read_prose
+from lightning_edit.evaluation.side_effects import capabilities
 from lightning_edit.functional.matching import autoregressive_hit
 from lightning_edit.modules.base import EditModule
 
@@ -58,6 +59,7 @@ class _Reference:
     answers: Mapping[str, str]
     baseline: Baseline
     perplexity: float
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class EditGuard(CheckedArguments, Callback):
@@ -73,7 +75,8 @@ class EditGuard(CheckedArguments, Callback):
 
     Figures go to the loggers and to ``trainer.callback_metrics`` as ``guard/canaries`` (share that
     kept its answers), ``guard/locality``, ``guard/perplexity_ratio``, ``guard/relative_norm``,
-    ``guard/growth`` and ``guard/breaches``. Under several processes each measures all.
+    ``guard/growth``, ``guard/<task>/<metric>`` and ``guard/breaches``. Under several processes each
+    measures all.
 
     Works with editors whose edits ``fit`` commits one by one. What Lightning's loop trains is no
     edit before its end, and is refused.
@@ -97,6 +100,11 @@ class EditGuard(CheckedArguments, Callback):
         text: A UTF-8 file of prose for the perplexity; a page that comes with the package when
             None.
         max_new_tokens: Longest continuation of a canary that is read, in tokens.
+        tasks: ``<task>/<metric>`` of lm-eval, such as ``arc_easy/acc``, to the least score, as a
+            share of the unedited model's. The more the better must hold of it. Needs the extra
+            ``capability``.
+        task_limit: Documents of each task; all of them when None.
+        task_folder: Folder of further tasks in lm-eval's YAML.
 
     Raises:
         ValueError: If a budget is out of its range.
@@ -118,6 +126,9 @@ class EditGuard(CheckedArguments, Callback):
         text: str | None = None,
         max_new_tokens: int = 24,
         every_n_edits: int = 1,
+        tasks: dict[str, float] | None = None,
+        task_limit: int | None = None,
+        task_folder: str | None = None,
     ) -> None:
         if on_breach not in ("stop", "continue"):
             raise ValueError(f"`on_breach` is {on_breach!r}. Expected `stop` or `continue`.")
@@ -127,7 +138,13 @@ class EditGuard(CheckedArguments, Callback):
             "perplexity_ratio": perplexity_ratio,
             "relative_norm": relative_norm,
             "growth": growth,
+            **{f"tasks[{name!r}]": share for name, share in (tasks or {}).items()},
         }
+        if wrong := [name for name in tasks or {} if "/" not in name]:
+            raise ValueError(
+                f"`tasks` are expected to be named as task/metric, but got {wrong[0]!r}. Write "
+                f"{wrong[0] + '/acc'!r}, if it is accuracy that counts."
+            )
         for name, budget in budgets.items():
             if budget is not None and not budget > 0:
                 raise ValueError(f"`{name}` is expected to be above 0, but got {budget}.")
@@ -145,6 +162,9 @@ class EditGuard(CheckedArguments, Callback):
         self.perplexity_ratio = perplexity_ratio
         self.relative_norm = relative_norm
         self.growth = growth
+        self.tasks = tasks or {}
+        self.task_limit = task_limit
+        self.task_folder = task_folder
         self.on_breach = on_breach
         self.dry_run = dry_run
         self.text = read_prose(text)
@@ -382,6 +402,7 @@ class EditGuard(CheckedArguments, Callback):
             math.nan
             if self.perplexity_ratio is None
             else perplexity(editor.model, evaluator.tokens, self.text),
+            self._scores(editor) if self.tasks else {},
         )
 
     def _measure(
@@ -426,7 +447,33 @@ class EditGuard(CheckedArguments, Callback):
                 broken.append(
                     f"`perplexity_ratio` is {ratio:.4g}, above {self.perplexity_ratio:.4g}."
                 )
+        if self.tasks:
+            scores = self._scores(editor)
+            figures |= scores
+            for name, share in self.tasks.items():
+                before = self._reference.scores[name]
+                if not scores[name] >= share * before:
+                    broken.append(
+                        f"`{name}` is {scores[name]:.4g}, below {share:.4g} of the "
+                        f"{before:.4g} that it was."
+                    )
         return figures, broken
+
+    def _scores(self, editor: EditModule[Edit]) -> dict[str, float]:
+        """What the model scores in the tasks."""
+        found = capabilities(
+            editor.model,
+            editor.evaluator.tokens,
+            list(dict.fromkeys(name.rpartition("/")[0] for name in self.tasks)),
+            limit=self.task_limit,
+            include_path=self.task_folder,
+        )
+        if missing := [name for name in self.tasks if name not in found]:
+            raise EditError(
+                f"EditGuard finds no {missing[0]!r} among what the tasks measure: "
+                f"{', '.join(found)}. Name one of these in `tasks`."
+            )
+        return {name: found[name] for name in self.tasks}
 
     def _lost(self, evaluator: Evaluator) -> list[str]:
         """The canaries that are answered otherwise, in words."""

@@ -24,9 +24,11 @@ from lightning_edit import (
     FullTuning,
     Ledger,
 )
+from lightning_edit.callbacks import edit_guard
 from lightning_edit.core.errors import EditError, SettingError
 from lightning_edit.demos import tiny_requests
 from tests.callbacks.foreign import data_of, foreign
+from tests.callbacks.own_task import write_own_task
 from tests.contract.enumeration import CONFIGS, EDITORS, quick_editor
 from tests.modules.helpers import bare_trainer, fingerprint
 
@@ -192,6 +194,48 @@ def test_each_budget_is_kept_or_broken() -> None:
         assert name in breach.figures, name
 
 
+def test_scores_in_tasks_are_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.5, 0.45, 0.5, 0.45])
+
+    def asked(*args: Any, **settings: Any) -> dict[str, float]:
+        assert args[2] == ["own", "a/path"]
+        assert settings == {"limit": 3, "include_path": "folder"}
+        return {"own/acc": next(scores), "a/path/f1": 0.0, "own/f1": 0.0}
+
+    monkeypatch.setattr(edit_guard, "capabilities", asked)
+    places: dict[str, Any] = {"task_limit": 3, "task_folder": "folder"}
+    guard = EditGuard(tasks={"own/acc": 0.9, "a/path/f1": 1.0}, **places)
+    fit(harsh(), guard, requests=[FIRST])
+    assert guard.breaches == []
+    assert guard.figures == {"own/acc": 0.45, "a/path/f1": 0.0}
+    guard = EditGuard(tasks={"own/acc": 0.95, "a/path/f1": 1.0}, **places)
+    editor = harsh()
+    before = fingerprint(editor.model)
+    fit(editor, guard, requests=[FIRST])
+    assert "`own/acc` is 0.45, below 0.95 of the 0.5 that it was" in guard.breaches[0].why
+    assert fingerprint(editor.model) == before
+
+
+def test_a_task_that_measures_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edit_guard, "capabilities", lambda *_, **__: {"own/acc": 1.0})
+    with pytest.raises(EditError, match=r"no 'own/f1' among .*: own/acc\. Name one of these"):
+        fit(harsh(), EditGuard(tasks={"own/f1": 0.9}), requests=[FIRST])
+
+
+@pytest.mark.filterwarnings("ignore")  # those of lm-eval and what it imports
+def test_a_task_of_lm_eval_is_a_budget(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    write_own_task(tmp_path, [FIRST, SECOND, THIRD])
+    guard = EditGuard(tasks={"own_facts/acc": 0.9}, task_folder=str(tmp_path))
+    editor = harsh()
+    before = fingerprint(editor.model)
+    fit(editor, guard, requests=[FIRST])
+    [breach] = guard.breaches
+    assert breach.figures["own_facts/acc"] < 0.9
+    assert "`own_facts/acc` is" in breach.why
+    assert fingerprint(editor.model) == before
+
+
 def test_a_memory_keeps_its_budgets() -> None:
     editor = quick_editor(EDITORS["GRACE"])
     canaries = [FIRST.prompt, SECOND.prompt]
@@ -354,6 +398,8 @@ def test_budgets_are_checked() -> None:
         {"perplexity_ratio": 0.0},
         {"relative_norm": -1.0},
         {"growth": 0.0},
+        {"tasks": {"own/acc": 0.0}},
+        {"tasks": {"own": 0.9}},
         {"max_new_tokens": 0},
         {"every_n_edits": 0},
         {"every_n_edits": 2, "dry_run": True},

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import pytest
-import yaml
 from torch import nn
 
 from lightning_edit import EditDataModule, Evaluator, FineTune, Fluency, SideEffects
@@ -18,6 +17,7 @@ from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.evaluation.prose import perplexity, read_prose
 from lightning_edit.evaluation.side_effects import answered, capabilities, fluency
 from lightning_edit.functional import contains_answer, ngram_entropy, ngram_fluency, token_f1
+from tests.callbacks.own_task import write_own_task
 from tests.modules.helpers import bare_trainer
 
 
@@ -122,22 +122,7 @@ def test_wrong_arguments_are_named(settings: dict[str, object], message: str) ->
 def test_lm_eval_measures_a_task_of_ones_own(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     facts = tiny_requests(4)
-    rows = [
-        {"prompt": fact.prompt, "choices": [fact.target_old, fact.target_new]} for fact in facts
-    ]
-    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    task = {
-        "task": "own_facts",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "facts.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "own_facts.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    write_own_task(tmp_path, facts)
     model, tokenizer = trained_tiny_model()
     tokens = PromptTokenizer(tokenizer)
     found = capabilities(model, tokens, ["own_facts"], include_path=str(tmp_path))
