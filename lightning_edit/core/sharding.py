@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -32,6 +34,7 @@ __all__ = [
     "everywhere",
     "frobenius_norm",
     "is_sharded",
+    "leave_files_",
     "lies_in_parts",
     "local_change",
     "local_shard",
@@ -112,6 +115,50 @@ def _give_back_at_once() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not everywhere there is glibc
         if mallopt is not None:
             mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+def leave_files_(model: nn.Module) -> None:
+    """Has a process keep its part of weights in memory of its own, not in a mapped file.
+
+    A system maps pages of a file by the megabyte, so that a process would hold much of what is
+    the others'. Does nothing where the system does not tell what is mapped.
+    """
+    ranges = _untouched_files()
+
+    def copied(tensor: Tensor) -> Tensor:
+        address = local_shard(tensor).data_ptr()
+        found = next((one for one in ranges if address in one), None)
+        if found is None:
+            return tensor
+        copy = tensor.clone()
+        advice = getattr(mmap, "MADV_DONTNEED", None)
+        if advice is not None:  # read again from the file where one asks for them
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(found.start), ctypes.c_size_t(len(found)), advice
+            )
+        return copy
+
+    if ranges:
+        model._apply(copied)
+
+
+def _untouched_files() -> list[range]:
+    """Addresses of files of tensors that are mapped, and that nobody has written into."""
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return []
+    found: list[range] = []
+    span = range(0)
+    for line in lines:
+        name, *rest = line.split()
+        if not name.endswith(":"):  # of a mapping
+            start, _, end = name.partition("-")
+            is_file = line.endswith(".safetensors")
+            span = range(int(start, 16), int(end, 16)) if is_file else range(0)
+        elif name == "Anonymous:" and span and rest[0] == "0":
+            found.append(span)
+    return found
 
 
 def split_(model: nn.Module, block_names: Sequence[str], mesh: DeviceMesh) -> None:

@@ -43,7 +43,11 @@ def factorize(second_moment: Tensor) -> Tensor:
         >>> factorize(torch.eye(2) * 4).tolist()
         [[2.0, 0.0], [0.0, 2.0]]
     """
-    found = _factor(second_moment.double())
+    # By columns, as LAPACK has it, so that the factor takes the place of the copy.
+    by_columns = second_moment.mT.to(
+        torch.float64, copy=True, memory_format=torch.contiguous_format
+    ).mT
+    found = _factor(by_columns)
     if found is None:
         raise ValueError(
             "`second_moment` is expected to be positive definite, but it is singular: it was made "
@@ -305,11 +309,12 @@ def _cholesky(system: Tensor, ridge: float) -> Tensor:
 
 
 def _factor(system: Tensor) -> Tensor | None:
-    """Cholesky factor of a system, [..., M, M] float64; None if it is singular."""
+    """Cholesky factor of a system, [..., M, M] float64, written over it; None if singular."""
+    largest = system.diagonal(dim1=-2, dim2=-1).amax(-1)
+    failed = torch.empty(system.shape[:-2], dtype=torch.int32, device=system.device)
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(system)
+    factor, failed = torch.linalg.cholesky_ex(system, out=(system, failed))
     # By rounding, a singular system may pass with a pivot that means nothing.
     smallest = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    largest = system.diagonal(dim1=-2, dim2=-1).amax(-1)
     is_singular = bool(failed.any()) or not bool((smallest >= 1e-13 * largest).all())
     return None if is_singular else factor

@@ -31,6 +31,7 @@ from lightning_edit.core.request import EditRequest
 from lightning_edit.core.sharding import (
     divide_like,
     is_sharded,
+    leave_files_,
     lies_in_parts,
     local_shard,
     reshard,
@@ -142,6 +143,8 @@ def begin_(editor: EditModule[E], model: nn.Module) -> None:
     """
     if editor.device_mesh is None:
         return
+    if editor.device_mesh.device_type == "cpu":
+        leave_files_(model)
     model.to(editor.device_mesh.device_type)
     row = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad(), borrowed(model):

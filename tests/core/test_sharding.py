@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_edit import load_model
 from lightning_edit.core import sharding
+from lightning_edit.core.hashing import weight_hash
 from lightning_edit.core.locator import ModelTree
-from lightning_edit.core.sharding import lies_in_parts, shard_
+from lightning_edit.core.sharding import leave_files_, lies_in_parts, shard_
+from lightning_edit.demos import tiny_model
 from tests import zoo
 
 
@@ -24,6 +28,24 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells of mappings by /proc")
+@pytest.mark.parametrize("is_written", [False, True])
+def test_weights_leave_the_file_they_were_mapped_from(is_written: bool, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    before = sharding._untouched_files()
+    assert any(next(model.parameters()).data_ptr() in one for one in before)
+    if is_written:  # into the mapping, of which the file knows nothing
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+    expected, names = weight_hash(model), [name for name, _ in model.named_parameters()]
+    leave_files_(model)
+    assert weight_hash(model) == expected
+    assert [name for name, _ in model.named_parameters()] == names  # tied ones are one, still
+    left = [one for p in model.parameters() for one in before if p.data_ptr() in one]
+    assert bool(left) == is_written
 
 
 @pytest.mark.usefixtures("one_process")
