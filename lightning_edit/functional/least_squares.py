@@ -73,7 +73,9 @@ def whitened(keys: Tensor, factor: Tensor) -> Tensor:
         [[1.0], [2.0]]
     """
     columns = keys.double().reshape(*factor.shape[:-1], -1)
-    return torch.cholesky_solve(columns, factor).reshape(keys.shape)
+    # `cholesky_solve` would copy the factor, which is as large as C.
+    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).reshape(keys.shape)
 
 
 def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -110,10 +111,15 @@ def edit_large(model: Path, folder: Path, way: str = "FSDP2") -> None:
     """Edits weights that are gathered a matrix at a time, as large ones are, and writes them."""
     with patch.object(sharding, "_LARGE", 1):
         for case in LARGE:
+            editor: Any
             editor, data = fresh(case, model, folder / case)
             trainer = trainer_of(folder / case, way, max_epochs=1)
             trainer.fit(editor, data)
             keep(editor, folder / f"{case}-{trainer.global_rank}.safetensors")
+            if case == "memit":  # of which each keeps a share, that all gather
+                kept = editor.moments._moments[1]._rows.clone()
+                found = {"share": kept, "whole": editor.second_moment(1)}
+                save_file(found, folder / f"moment-{trainer.global_rank}.safetensors")
 
 
 class CountGathers(Callback):

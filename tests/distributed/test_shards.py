@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from safetensors.torch import load_file
 
 import lightning_edit
 from lightning_edit.core.errors import EditError, ModelError
@@ -75,6 +77,13 @@ def test_matrices_may_be_gathered_one_by_one(world: TinyWorld, tmp_path: Path) -
         for rank in range(2):
             one = tmp_path / "one" / f"{case}-0.safetensors"
             assert distance(one, tmp_path / f"{case}-{rank}.safetensors") <= CLOSE["FSDP2"]
+    alone = load_file(tmp_path / "one" / "moment-0.safetensors")
+    shares = [load_file(tmp_path / f"moment-{rank}.safetensors") for rank in range(2)]
+    assert torch.equal(alone["share"], alone["whole"])
+    assert torch.equal(torch.cat([two["share"] for two in shares]), shares[0]["whole"])
+    assert len(shares[0]["share"]) == len(alone["whole"]) // 2
+    for two in shares:
+        torch.testing.assert_close(two["whole"], alone["whole"])
 
 
 def test_no_whole_matrix_is_gathered_to_edit_rows(world: TinyWorld, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lightning_edit.core.errors import ArtifactError, LocatorError
 from lightning_edit.core.hashing import tensor_hash
 from lightning_edit.core.locator import MLPSite
 from lightning_edit.core.processes import Processes
+from lightning_edit.core.sharding import is_sharded
 from lightning_edit.core.tensor_files import read_sealed, write_sealed
 from lightning_edit.functional.least_squares import protected_directions
 from lightning_edit.modules.locate_then_edit.second_moment import second_moments
@@ -60,6 +61,28 @@ class MomentSettings:
     cache_dir: str | None = None
 
 
+class _Moment:
+    """C of a layer on the host, of which processes may keep a share of the rows each.
+
+    Args:
+        rows: C, [M, M] or [E, M, M].
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._processes = Processes()
+
+    def whole(self, device: torch.device) -> Tensor:
+        """All of it on a device; all processes that share it must ask."""
+        return self._processes.joined(self._rows.to(device))
+
+    def share_(self, processes: Processes) -> None:
+        """Leaves most of it to others, if it is not shared already."""
+        if self._processes.count == 1 < processes.count:
+            self._rows = self._rows.tensor_split(processes.count)[processes.rank].clone()
+            self._processes = processes
+
+
 class SecondMoments:
     """C = E[k kᵀ] of the edited layers: given, read from a file, or estimated once.
 
@@ -72,9 +95,9 @@ class SecondMoments:
 
     def __init__(self, settings: MomentSettings) -> None:
         self.settings = settings
-        self._moments: dict[int, Tensor] = {}
+        self._moments: dict[int, _Moment] = {}
         self._made: dict[
-            tuple[int, Callable[..., object]], tuple[Tensor, tuple[object, ...], Any]
+            tuple[int, Callable[..., object]], tuple[_Moment, tuple[object, ...], Any]
         ] = {}
 
     def give(self, sites: Sequence[MLPSite], layer: int, moment: Tensor) -> None:
@@ -98,7 +121,7 @@ class SecondMoments:
             )
         _check(layer, moment)
         # On the host: an edit needs what is made of it, which is where the model is.
-        self._moments[layer] = moment.detach().to("cpu", torch.float32, copy=True)
+        self._moments[layer] = _Moment(moment.detach().to("cpu", torch.float32, copy=True))
 
     def of(
         self,
@@ -121,7 +144,7 @@ class SecondMoments:
             ModelError: If the text cannot be read or is too short.
         """
         self.find(session, sites, layer, processes)
-        return self._moments[layer].to(session.device)
+        return self._moments[layer].whole(session.device)
 
     def find(
         self,
@@ -154,7 +177,8 @@ class SecondMoments:
     ) -> T:
         """What a function makes of the second moment of a layer, which ``find`` has found.
 
-        It is kept, and made anew for another second moment or with other arguments.
+        It is kept, and made anew for another second moment or with other arguments. Of the second
+        moment itself each process keeps a share of the rows then, where they share the model.
 
         Args:
             session: The model; what is made is where it is.
@@ -171,10 +195,12 @@ class SecondMoments:
             found: T = kept[2]
             return found
         try:
-            found = make(moment.to(session.device), *arguments)
+            found = make(moment.whole(session.device), *arguments)
         except ValueError as error:
             raise ArtifactError(f"The second moment of layer {layer}: {error}") from error
         self._made[layer, make] = (moment, given, found)
+        if is_sharded(session.model):
+            moment.share_(Processes.running())
         return found
 
     def protected(
