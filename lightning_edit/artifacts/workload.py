@@ -135,7 +135,7 @@ class Workload:
             "gathered": gathered,
             "originals": self.item * self._edited // devices,
             "kept while an edit is made": self.item * self._edited // devices,
-            "second moments": 4 * squares,
+            "second moments": 4 * squares // devices,
             "their factors": 8 * squares,
             "sum of edits": sum(sums),
             "earlier keys": self.carries

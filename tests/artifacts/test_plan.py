@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lightning_edit.demos import tiny_requests, trained_tiny_model
 from lightning_edit.modules.locate_then_edit.earlier_edits import EarlierEdits
 
 RATES: Any = {"teraflops": 1.0, "bandwidth": 100.0}
+REPOSITORY = Path(__file__).parents[2]
 CONTEXTS = ["{}", "It is said. {}", "Long ago, as they tell. {}"]
 
 
@@ -171,3 +174,17 @@ def test_what_cannot_be_planned_is_refused(folder: str) -> None:
         wrong: Any = {name: 0}
         with pytest.raises(EditError, match=f"`{name}` is expected to be a number above 0"):
             plan(folder, "ROME", **wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("method", ["ROME", "MEMIT"])
+def test_a_plan_of_the_default_model_is_what_its_edits_take(method: str) -> None:
+    """By the benchmark, in a process of its own, whose memory is the edits' alone."""
+    words = ["benchmarks/plan.py", "--here", "--models", "smollm2", "--methods", method]
+    said = subprocess.run(
+        [sys.executable, *words], check=True, capture_output=True, text=True, cwd=REPOSITORY
+    ).stdout
+    _, _, planned, counted, _, _, expected, held = said.splitlines()[-1].split(" | ")
+    assert 0.85 < float(planned) / float(counted) < 1.1
+    assert 0.65 < float(expected) / float(held) < 1.1
