@@ -75,7 +75,8 @@ def whitened(keys: Tensor, factor: Tensor) -> Tensor:
     columns = keys.double().reshape(*factor.shape[:-1], -1)
     # `cholesky_solve` would copy the factor, which is as large as C.
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).reshape(keys.shape)
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solved.reshape(keys.shape)
 
 
 def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
