@@ -131,11 +131,9 @@ def leave_files_(model: nn.Module) -> None:
         if found is None:
             return tensor
         copy = tensor.clone()
-        advice = getattr(mmap, "MADV_DONTNEED", None)
-        if advice is not None:  # read again from the file where one asks for them
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(found.start), ctypes.c_size_t(len(found)), advice
-            )
+        # What others ask of these pages is read again from the file.
+        start, length = ctypes.c_void_p(found.start), ctypes.c_size_t(len(found))
+        ctypes.CDLL(None).madvise(start, length, mmap.MADV_DONTNEED)
         return copy
 
     if ranges:

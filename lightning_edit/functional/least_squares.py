@@ -72,9 +72,8 @@ def whitened(keys: Tensor, factor: Tensor) -> Tensor:
         >>> whitened(torch.tensor([[1.0], [8.0]]), blocks).tolist()
         [[1.0], [2.0]]
     """
-    columns = keys.double().reshape(*factor.shape[:-1], -1)
     # `cholesky_solve` would copy the factor, which is as large as C.
-    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    half = _half_whitened(keys, factor)
     solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solved.reshape(keys.shape)
 
@@ -93,10 +92,14 @@ def key_strengths(keys: Tensor, factor: Tensor) -> Tensor:
         >>> key_strengths(torch.eye(2) * 3, torch.eye(2).double()).tolist()
         [9.0, 9.0]
     """
+    return _half_whitened(keys, factor).square().flatten(0, -2).sum(0)
+
+
+def _half_whitened(keys: Tensor, factor: Tensor) -> Tensor:
+    """L⁻¹ K, where C = L Lᵀ: [M, N], or [B, m, N] of blocks."""
     columns = keys.double().reshape(*factor.shape[:-1], -1)
-    half = torch.linalg.solve_triangular(factor, columns, upper=False)
-    strengths: Tensor = half.square().flatten(0, -2).sum(0)
-    return strengths
+    half: Tensor = torch.linalg.solve_triangular(factor, columns, upper=False)
+    return half
 
 
 def ridge_for_share(strengths: Tensor, share: float) -> float:
