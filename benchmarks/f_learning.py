@@ -26,14 +26,17 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from operator import eq
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
+from torch.optim import Adam
 from typing_extensions import override
 
 from lightning_edit import (
@@ -52,7 +55,7 @@ from lightning_edit import (
     load_tokenizer,
 )
 from lightning_edit.evaluation.evaluator import Baseline
-from lightning_edit.evaluation.scoring import score_targets
+from lightning_edit.evaluation.scoring import Score, score_targets
 from lightning_edit.forgetting.importance import fisher_diagonals, weighted
 from lightning_edit.forgetting.subtract import forget_
 from lightning_edit.functional.bootstrap import (
@@ -147,8 +150,8 @@ class Study:
             self.model,
             self.tokenizer,
             preset="smollm2",
-            lr=tuning.lr,
             end_token=True,  # only a model that has learned to stop can be read by what it writes
+            optimizer=lambda parameters: Adam(parameters, lr=tuning.lr, fused=True),
             **settings,
         )
         trainer = Trainer(
@@ -202,15 +205,30 @@ class Study:
         scores["residual"] = {i: r for i, r in zip(ids, ratios, strict=True) if not math.isnan(r)}
         return scores
 
+    def means(self) -> dict[str, float]:
+        """Means of the teacher-forced scores."""
+        return {key: _mean(by.values()) for key, by in self.measure(["teacher_forced"]).items()}
+
+    def reliability(self) -> dict[str, float]:
+        """The share of the new answers' tokens that come first, alone of all figures."""
+        shares = [
+            _mean(map(float, map(eq, score.argmax, score.target)))
+            for score in self._scores(self.new)
+        ]
+        return {"reliability/teacher_forced": _mean(shares)}
+
     def old_answers(self) -> tuple[list[float], list[bool]]:
         """P(old answer | prompt) of each pair, and whether all its tokens come first."""
-        pairs = [
-            (self.tokens.prompt(r.prompt), self.tokens.target(r.prompt, r.target_new))
-            for r in self.old
-        ]
-        scores = score_targets(self.model, self.tokens, pairs, max_tokens=8192)
+        scores = self._scores(self.old)
         values = [math.exp(math.fsum(s.log_probs)) for s in scores]
         return values, [s.argmax == s.target for s in scores]
+
+    def _scores(self, requests: Sequence[EditRequest]) -> list[Score]:
+        pairs = [
+            (self.tokens.prompt(r.prompt), self.tokens.target(r.prompt, r.target_new))
+            for r in requests
+        ]
+        return score_targets(self.model, self.tokens, pairs, max_tokens=8192)
 
     def spared(self, vector: WeightDelta, retain: Sequence[EditRequest]) -> WeightDelta:
         """A task vector that spares what other answers need."""
@@ -231,20 +249,19 @@ class Curve(Callback):
     """Measures after each of the first epochs, under teacher forcing.
 
     Args:
-        study: Whose model is trained.
         epochs: How many of them.
+        measure: What is measured.
     """
 
-    def __init__(self, study: Study, epochs: int) -> None:
-        self.study = study
+    def __init__(self, epochs: int, measure: Callable[[], dict[str, float]]) -> None:
         self.epochs = epochs
+        self.measure = measure
         self.points: list[dict[str, float]] = []
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch < self.epochs:
-            scores = self.study.measure(["teacher_forced"])
-            self.points.append({key: _mean(by.values()) for key, by in scores.items()})
+            self.points.append(self.measure())
 
 
 def requests_of(options: argparse.Namespace) -> tuple[list[EditRequest], list[EditRequest]]:
@@ -284,7 +301,7 @@ def choose(options: argparse.Namespace) -> None:
     ]
     for tuning in wanted:
         study.restore(theta)
-        curve = Curve(study, tuning.epochs)
+        curve = Curve(tuning.epochs, study.means)
         study.tune(tuning, study.new, curve)
         for epoch, point in enumerate(curve.points, start=1):
             rows.append({**asdict(replace(tuning, epochs=epoch)), **point})
@@ -333,7 +350,8 @@ def run(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         file = out / f"seed-{seed}.json"
         done: Seed = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        if all(name in done for name, *_ in plans()):
+        wanted = list(islice(plans(), options.rows))
+        if all(name in done for name, *_ in wanted):
             continue
         seed_everything(seed, verbose=False)
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -345,7 +363,7 @@ def run(options: argparse.Namespace) -> None:
             study.restore(theta)
         if "θ" not in done:
             done["θ"] = {"scores": study.measure()}
-        for name, vector, learns, rate in plans():
+        for name, vector, learns, rate in wanted:
             if name in done:
                 continue
             began = time.perf_counter()
@@ -355,9 +373,8 @@ def run(options: argparse.Namespace) -> None:
                 if vector not in vectors:
                     vectors[vector] = study.spared(vectors[vector.partition(",")[0]], retain)
                 forget_(study.model, vectors[vector], rate)
-                scores = study.measure(["teacher_forced"])
-                left = {key: _mean(by.values()) for key, by in scores.items()}
-            curve = Curve(study, CURVE)
+                left = study.means()
+            curve = Curve(CURVE, study.reliability)
             study.tune(tunings[learns], study.new, curve)
             done[name] = {"scores": study.measure(), "curve": curve.points, "forgotten": left}
             _write(file, done)
@@ -538,6 +555,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--validation", type=int, default=300, help="pairs that settings are chosen by"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", type=int, help="rows of a seed, from the first on; all if none")
     parser.add_argument("--theta_epochs", type=int, default=3, help="of θ, as in the paper")
     parser.add_argument("--theta_lr", type=float, default=1e-4)
     parser.add_argument("--batch_size", type=int, default=16)

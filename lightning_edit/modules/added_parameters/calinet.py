@@ -112,7 +112,7 @@ class CaliNET(MemoryModule):
 
     Raises:
         EditError: If ``gated`` is asked for, but the model's MLPs are not, or there is no such
-            activation; from ``fit``, if there is more than one process.
+            activation.
 
     References:
         Calibrating Factual Knowledge in Pretrained Language Models, arXiv 2210.03329, sections 2
@@ -133,7 +133,7 @@ class CaliNET(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.03329"
-    strategies: ClassVar[tuple[str, ...]] = ()
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     unsaved_arguments: ClassVar[tuple[str, ...]] = ("optimizer", "lr_scheduler")
 
     def __init__(
@@ -476,35 +476,38 @@ class CaliNET(MemoryModule):
     # -- fit ---------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Begins another block, unless a checkpoint says otherwise.
-
-        Raises:
-            EditError: If there is more than one process.
-        """
-        if self.trainer.world_size > 1:
-            raise EditError(
-                f"CaliNET trains slots in one process, but there are {self.trainer.world_size}. "
-                "Set `trainer.devices=1`."
-            )
+        """Begins another block, unless a checkpoint says otherwise."""
         self._block.name, self._block.taught = "", {}
 
     def tuned_parameters(self) -> list[nn.Parameter]:
         """The matrices of the block that ``fit`` trains."""
-        entries = self.memory.entries
-        if self._block.name in entries:
-            entry = entries[self._block.name]
-            self._block.number, self._block.taught = entry.notes["number"], dict(entry.requests)
+        self._block.learned = self._leaves(*self.initial_slots(0))
+        return list(self._block.learned)
+
+    @override
+    def on_train_start(self) -> None:
+        # Strategies of divided weights restore a checkpoint only after the optimizer was made.
+        super().on_train_start()
+        entries, block = self.memory.entries, self._block
+        if block.name in entries:
+            entry = entries[block.name]
+            block.number, block.taught = entry.notes["number"], dict(entry.requests)
             start = entry.tensors["keys"], entry.tensors["values"]
         else:
             self.check_budget({**entries, "": MemoryEntry({}, {})})
-            self._block.name, self._block.taught = "", {}
-            self._block.number = self.next_number(entries)
-            start = self.initial_slots(self._block.number)
-        self._block.learned = self._leaves(*start)
-        return list(self._block.learned)
+            block.name, block.taught = "", {}
+            block.number = self.next_number(entries)
+            start = self.initial_slots(block.number)
+        with torch.no_grad():
+            for parameter, matrix in zip(block.learned, self._leaves(*start), strict=True):
+                parameter.copy_(matrix)
 
     def step_loss(self, requests: list[EditRequest], processes: Processes) -> Tensor | None:
-        """The loss of the block on what it is taught of some requests, in nats."""
+        """The loss of the block on what it is taught of some requests, in nats.
+
+        Slots are no parameters of the model, whose gradients a strategy would average: each process
+        learns from all requests.
+        """
         self._admit([request for request in requests if request.id not in self._block.taught])
         taught = [request for request in requests if request.id in self._block.taught]
         if not taught:
@@ -513,7 +516,7 @@ class CaliNET(MemoryModule):
             self.loop.row(request)["steps"] += 1
         with self._only(self._others()), self._added(self._layers_of(self._block.learned)):
             batch = self.encode(taught)
-            return self.loss(self.tree, batch, processes)
+            return self.loss(self.tree, batch)
 
     def after_fit(self) -> None:
         """Nothing: the block is in the memory after each step."""

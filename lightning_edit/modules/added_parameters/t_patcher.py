@@ -125,7 +125,7 @@ class TPatcher(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.09785"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

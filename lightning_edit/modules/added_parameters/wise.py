@@ -117,7 +117,7 @@ class WISE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14768"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

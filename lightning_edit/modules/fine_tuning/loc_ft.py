@@ -48,7 +48,7 @@ class LocFT(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.22072"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     per_sequence: ClassVar[bool] = True
 
     def __init__(

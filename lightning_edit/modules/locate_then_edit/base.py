@@ -79,7 +79,7 @@ class LocateModule(EditModule[WeightDelta]):
     """
 
     decoder_only: ClassVar[bool] = True
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     needs_subject: bool = True
     unsaved_arguments: ClassVar[tuple[str, ...]] = ("second_moment_text",)
     #: Whether sampled contexts together count as much as the bare prompt.

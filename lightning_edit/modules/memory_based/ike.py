@@ -79,7 +79,7 @@ class IKE(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.12740"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     unused_arguments: ClassVar[Mapping[str, str]] = {
         "layers": "it tells facts in the prompt and changes no layer. Leave it out."
     }

@@ -54,7 +54,7 @@ class SCR(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.05212"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     unused_arguments: ClassVar[Mapping[str, str]] = {
         "layers": "it tells facts in the prompt and changes no layer. Leave it out."
     }

@@ -384,17 +384,6 @@ def test_fit_takes_a_request_out_of_the_block_that_it_was_in() -> None:
     assert held[requests[1].id]["entries"] == held[requests[2].id]["entries"] == [changed.id]
 
 
-def test_several_processes_are_refused() -> None:
-    editor = _editor()
-
-    class Two:
-        world_size = 2
-
-    editor._trainer = Two()
-    with pytest.raises(EditError, match=r"Set `trainer\.devices=1`"):
-        editor.before_fit()
-
-
 # -- what it is trained on -------------------------------------------------------------------
 
 
