@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "divide_like",
+    "divided_again",
     "ends_whole",
     "everywhere",
     "frobenius_norm",
@@ -45,6 +46,7 @@ __all__ = [
     "sharing",
     "split_",
     "splits_outputs",
+    "whole_outputs",
     "whole_tensor",
 ]
 
@@ -222,6 +224,30 @@ def splits_outputs(parameter: Tensor) -> bool:
     )
 
 
+def whole_outputs(parameter: Tensor, outputs: Tensor) -> Tensor:
+    """What leaves a projection, gathered where each process has other outputs of it.
+
+    Args:
+        parameter: The projection's matrix, [O, I]. Every process must call this.
+        outputs: This process's, or gradients at them, [..., O or less].
+
+    Returns:
+        [..., O].
+
+    Examples:
+        >>> whole_outputs(torch.zeros(2, 3), torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    if not splits_outputs(parameter):
+        return outputs
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(parameter, DTensor)  # noqa: S101 (what splits outputs)
+    mesh = parameter.device_mesh["tensor_parallel"]
+    parts = DTensor.from_local(outputs, mesh, [Shard(outputs.ndim - 1)], run_check=False)
+    return parts.full_tensor()
+
+
 def plain(activation: Tensor) -> Tensor:
     """What goes through a module, gathered where tensor parallelism has it in parts.
 
@@ -234,6 +260,26 @@ def plain(activation: Tensor) -> Tensor:
     """
     gather: Callable[[], Tensor] | None = getattr(activation, "full_tensor", None)
     return activation if gather is None else gather()
+
+
+def divided_again(whole: Tensor, like: Tensor) -> Tensor:
+    """What goes through a module, in parts again where another activation is.
+
+    Args:
+        whole: What is to go on, the same on every process. Its gradient is whole, too.
+        like: What ``plain`` was made of.
+
+    Examples:
+        >>> divided_again(torch.ones(2), torch.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same.redistribute(placements=like.placements)
 
 
 def sharing(model: nn.Module) -> Processes:

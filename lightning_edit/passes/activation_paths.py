@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree
+from lightning_edit.core.sharding import divided_again, plain
 from lightning_edit.functional.knowledge_neurons import probability_gradient
 from lightning_edit.passes.attention import short_attention
 from lightning_edit.passes.block_recorder import Arguments, entering_states
@@ -265,7 +266,8 @@ class _Rows:
     def _scale(
         self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
-        rows = args[0].reshape(-1, args[0].shape[-1])
+        entering = plain(args[0])
+        rows = entering.reshape(-1, entering.shape[-1])
         count = len(self._points)
         whole, earlier = torch.split(rows, [1, len(rows) - 1 - count, count])[:2]
         if not whole.requires_grad:
@@ -274,4 +276,5 @@ class _Rows:
         scaled = (self._points * whole.detach().float()).to(rows.dtype).requires_grad_()
         self.whole.append(whole)
         self.scaled.append(scaled)
-        return (torch.cat([whole, earlier, scaled]).reshape(args[0].shape), *args[1:]), kwargs
+        rows = torch.cat([whole, earlier, scaled]).reshape(entering.shape)
+        return (divided_again(rows, args[0]), *args[1:]), kwargs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_edit.core.batch import IGNORE_INDEX, EditBatch
 from lightning_edit.core.locator import ModelTree, WeightSite
+from lightning_edit.core.sharding import plain, whole_outputs
 from lightning_edit.passes.blocks import running
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.target_loss import row_means, target_nll
@@ -81,9 +82,10 @@ def gradient_passes(
         taken = {}
         for site, gradient in zip(sites, gradients, strict=True):
             inputs = seen[site.name][0]
+            whole = whole_outputs(site.parameter(tree.model), gradient)
             taken[site.name] = (
                 inputs.reshape(len(part), -1, site.in_features)[rows, at].float(),
-                gradient.reshape(len(part), -1, site.out_features)[rows, at].float(),
+                whole.reshape(len(part), -1, site.out_features)[rows, at].float(),
             )
         losses = row_means(nll.detach(), part.labels).tolist()
         passes.append(GradientPass(chosen, taken, losses))
@@ -105,7 +107,7 @@ def recorded(
         def take(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output.requires_grad_(True)
-            seen[name] = (args[0].detach(), output)
+            seen[name] = (plain(args[0]).detach(), output)
             # A copy goes on, since some models (Falcon) add to the output in place.
             return output.clone()
 

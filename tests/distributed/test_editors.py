@@ -54,7 +54,7 @@ CELLS = [
     for way in CLOSE
     for case, (method, settings, *_) in CASES.items()
     if way in getattr(lightning_edit, method).strategies
-    and not (settings.get("parameters") == "all" and "TP" in way)
+    and not (settings.get("parameters") == "all" and "+" in way)
 ]
 
 

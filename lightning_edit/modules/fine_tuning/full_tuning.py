@@ -43,7 +43,7 @@ class FullTuning(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.08011"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

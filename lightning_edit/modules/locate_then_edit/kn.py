@@ -115,7 +115,7 @@ class KN(EditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.08696"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

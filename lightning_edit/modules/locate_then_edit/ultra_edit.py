@@ -81,7 +81,7 @@ class UltraEdit(EditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.14679"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,
