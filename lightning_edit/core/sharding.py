@@ -34,6 +34,7 @@ __all__ = [
     "ends_whole",
     "everywhere",
     "frobenius_norm",
+    "has_mean_gradient",
     "is_sharded",
     "leave_files_",
     "lies_in_parts",
@@ -45,6 +46,7 @@ __all__ = [
     "shard_like",
     "sharing",
     "split_",
+    "split_factors_",
     "splits_outputs",
     "whole_outputs",
     "whole_tensor",
@@ -64,6 +66,17 @@ def lies_in_parts(tensor: Tensor) -> bool:
         False
     """
     return hasattr(tensor, "full_tensor")
+
+
+def has_mean_gradient(parameter: Tensor) -> bool:
+    """Whether FSDP2 takes the mean over processes of a parameter's gradient.
+
+    Examples:
+        >>> has_mean_gradient(torch.zeros(2))
+        False
+    """
+    mesh: DeviceMesh | None = getattr(parameter, "device_mesh", None)
+    return "data_parallel" in ((mesh and mesh.mesh_dim_names) or ())
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -89,13 +102,9 @@ def shard_(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> N
         mesh: The processes that share it, one-dimensional. Those that share projections by
             ``split_`` are others of the same mesh.
     """
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
     kind = mesh.device_type
-    if not is_sharded(model):
-        # By this name alone peft knows that a projection has all of its width while it runs.
-        mesh = DeviceMesh.from_group(mesh.get_group(), kind, mesh_dim_names=("fsdp",))
     for block in blocks:
         if kind == "cpu":  # where nothing is computed meanwhile, so that large parts cost no time
             for _, part in linears(block):
@@ -222,6 +231,32 @@ def splits_outputs(parameter: Tensor) -> bool:
         name == "tensor_parallel" and isinstance(placement, Shard) and placement.dim == 0
         for name, placement in zip(names, parameter.placements, strict=False)
     )
+
+
+def split_factors_(reads: nn.Module, writes: nn.Module, parameter: Tensor) -> None:
+    """Divides the two maps of a low-rank path as the projection that they go around.
+
+    Args:
+        reads: Linear map of the projection's inputs; divided where each process has its own.
+        writes: Linear map to its outputs; divided where each process has its own.
+        parameter: The projection's matrix, [O, I]. Every process must call this.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    if not isinstance(parameter, DTensor):
+        return
+    if "tensor_parallel" not in (parameter.device_mesh.mesh_dim_names or ()):
+        return
+    mesh = parameter.device_mesh["tensor_parallel"]
+    if splits_outputs(parameter):
+        parallelize_module(writes, mesh, ColwiseParallel())
+    else:
+        parallelize_module(reads, mesh, RowwiseParallel())
 
 
 def whole_outputs(parameter: Tensor, outputs: Tensor) -> Tensor:

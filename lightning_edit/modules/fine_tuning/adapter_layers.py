@@ -10,11 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lightning_edit.core.change import LowRank
 from lightning_edit.core.errors import LocatorError, MissingDependencyError, some_of
 from lightning_edit.core.locator import Locator, ModelTree, ModuleKind, StackKind, WeightSite
+from lightning_edit.core.sharding import (
+    lies_in_parts,
+    local_shard,
+    shard_like,
+    split_factors_,
+    whole_tensor,
+)
 from lightning_edit.passes.borrowing import borrowed
 from lightning_edit.passes.sampling import seeded
 
@@ -69,7 +77,7 @@ class AdapterLayers:
         self.sites = list(sites)
         self.is_attached = False
         # peft wraps what it finds in a module: here the linear maps, without the model.
-        holder = nn.ModuleDict({str(i): site.module(model) for i, site in enumerate(self.sites)})
+        holder = nn.ModuleDict({str(i): _whole(model, site) for i, site in enumerate(self.sites)})
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -80,9 +88,11 @@ class AdapterLayers:
         with seeded(seed), borrowed(holder):
             inject_adapter_in_model(config, holder)
         self.layers: list[LoraLayer] = [holder[str(i)] for i in range(len(self.sites))]
-        for layer in self.layers:
+        for site, layer in zip(self.sites, self.layers, strict=True):
+            layer.base_layer = site.module(model)
             layer.lora_A.float()
             layer.lora_B.float()
+            split_factors_(layer.lora_A[_NAME], layer.lora_B[_NAME], layer.base_layer.weight)
             layer.train(layer.base_layer.training)
 
     @property
@@ -148,7 +158,7 @@ class AdapterLayers:
                     f"The adapter has no `{name}` of the shape {list(parameter.shape)}. Use the "
                     "rank, layers and target modules that it was trained with."
                 )
-            parameter.data.copy_(state[name])
+            local_shard(parameter.data).copy_(shard_like(parameter, state[name]))
 
     def _place(self, modules: Sequence[nn.Module]) -> None:
         for site, module in zip(self.sites, modules, strict=True):
@@ -156,9 +166,24 @@ class AdapterLayers:
             setattr(self.model.get_submodule(holder), child, module)
 
 
+def _whole(model: nn.Module, site: WeightSite) -> nn.Module:
+    """The module of a weight; where that lies in parts, one of its size, all that peft reads."""
+    parameter = site.parameter(model)
+    if not lies_in_parts(parameter):
+        return site.module(model)
+    from transformers.pytorch_utils import Conv1D
+
+    whole = Conv1D(1, 1) if site.transposed else nn.Linear(1, 1, bias=False)
+    zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+    whole.weight = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+    if isinstance(whole, nn.Linear):
+        whole.in_features, whole.out_features = site.in_features, site.out_features
+    return whole
+
+
 def _factors(site: WeightSite, layer: LoraLayer) -> LowRank:
-    a_RI = layer.lora_A[_NAME].weight.detach()
-    b_OR = layer.lora_B[_NAME].weight.detach() * layer.scaling[_NAME]
+    a_RI = whole_tensor(layer.lora_A[_NAME].weight.detach())
+    b_OR = whole_tensor(layer.lora_B[_NAME].weight.detach()) * layer.scaling[_NAME]
     factors = (b_OR.clone(), a_RI.mT.clone())
     u, v = factors[::-1] if site.transposed else factors
     return LowRank(u, v)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_edit.core.delta import WeightDelta
-from lightning_edit.core.sharding import local_shard, shard_like
+from lightning_edit.core.sharding import local_shard, shard_like, whole_tensor
 from lightning_edit.core.side_memory import EditMemory
 from lightning_edit.modules.fine_tuning.adapter_layers import AdapterLayers
 from lightning_edit.modules.fine_tuning.tuned_weights import (
@@ -157,7 +157,8 @@ class AdapterTarget(TunedTarget):
     @override
     def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter, and weights beneath it if a callback changed them."""
-        kept = {f"model.{name}": t.detach() for name, t in self.adapter.state().items()}
+        parts = {name: t.detach() for name, t in self.adapter.state().items()}
+        kept = {f"model.{name}": whole_tensor(t) for name, t in parts.items()}
         for name, weight in self._weights_beneath().items():
             if not torch.equal(weight, self.originals[name]):
                 kept[f"model.{name}"] = weight

@@ -24,7 +24,7 @@ from lightning_edit.core.figures import RequestFigures
 from lightning_edit.core.locator import ModelTree
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest, check_requests
-from lightning_edit.core.sharding import is_sharded, lies_in_parts
+from lightning_edit.core.sharding import has_mean_gradient, is_sharded
 from lightning_edit.functional.token_weights import token_weights
 from lightning_edit.modules.fitting import (
     EditState,
@@ -236,7 +236,7 @@ class LightningLoop(Fitting[E]):
         processes = Processes(share["rank"], share["num_replicas"])
         groups = [group for one in editor.trainer.optimizers for group in one.param_groups]
         tuned = [parameter for group in groups for parameter in group["params"]]
-        if is_sharded(editor.model) and not any(map(lies_in_parts, tuned)):
+        if is_sharded(editor.model) and not any(map(has_mean_gradient, tuned)):
             processes = Processes()  # nobody averages gradients of what each process has whole
         for request in batch:
             self.row(request)

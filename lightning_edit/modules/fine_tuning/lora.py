@@ -52,7 +52,7 @@ class LoRA(EditModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,

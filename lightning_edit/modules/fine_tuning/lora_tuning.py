@@ -56,7 +56,7 @@ class LoRATuning(TuningModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
 
     def __init__(
         self,
