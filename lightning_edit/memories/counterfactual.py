@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_edit.core.errors import ModelError
 from lightning_edit.core.locator import ModelTree, StackKind
+from lightning_edit.core.sharding import own_outputs, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,9 +129,9 @@ class SideAdapters(Counterfactual):
     def _beside(
         self, down: Tensor, up: Tensor
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            change = self.scale * (args[0].to(down.dtype) @ down.T) @ up.T
-            return output + change.to(output.dtype)
+        def add(projection: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            change = self.scale * (plain(args[0]).to(down.dtype) @ down.T) @ up.T
+            return output + own_outputs(cast(Tensor, projection.weight), change).to(output.dtype)
 
         return add
 

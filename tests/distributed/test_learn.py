@@ -21,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*The number of training batches
 
 # How far networks and figures may be from those of one process, relative to them. Under `ddp`
 # gradients are summed in another order.
-CLOSE = {"ddp": 1e-3, "FSDP2": 1e-6}
+CLOSE = {"ddp": 1e-3, "FSDP2": 1e-6, "TP": 1e-3}
 # The same where there is next to nothing to be relative to.
-TINY = {"ddp": 1e-6, "FSDP2": 1e-9}
+TINY = {"ddp": 1e-6, "FSDP2": 1e-9, "TP": 1e-6}
 CELLS = [
     pytest.param(
         way,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lightning_edit.core.change import Change, LowRank
 from lightning_edit.core.locator import ModelTree, WeightSite
 from lightning_edit.core.processes import Processes
 from lightning_edit.core.request import EditRequest
+from lightning_edit.core.sharding import own_outputs, plain, whole_outputs
 from lightning_edit.passes.gradient_passes import recorded
 from lightning_edit.passes.hooks import hooked
 from lightning_edit.passes.target_loss import row_means, target_nll, target_places
@@ -145,6 +146,7 @@ def capture(
         numbers = torch.tensor(places, device=nll.device)
         for site, gradient in zip(sites, gradients, strict=True):
             inputs = seen[site.name][0].reshape(len(part), -1, site.in_features)
+            gradient = whole_outputs(site.parameter(tree.model), gradient)
             gradient = gradient.reshape(len(part), -1, site.out_features)
             where = at
             if positions == "all" or not site.name.startswith(decoder):
@@ -230,11 +232,11 @@ def edited(
         if edits is not None and len(u) > 1:
             u, v = u[edits], v[edits]
 
-        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            rows = args[0].to(v.dtype)
+        def add(projection: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            rows = plain(args[0]).to(v.dtype)
             # Some models flatten rows and positions before a projection.
             rows = rows.reshape(len(v), -1, v.shape[2])
-            change = (rows @ v.mT) @ u
+            change = own_outputs(cast(Tensor, projection.weight), (rows @ v.mT) @ u)
             return output + change.reshape(output.shape).to(output.dtype)
 
         return add

@@ -67,6 +67,7 @@ class TrainedEditor(EditModule[Edit]):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.11309"
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     unused_arguments: ClassVar[Mapping[str, str]] = {
         "layers": "they are those that the editor was trained to edit, and the checkpoint knows "
         "them. Leave them out."
