@@ -48,12 +48,14 @@ test-long: $(VENV)/.dev
 test-processors: $(VENV)/.dev
 	$(BIN)/python -m tests.processors $(WORKERS) -m 'not long and not slow' $(MODEL_TESTS)
 
-# Every editor under every strategy that it declares, on groups of processes, one group at a time.
+# Every editor under every strategy that it declares, on groups of processes, one group at a time;
+# on four processes some of them.
 test-distributed: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest tests/distributed
+	$(TEST_ENV) $(BIN)/python -m pytest tests/distributed -m 'not exhaustive'
 
 test-slow: $(VENV)/.dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m slow --ignore tests/distributed
+	$(TEST_ENV) $(BIN)/python -m pytest tests/distributed -m exhaustive
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -76,8 +76,8 @@ def check_output(output: str | Path, *, force: bool, inputs: tuple[str | Path, .
         return folder
     if not force:
         raise ArtifactError(
-            f"The folder `{folder}` is not empty. Give another `output`, or `force` to replace "
-            "the model in it."
+            f"The folder `{folder}` is not empty. Give another `output`, or `force` (`--force`) to "
+            "replace the model in it."
         )
     for path in map(Path, inputs):
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):

@@ -319,7 +319,7 @@ def _banner(pl_module: EditModule, trainer: Trainer) -> str:
         where = f"{type(memory).__name__} of {len(memory)} entries"
     return (
         f"{type(pl_module).__name__} · {pl_module.model_id} ({pl_module.base.sha256[:12]}…) · "
-        f"{len(requests)} requests · {where}"
+        f"{len(requests)} {'request' if len(requests) == 1 else 'requests'} · {where}"
     )
 
 

@@ -15,7 +15,7 @@ __all__ = ["EditProgressBar"]
 
 
 class EditProgressBar(CheckedArguments, TQDMProgressBar):
-    """Lightning's progress bar with an edit as its unit, beside p(target) and ‖Δ‖/‖W‖.
+    """Lightning's progress bar with an edit as its unit, beside ``p_target`` and ``relative_norm``.
 
     Args:
         refresh_rate: Draw after every so many batches; never when 0.

@@ -72,13 +72,15 @@ def _suggestion(message: str, parser: LightningArgumentParser) -> str:
     """What the names that a message complains of may have been meant to be."""
     if "Did you mean" in message:
         return ""
-    wrong = re.findall(r"[Oo]ption '([\w.]+)' is not accepted", message)
-    wrong += re.findall(r"does not accept option '([\w.]+)'", message)
-    wrong += re.findall(r"Expected a dot import path string: (\w+)", message)
-    wrong += re.findall(r"Import path '?(\w+)'?", message)
-    wrong += re.findall(r"(?:Unrecognized|unrecognized)[^:]*: (?:--)?([\w.]+)", message)
     options = set(_options(parser))
-    known = {*options, *(name.rpartition(".")[2] for name in options), *_class_names()}
+    options |= {name.rpartition(".")[2] for name in options}
+    known, wrong = options, re.findall(r"[Oo]ption '([\w.]+)' is not accepted", message)
+    wrong += re.findall(r"does not accept option '([\w.]+)'", message)
+    if not wrong:
+        known = {*options, *_class_names()}
+        wrong += re.findall(r"Expected a dot import path string: (\w+)", message)
+        wrong += re.findall(r"Import path '?(\w+)'?", message)
+        wrong += re.findall(r"(?:Unrecognized|unrecognized)[^:]*: (?:--)?([\w.]+)", message)
     for name in wrong:
         first, dot, rest = name.partition(".")
         if dot and first not in known:  # a section, with what stands in it

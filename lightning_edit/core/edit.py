@@ -210,7 +210,8 @@ class Edit(ABC):
         hint = (
             f" The base was loaded as {base.dtype} and this model as {dtype}: load it alike."
             if base.dtype and dtype != base.dtype
-            else " Load that model, or pass `check=False` to add the change to this one anyway."
+            else " Load that model, or pass `check=False` (`--no_check`) to add the change to this "
+            "one anyway."
         )
         raise ArtifactError(
             f"The edit belongs to {base.id or 'another model'} with the weight hash "

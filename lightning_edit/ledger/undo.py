@@ -128,8 +128,10 @@ class Undo:
                 ", …" if len(by_number) > 10 else ""
             )
             kind = self.ledger.entry(wanted).kind
+            by = [str(one.id) for one in self.ledger.entries() if wanted in one.undoes]
+            taken = f" Row {by[-1]} took it out." if by else ""
             raise LedgerError(
-                f"Row {wanted} ({kind}) is no edit that is in this model. In it: {names}."
+                f"Row {wanted} ({kind}) is no edit that is in this model.{taken} In it: {names}."
             )
         if to is not None:
             return [one for one in reversed(standing) if one.entry.id > to]

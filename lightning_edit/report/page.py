@@ -8,7 +8,6 @@ from lightning_edit.report.results import EditRow, RunReport
 from lightning_edit.report.summary import ROLES, outcomes, role_outcome, select_edits, success
 from lightning_edit.report.svg import (
     gap_chart,
-    layer_chart,
     metric_bar,
     sequence_chart,
     sequence_legend,
@@ -58,7 +57,6 @@ def render_html(report: RunReport) -> str:
         prose=prose[-1] if prose else None,
         series=sequence_series(report),
         gap_chart=gap_chart,
-        layer_chart=layer_chart,
         metric_bar=metric_bar,
         sequence_chart=sequence_chart,
         sequence_legend=sequence_legend,

@@ -14,11 +14,10 @@ from lightning_edit.rendering.escaping import visible
 from lightning_edit.report.glossary import metric_name
 from lightning_edit.report.results import MetricRow, RunReport
 from lightning_edit.report.summary import Gap
-from lightning_edit.report.text import number, percent
+from lightning_edit.report.text import percent
 
 __all__ = [
     "gap_chart",
-    "layer_chart",
     "metric_bar",
     "sequence_chart",
     "sequence_legend",
@@ -103,35 +102,6 @@ def gap_chart(gaps: Sequence[Gap]) -> str:
             f'<circle class="free" cx="{free:g}" cy="{y:g}" r="6.5"/>'
             f'<text class="value" x="{width - 6:g}" y="{y - 16:g}" text-anchor="end">'
             f"{gap.points} points</text>"
-        )
-    return "".join([*parts, "</svg>"])
-
-
-def layer_chart(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
-    """One bar a parameter: its length is ‖Δ‖.
-
-    Args:
-        rows: Parameter, ‖Δ‖ and ‖Δ‖ / ‖W‖.
-    """
-    names = [name if len(name) <= 56 else f"…{name[-55:]}" for name, _, _ in rows]
-    left = 20.0 + 7.3 * max(len(name) for name in names)
-    width, step = 980.0, 26.0
-    scale = width - left - 190
-    height = step * len(rows) + 8
-    longest = max((norm for _, norm, _ in rows if norm is not None), default=0.0) or 1.0
-    label = "Size of the change: " + "; ".join(f"{name} {number(norm)}" for name, norm, _ in rows)
-    parts = [_open(width, height, label)]
-    for i, (shown, (name, norm, relative)) in enumerate(zip(names, rows, strict=True)):
-        y = 4 + step * i
-        length = scale * (norm or 0.0) / longest
-        value = number(norm) + (f"  ({percent(relative)} of ‖W‖)" if relative is not None else "")
-        parts.append(
-            f'<text class="mono" x="{left - 12:g}" y="{y + 17:g}" text-anchor="end">'
-            f"<title>{_escape(name)}</title>{_escape(shown)}</text>"
-            f'<rect class="after" x="{left:g}" y="{y + 5:g}" width="{max(length, 1):.2f}" '
-            f'height="{step - 10:g}" rx="2"/>'
-            f'<text class="value" x="{left + max(length, 1) + 8:.2f}" y="{y + 17:g}">'
-            f"{_escape(value)}</text>"
         )
     return "".join([*parts, "</svg>"])
 

@@ -18,6 +18,7 @@ from lightning_edit import (
     EditDataModule,
     EditError,
     EditRequest,
+    FullTuning,
     OldThenNew,
     SaveTaskVector,
     TaskVectorForgetting,
@@ -168,6 +169,14 @@ def test_first_phase_equals_the_saved_vector(vector: Path, tmp_path: Path) -> No
         {n: learned.dense(n) for n in learned.changes}, {n: given.dense(n) for n in given.changes}
     )
     assert learned.provenance.base == given.provenance.base
+
+
+def test_old_answers_are_not_said_to_be_missing() -> None:
+    editor = FullTuning.from_model(*trained_tiny_model(), lr=1e-9)
+    forgetting = TaskVectorForgetting(rate=0.0, forget_epochs=1)
+    trainer = quiet_trainer(forgetting, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="4 of 4 edits did not take"):
+        trainer.fit(editor, OldThenNew(data_of(), 1))
 
 
 def test_two_data_modules_serve_the_phases_as_well(vector: Path) -> None:

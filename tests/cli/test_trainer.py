@@ -288,6 +288,7 @@ OPTIONS = {
     "no share": ("--fail_under=90", 2, r"`fail_under` is expected to be a share"),
     "no checkpoint": ("--ckpt_path=nowhere.ckpt", 2, r"there is no checkpoint `nowhere\.ckpt`"),
     "argument": ("--model.stepz=3", 2, r"Did you mean `steps` instead of `stepz`\?"),
+    "no class": ("--model.pretrained=x", 2, r"(?s)\A(?!.*TrainedEditor).*'pretrained'"),
     "section": ("--modle.steps=3", 2, r"Did you mean `model\.steps` instead of `modle\.steps`\?"),
     "trainer": ("--trainer.max_epohcs=3", 2, r"Did you mean `trainer\.max_epochs`|`max_epochs`"),
     "class": ("--model=ROM", 2, r"Did you mean `ROME` instead of `ROM`\?"),

@@ -35,6 +35,7 @@ __all__ = [
     "fresh",
     "go_on",
     "interrupt",
+    "is_measured",
     "keep",
     "strategy_of",
     "strategy_without_processes",
@@ -169,6 +170,11 @@ def keep(editor: EditModule[Any], file: Path) -> list[str]:
     return [tensor_hash(kept[name]) for name in sorted(kept)]
 
 
+def is_measured(way: str, case: str) -> bool:
+    """Whether figures are compared in a case: four processes take long to measure."""
+    return "+" not in way or case in THOROUGH
+
+
 def evaluators_of(case: str) -> list[EditEvaluator]:
     """What measures an interrupted run and the one that goes on from it, in thorough cases."""
     return [EditEvaluator(max_new_tokens=TOKENS)] if case in THOROUGH else []
@@ -193,7 +199,8 @@ def edit(case: str, model: Path, folder: Path, way: str) -> dict[str, Any]:
     """
     editor, data = fresh(case, model, folder)
     evaluator = EditEvaluator(every_n_steps=2, max_new_tokens=TOKENS)
-    trainer = trainer_of(folder, way, evaluator, EditReport(), max_epochs=CASES[case][3])
+    callbacks: list[Callback] = [*([evaluator] if is_measured(way, case) else []), EditReport()]
+    trainer = trainer_of(folder, way, *callbacks, max_epochs=CASES[case][3])
     trainer.fit(editor, data)
     rank = trainer.global_rank
     kept = keep(editor, folder / f"kept-{rank}.safetensors")

@@ -11,7 +11,7 @@ from importlib.resources import files
 import pytest
 
 from lightning_edit.report import EditRow, MetricRow, RunReport, render_html
-from lightning_edit.report.svg import layer_chart, metric_bar, sequence_chart, sequence_series
+from lightning_edit.report.svg import metric_bar, sequence_chart, sequence_series
 from lightning_edit.report.view import mark_answers
 from tests.report.sample import ATTACK, CONTROLS, HOSTILE, PAPER, Page, hostile, sample
 
@@ -63,7 +63,7 @@ def test_it_reads_aloud() -> None:
         assert picture.get("aria-hidden") or (picture["role"] == "img" and picture["aria-label"])
     labels = [picture.get("aria-label") for picture in page.named("svg")]
     assert "before 0 %, after 66.7 %, 95 % interval 21 % to 94 %" in labels
-    assert "Size of the change: h.9.mlp.weight 2; h.10.mlp.weight 1" in labels
+    assert "h.9.mlp.weight 2 (2 % of ‖W‖) h.10.mlp.weight 1 (" in " ".join(page.text.split())
     badges = [b["aria-label"] for b in page.named("span") if "badge" in (b.get("class") or "")]
     assert badges == [
         *("new answer given", "right", "unchanged"),
@@ -131,11 +131,16 @@ def test_a_bar_by_hand() -> None:
 
 
 def test_layer_bars_are_in_proportion() -> None:
-    svg = layer_chart([("a", 2.0, 0.02), ("b", 1.0, None), ("c", None, None)])
-    widths = [float(w) for w in re.findall(r'class="after"[^>]* width="([0-9.]+)"', svg)]
-    assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
-    assert widths[2] == 1.0  # a trace of a bar, so that its place is seen
-    assert "2  (2 % of ‖W‖)" in svg
+    layers: dict[str, dict[str, float | None]] = {
+        "a": {"norm": 2.0, "relative_norm": 0.02},
+        "b": {"norm": 1.0, "relative_norm": None},
+        "c": {"norm": None, "relative_norm": None},
+    }
+    text = render_html(replace(sample(), layers=layers))
+    assert re.findall(r'class="length" style="width:([0-9.]+)%"', text) == ["100", "50", "0"]
+    assert "2 (2 % of ‖W‖)" in text
+    nothing = render_html(replace(sample(), layers={"c": {"norm": None}}))
+    assert re.findall(r'class="length" style="width:([0-9.]+)%"', nothing) == ["0"]
 
 
 def test_a_curve_by_hand() -> None:

@@ -240,6 +240,7 @@ class LightningLoop(Fitting[E]):
             processes = Processes()  # nobody averages gradients of what each process has whole
         for request in batch:
             self.row(request)
+            self._asked.pop(request.id, None)  # the last one asked for is the last one in it
             self.requests[request.id] = self._asked[request.id] = request
         self._is_measured = False
         loss = _trained(editor).step_loss(batch, processes)
@@ -272,7 +273,9 @@ class LightningLoop(Fitting[E]):
         _trained(pl_module).after_fit()
         editor = cast("EditModule[E]", pl_module)
         self.finish(editor)
-        warn_of_not_taken(editor, [self.rows[id_] for id_ in self._asked])
+        # Others were asked of the same prompt later, as after old answers that are to be forgotten.
+        last = {request.prompt: id_ for id_, request in self._asked.items()}
+        warn_of_not_taken(editor, [self.rows[id_] for id_ in last.values()])
 
     @override
     def finish(self, editor: EditModule[E]) -> None:
