@@ -284,25 +284,25 @@ def whole_outputs(parameter: Tensor, outputs: Tensor) -> Tensor:
     return parts.full_tensor()
 
 
-def own_outputs(parameter: Tensor, outputs: Tensor) -> Tensor:
+def own_outputs(projection: nn.Module, outputs: Tensor) -> Tensor:
     """Of what is added to a projection's outputs this process's, where each has others of it.
 
     Args:
-        parameter: The projection's matrix, [O, I]. Every process must call this.
+        projection: A linear map. Every process must call this.
         outputs: The same on every process, [..., O]. The gradient at them is, too.
 
     Returns:
         [..., O or less].
 
     Examples:
-        >>> own_outputs(torch.zeros(2, 3), torch.ones(2)).tolist()
+        >>> own_outputs(nn.Linear(3, 2), torch.ones(2)).tolist()
         [1.0, 1.0]
     """
-    if not splits_outputs(parameter):
-        return outputs
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    assert isinstance(parameter, DTensor)  # noqa: S101 (what splits outputs)
+    parameter = getattr(projection, "weight", None)  # quantised ones may have none
+    if not (isinstance(parameter, DTensor) and splits_outputs(parameter)):
+        return outputs
     mesh = parameter.device_mesh["tensor_parallel"]
     same = DTensor.from_local(outputs, mesh, [Replicate()], run_check=False)
     return same.redistribute(placements=[Shard(outputs.ndim - 1)]).to_local()

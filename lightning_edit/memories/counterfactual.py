@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class SideAdapters(Counterfactual):
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(projection: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             change = self.scale * (plain(args[0]).to(down.dtype) @ down.T) @ up.T
-            return output + own_outputs(cast(Tensor, projection.weight), change).to(output.dtype)
+            return output + own_outputs(projection, change).to(output.dtype)
 
         return add
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +236,7 @@ def edited(
             rows = plain(args[0]).to(v.dtype)
             # Some models flatten rows and positions before a projection.
             rows = rows.reshape(len(v), -1, v.shape[2])
-            change = own_outputs(cast(Tensor, projection.weight), (rows @ v.mT) @ u)
+            change = own_outputs(projection, (rows @ v.mT) @ u)
             return output + change.reshape(output.shape).to(output.dtype)
 
         return add
