@@ -484,10 +484,8 @@ class CaliNET(MemoryModule):
         self._block.learned = self._leaves(*self.initial_slots(0))
         return list(self._block.learned)
 
-    @override
-    def on_train_start(self) -> None:
-        # Strategies of divided weights restore a checkpoint only after the optimizer was made.
-        super().on_train_start()
+    def before_steps(self) -> None:
+        """Begins with the block that a checkpoint names, or with a fresh one."""
         entries, block = self.memory.entries, self._block
         if block.name in entries:
             entry = entries[block.name]

@@ -146,6 +146,10 @@ class LoopTrained(Protocol):
         """What the optimizer of ``fit`` steps on."""
         ...
 
+    def before_steps(self) -> None:
+        """Takes over what a checkpoint held, which may be restored after the optimizer is made."""
+        ...
+
     def step_loss(self, requests: list[EditRequest], processes: Processes) -> Tensor | None:
         """The loss of this process's share of some requests; None if there is nothing to learn."""
         ...
@@ -221,6 +225,7 @@ class LightningLoop(Fitting[E]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A run that goes on measures in the end what it was asked for before, too.
         self._asked = {} if trainer.ckpt_path is None else dict(self.requests)
+        _trained(pl_module).before_steps()
         cast(nn.Module, pl_module.model).train(self.train_mode)
 
     @override

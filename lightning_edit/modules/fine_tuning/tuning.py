@@ -97,6 +97,9 @@ class TuningModule(EditModule[WeightDelta]):
         """What the optimizer of ``fit`` steps on."""
         return self.tuned.tuned_parameters()
 
+    def before_steps(self) -> None:
+        """Nothing: the weights that are tuned are the model's, or an adapter's."""
+
     def step_loss(self, requests: list[EditRequest], processes: Processes) -> Tensor:
         """The loss of this process's share of some requests, in nats."""
         for request in requests:
