@@ -76,8 +76,13 @@ def has_mean_gradient(parameter: Tensor) -> bool:
         >>> has_mean_gradient(torch.zeros(2))
         False
     """
+    return "data_parallel" in _mesh_names(parameter)
+
+
+def _mesh_names(parameter: Tensor) -> tuple[str, ...]:
+    """Names of what a parameter is divided by."""
     mesh: DeviceMesh | None = getattr(parameter, "device_mesh", None)
-    return "data_parallel" in ((mesh and mesh.mesh_dim_names) or ())
+    return () if mesh is None else mesh.mesh_dim_names or ()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -223,14 +228,14 @@ def splits_outputs(parameter: Tensor) -> bool:
     Args:
         parameter: The projection's matrix, [O, I].
     """
+    if not lies_in_parts(parameter):
+        return False
     from torch.distributed.tensor import DTensor, Shard
 
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names or ()
+    assert isinstance(parameter, DTensor)  # noqa: S101 (what lies in parts)
     return any(
         name == "tensor_parallel" and isinstance(placement, Shard) and placement.dim == 0
-        for name, placement in zip(names, parameter.placements, strict=False)
+        for name, placement in zip(_mesh_names(parameter), parameter.placements, strict=False)
     )
 
 
@@ -242,6 +247,8 @@ def split_factors_(reads: nn.Module, writes: nn.Module, parameter: Tensor) -> No
         writes: Linear map to its outputs; divided where each process has its own.
         parameter: The projection's matrix, [O, I]. Every process must call this.
     """
+    if "tensor_parallel" not in _mesh_names(parameter):
+        return
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -249,10 +256,7 @@ def split_factors_(reads: nn.Module, writes: nn.Module, parameter: Tensor) -> No
         parallelize_module,
     )
 
-    if not isinstance(parameter, DTensor):
-        return
-    if "tensor_parallel" not in (parameter.device_mesh.mesh_dim_names or ()):
-        return
+    assert isinstance(parameter, DTensor)  # noqa: S101 (what lies in parts)
     mesh = parameter.device_mesh["tensor_parallel"]
     if splits_outputs(parameter):
         parallelize_module(writes, mesh, ColwiseParallel())
@@ -298,11 +302,11 @@ def own_outputs(projection: nn.Module, outputs: Tensor) -> Tensor:
         >>> own_outputs(nn.Linear(3, 2), torch.ones(2)).tolist()
         [1.0, 1.0]
     """
+    parameter = getattr(projection, "weight", None)  # quantised ones may have none
+    if parameter is None or not splits_outputs(parameter):
+        return outputs
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    parameter = getattr(projection, "weight", None)  # quantised ones may have none
-    if not (isinstance(parameter, DTensor) and splits_outputs(parameter)):
-        return outputs
     mesh = parameter.device_mesh["tensor_parallel"]
     same = DTensor.from_local(outputs, mesh, [Replicate()], run_check=False)
     return same.redistribute(placements=[Shard(outputs.ndim - 1)]).to_local()
@@ -333,10 +337,11 @@ def divided_again(whole: Tensor, like: Tensor) -> Tensor:
         >>> divided_again(torch.ones(2), torch.zeros(2)).tolist()
         [1.0, 1.0]
     """
+    if not lies_in_parts(like):
+        return whole
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not isinstance(like, DTensor):
-        return whole
+    assert isinstance(like, DTensor)  # noqa: S101 (what lies in parts)
     mesh = like.device_mesh
     same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return same.redistribute(placements=like.placements)
