@@ -27,6 +27,7 @@ from lightning_edit.core.processes import Processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 __all__ = [
     "divide_like",
@@ -305,11 +306,10 @@ def own_outputs(projection: nn.Module, outputs: Tensor) -> Tensor:
     parameter = getattr(projection, "weight", None)  # quantised ones may have none
     if parameter is None or not splits_outputs(parameter):
         return outputs
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Shard
 
     mesh = parameter.device_mesh["tensor_parallel"]
-    same = DTensor.from_local(outputs, mesh, [Replicate()], run_check=False)
-    return same.redistribute(placements=[Shard(outputs.ndim - 1)]).to_local()
+    return _divided(outputs, mesh, [Shard(outputs.ndim - 1)]).to_local()
 
 
 def plain(activation: Tensor) -> Tensor:
@@ -339,12 +339,18 @@ def divided_again(whole: Tensor, like: Tensor) -> Tensor:
     """
     if not lies_in_parts(like):
         return whole
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)  # noqa: S101 (what lies in parts)
-    mesh = like.device_mesh
+    return _divided(whole, like.device_mesh, like.placements)
+
+
+def _divided(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """What every process has, in parts; the gradient at it is whole."""
+    from torch.distributed.tensor import DTensor, Replicate
+
     same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return same.redistribute(placements=like.placements)
+    return same.redistribute(placements=placements)
 
 
 def sharing(model: nn.Module) -> Processes:

@@ -138,6 +138,7 @@ def test_layer_bars_are_in_proportion() -> None:
     }
     text = render_html(replace(sample(), layers=layers))
     assert re.findall(r'class="length" style="width:([0-9.]+)%"', text) == ["100", "50", "0"]
+    assert ".length { min-width: 1px;" in CSS  # a trace of a bar, so that its place is seen
     assert "2 (2 % of ‖W‖)" in text
     nothing = render_html(replace(sample(), layers={"c": {"norm": None}}))
     assert re.findall(r'class="length" style="width:([0-9.]+)%"', nothing) == ["0"]

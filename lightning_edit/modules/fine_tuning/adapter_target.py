@@ -157,8 +157,9 @@ class AdapterTarget(TunedTarget):
     @override
     def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter, and weights beneath it if a callback changed them."""
-        parts = {name: t.detach() for name, t in self.adapter.state().items()}
-        kept = {f"model.{name}": whole_tensor(t) for name, t in parts.items()}
+        factors = {f"model.{name}": t.detach() for name, t in self.adapter.state().items()}
+        # What is in the state was gathered with it.
+        kept = {n: state[n] if n in state else whole_tensor(t) for n, t in factors.items()}
         for name, weight in self._weights_beneath().items():
             if not torch.equal(weight, self.originals[name]):
                 kept[f"model.{name}"] = weight
