@@ -8,10 +8,12 @@ it for each call. Where processes cannot be forked safely, each imports for itse
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 __all__ = [
     "LONG",
+    "GroupError",
     "end_server",
     "program",
     "run_group",
@@ -38,6 +41,22 @@ __all__ = [
 
 #: Seconds after which a process is taken to hang.
 LONG = 1800
+# How native code ends a process: by itself Python does not.
+_CRASHES = (-signal.SIGABRT, -signal.SIGSEGV)
+
+
+class GroupError(AssertionError):
+    """A process of a group has failed.
+
+    Attributes:
+        crashed: Whether native code ended one of them, by a signal.
+    """
+
+    def __init__(self, said: str, codes: Sequence[int]) -> None:
+        """Takes what the processes said, and their exit codes."""
+        super().__init__(said)
+        self.crashed = any(code in _CRASHES for code in codes)
+
 
 if sys.platform == "linux":
     CONTEXT = multiprocessing.get_context("forkserver")
@@ -117,7 +136,8 @@ def run_group(
     own.
 
     Raises:
-        AssertionError: If one of them fails or does not end, with what they said.
+        GroupError: If one of them fails, with what they said.
+        AssertionError: If none ends.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
@@ -132,8 +152,10 @@ def run_group(
     }
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     finished = _run(target, arguments, ranks, threads=1)
-    said = "\n".join(f"rank {rank}:\n{one.stderr}" for rank, one in enumerate(finished))
-    assert [one.returncode for one in finished] == [0] * count, said
+    codes = [one.returncode for one in finished]
+    if any(codes):
+        said = "\n".join(f"rank {rank}:\n{one.stderr}" for rank, one in enumerate(finished))
+        raise GroupError(said, codes)
     return finished
 
 
@@ -201,6 +223,7 @@ def _begin(
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    faulthandler.enable()
     os.environ.update(environment)
     torch.set_num_threads(threads)
     target(*arguments)
