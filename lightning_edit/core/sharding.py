@@ -142,12 +142,14 @@ def leave_files_(model: nn.Module) -> None:
     the others'. Does nothing where the system does not tell what is mapped.
     """
     ranges = _untouched_files()
+    mapped: list[Tensor] = []
 
     def copied(tensor: Tensor) -> Tensor:
-        address = local_shard(tensor).data_ptr()
-        found = next((one for one in ranges if address in one), None)
+        own = local_shard(tensor)
+        found = next((one for one in ranges if own.data_ptr() in one), None)
         if found is None:
             return tensor
+        mapped.append(own)  # as long as files are mapped, no copy can lie where one was
         copy = tensor.clone()
         # What others ask of these pages is read again from the file.
         start, length = ctypes.c_void_p(found.start), ctypes.c_size_t(len(found))
