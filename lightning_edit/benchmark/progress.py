@@ -53,7 +53,7 @@ def without_remarks() -> Iterator[None]:
 def cell_progress(total: int, done: int, *, shown: bool) -> Iterator[CellProgress]:
     """Context manager: a bar over cells, where there is a terminal and the package rich.
 
-    Elsewhere a line a cell is logged.
+    Elsewhere lines are logged where a cell begins and where it ends.
 
     Args:
         total: Cells of the study.
@@ -112,7 +112,7 @@ class _Lines:
         self._total, self._done = total, done
 
     def begin(self, name: str) -> None:
-        """Nothing: the line comes when it is known what the cell came to."""
+        rank_zero_info(f"{self._done + 1} of {self._total}  {name} …")
 
     def end(self, name: str, outcome: str) -> None:
         self._done += 1

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -189,23 +189,27 @@ class EditCLI(LightningCLI):
         self._use_rules_on_other_models()
         settings = self.config.get(self.subcommand or "", self.config)
         if settings.get("weights_only") is False:
-            self.parser.error(
+            self._refuse(
                 "`weights_only` is false, but checkpoints are always read without pickles, so that "
                 "no code in them runs. Leave it out."
             )
         least = settings.get("fail_under")
         if least is not None and not 0 <= least <= 1:
-            self.parser.error(
+            self._refuse(
                 f"`fail_under` is expected to be a share between 0 and 1, but got {least:g}."
             )
         checkpoint = settings.get("ckpt_path")
         if not checkpoint or checkpoint in ("last", "best", "hpc") or "://" in checkpoint:
             return
         if not Path(checkpoint).exists():
-            self.parser.error(
+            self._refuse(
                 f"`ckpt_path`: there is no checkpoint `{checkpoint}`. Give a file that a run has "
                 "written, or `last` for the one of the run's own folder."
             )
+
+    def _refuse(self, message: str) -> NoReturn:
+        """Ends the program as the parser of the verb does."""
+        self._parser(self.subcommand).error(message)
 
     @override
     def instantiate_classes(self) -> None:
@@ -213,7 +217,7 @@ class EditCLI(LightningCLI):
             super().instantiate_classes()
         except (EditError, MisconfigurationException, ValueError) as error:
             # What a constructor refuses is a matter of the configuration, not of the program.
-            self.parser.error(str(error))
+            self._refuse(str(error))
         callbacks = getattr(self.trainer, "callbacks", [])
         if self.subcommand in ("validate", "test"):
             settings = self.config_init[self.subcommand]
@@ -228,12 +232,12 @@ class EditCLI(LightningCLI):
         if least is None:
             return
         if isinstance(self.model.fitting, EditorTraining):
-            self.parser.error(
+            self._refuse(
                 f"`fail_under`: {type(self.model).__name__} edits nothing in `fit`, which trains "
                 "it. Give it to the `fit` of a TrainedEditor."
             )
         if not hasattr(self.datamodule, "requests"):
-            self.parser.error(
+            self._refuse(
                 f"`fail_under` counts edit requests, but {type(self.datamodule).__name__} has none."
             )
         self._gate = ReliabilityGate(least)
