@@ -8,10 +8,11 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from lightning_edit import ROME
 from lightning_edit.core.errors import EditError
 from lightning_edit.modules.sharded import prepare_strategy
 from tests.contract.enumeration import EDITORS, LEARNERS, quick_editor
@@ -23,6 +24,18 @@ from tests.modules.helpers import bare_trainer
 
 ROOT = Path(__file__).parents[2]
 EVERY = {**EDITORS, **LEARNERS}
+
+
+class Undivided(ROME):
+    """One that somebody has tried under `ddp` alone."""
+
+    strategies: ClassVar[tuple[str, ...]] = ("ddp",)
+
+
+class Sharded(ROME):
+    """One that somebody has tried under FSDP2, too."""
+
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,8 @@ def test_the_list_of_methods_agrees(table: ModuleType) -> None:
 
 def test_other_strategies_are_refused(subtests: pytest.Subtests) -> None:
     trainer: Any = bare_trainer()
-    for cls in EVERY.values():
+    refused = 0
+    for cls in (*EVERY.values(), Undivided, Sharded):
         editor = quick_editor(cls)
         for way, sizes in editing.WAYS.items():
             if way in ("one", "ddp"):
@@ -82,3 +96,5 @@ def test_other_strategies_are_refused(subtests: pytest.Subtests) -> None:
                     continue
                 with pytest.raises(EditError, match=rf"{cls.__name__} (does not work|works with)"):
                     prepare_strategy(trainer, editor)
+                refused += 1
+    assert refused == 5

@@ -160,7 +160,7 @@ class SERAC(MemoryModule):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.06520"
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "scope", "recall", "specificity")
 
     def __init__(

@@ -82,7 +82,7 @@ class HyperEditModule(EditModule[WeightDelta]):
             [`EditModule`][lightning_edit.EditModule].
     """
 
-    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP")
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "FSDP2", "TP", "FSDP2+TP")
     #: Names of the figures that ``edit_loss`` gives.
     figures: ClassVar[tuple[str, ...]] = ("loss", "edit", "kl")
     #: Projections to edit where the user names none.
