@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -293,11 +292,10 @@ class EditReport(CheckedArguments, Callback):
         rank_zero_info(f"Saved  {folder}: report.html, results.json, edits.jsonl, README.md")
         if saved:
             delta = str((folder / "delta").resolve())  # works in every folder
-            kind = self.report.artifact_class
-            load = f"lightning_edit.{kind}.load({json.dumps(delta)})"
-            command = shlex.join(["lightning-edit", "apply", delta, "--output", "edited"])
-            rank_zero_info(f"Apply  {command}")
-            rank_zero_info(f"Undo   {load}.revert_(model)  # bit for bit")
+            apply = shlex.join(["lightning-edit", "apply", delta, "--output", "edited"])
+            undo = shlex.join(["lightning-edit", "revert", delta, "--model", "edited"])
+            rank_zero_info(f"Apply  {apply}")
+            rank_zero_info(f"Undo   {undo}  # bit for bit")
 
 
 def _foreign_model(trainer: Trainer, pl_module: LightningModule) -> Any:

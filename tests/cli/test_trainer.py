@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from lightning_edit.__main__ import main
 from lightning_edit.cli.trainer import EditCLI
@@ -180,7 +183,6 @@ def test_fit_tells_what_it_does_and_what_to_do_next(
     with caplog.at_level("INFO"):
         assert run_here(world.arguments(run)) == 0
     assert "3 requests · model.layers.0.mlp.down_proj.weight" in caplog.text
-    assert f"Apply  lightning-edit apply {run}/delta" in caplog.text
     assert "Reliability" in capsys.readouterr().out
     for noise in ("litlogger", "TPU", "GPU available", "stopped: `max_epochs"):
         assert noise not in caplog.text
@@ -195,6 +197,26 @@ def test_fit_tells_what_it_does_and_what_to_do_next(
         "report.md",
         "results.json",
     }
+
+
+def test_the_commands_that_fit_prints_write_the_edit_into_the_model_and_take_it_out(
+    world: TinyWorld,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with caplog.at_level("INFO"):
+        assert run_here(world.arguments(tmp_path / "a run")) == 0
+    said = dict(re.findall(r"(Apply|Undo) +lightning-edit ([^#\n]+)", caplog.text))
+    monkeypatch.chdir(tmp_path)
+    for verb in ("Apply", "Undo"):
+        assert run_here(shlex.split(said[verb])) == 0
+    folders = (world.model, Path("edited"), Path("restored"))
+    base, edited, restored = (load_file(folder / "model.safetensors") for folder in folders)
+    assert [name for name in base if not torch.equal(base[name], edited[name])] == [
+        "model.layers.0.mlp.down_proj.weight"
+    ]
+    assert all(torch.equal(base[name], restored[name]) for name in base)
 
 
 def test_edits_that_did_not_take_are_told_and_fail_the_command_if_asked_to(
