@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -228,6 +229,7 @@ class Engine:
             size = math.gcd(*protocol.points) or ROWS_AT_ONCE
         data = EditDataModule(requests=order, eval_batch_size=size)
         memory = _PeakMemory(self.device)
+        gc.collect()  # a Trainer and its module hold each other, and all that they have made
         memory.begin()
         trainer = self._trainer([curve] if protocol.name == "sequential" else [])
         trainer.test(editor, datamodule=data, verbose=False)

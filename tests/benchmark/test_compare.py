@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lightning_edit import (
     EditDataModule,
     EditModule,
     EditRequest,
+    FineTune,
     MethodSpec,
     Probe,
     ProtocolSpec,
@@ -240,6 +242,30 @@ def test_a_cell_goes_on_within_itself_where_its_requests_are_apart(
     ]
     folder.add(record, again)
     assert [path.name for path in (folder.path / "cells").iterdir()] == [f"{cell.key}.parquet"]
+
+
+def test_memory_of_a_part_is_without_what_the_part_before_has_left(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "AT_ONCE", 1)
+    study = study_of(
+        [FT], [EditDataModule(requests=tiny_requests(3))], model=model, accelerator="cpu"
+    )
+    living: list[int] = []
+
+    def begin(_: object) -> None:
+        living.append(sum(type(one) is FineTune for one in gc.get_objects()))
+
+    monkeypatch.setattr(engines._PeakMemory, "begin", begin)
+    gc.collect()
+    gc.disable()
+    try:
+        engine = Engine(study, ResultsFolder(tmp_path))
+        record, _ = engine.run(*engine.cells)
+    finally:
+        gc.enable()
+    assert record["status"] == "done", record.get("error")
+    assert living == [1, 1, 1]
 
 
 def test_facts_that_the_model_knows_are_kept_up_to_the_limit(model: str, tmp_path: Path) -> None:
