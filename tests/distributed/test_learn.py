@@ -32,7 +32,8 @@ def marks_of(way: str, case: str) -> list[pytest.MarkDecorator]:
     """When a case runs: always, in `make test-distributed`, or in `make test-slow`."""
     if (way, case) == ("ddp", "mend"):
         return []
-    return [pytest.mark.slow, *([pytest.mark.exhaustive] if "+" in way else [])]
+    is_variant = way != "ddp" and case in ("mend_together", "malmen_apart")
+    return [pytest.mark.slow, *([pytest.mark.exhaustive] if "+" in way or is_variant else [])]
 
 
 CELLS = [
