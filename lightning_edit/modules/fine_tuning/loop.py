@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from lightning_edit.modules.base import EditModule
 
 __all__ = ["AnswerLoss", "LightningLoop", "LoopTrained", "OptimizerChoice"]
+
+_LARGE = 2**26  # bytes of a model
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,13 @@ class LightningLoop(Fitting[E]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A run that goes on measures in the end what it was asked for before, too.
         self._asked = {} if trainer.ckpt_path is None else dict(self.requests)
+        model = cast(nn.Module, pl_module.model)
+        if sum(p.nbytes for p in model.parameters()) >= _LARGE:
+            # A Trainer and its module hold each other, and some copies of the weights. Until this
+            # is asked for, all fits before may hold theirs: Python counts objects and not bytes.
+            gc.collect()
         _trained(pl_module).before_steps()
-        cast(nn.Module, pl_module.model).train(self.train_mode)
+        model.train(self.train_mode)
 
     @override
     def on_train_batch_start(

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lightning_edit.core.processes import Processes
 from lightning_edit.data import EditDataModule
 from lightning_edit.demos import tiny_model, tiny_requests, tiny_tokenizer, trained_tiny_model
 from lightning_edit.functional.token_weights import token_weights
+from lightning_edit.modules.fine_tuning import loop
 from lightning_edit.modules.fine_tuning.loop import AnswerLoss
 from lightning_edit.modules.fine_tuning.tuning import TuningModule
 from tests.modules.helpers import autoregressive, bare_trainer, plain_nll, same, snapshot
@@ -73,6 +76,23 @@ def test_fit_commits_edits_that_can_be_undone(
     assert same(fresh, after)
     loaded.revert_(fresh)
     assert same(fresh, before)
+
+
+def test_a_fit_does_not_hold_what_those_before_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_LARGE", 0)
+    model, tokenizer = trained_tiny_model()
+    before: list[weakref.ref[FullTuning]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            editor = FullTuning.from_model(model, tokenizer, lr=1e-4)
+            bare_trainer(max_epochs=1).fit(editor, datamodule=_data())
+            assert [other() for other in before] == [None] * len(before)
+            before.append(weakref.ref(editor))
+            del editor
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("cls", "settings"), CASES)
