@@ -293,7 +293,8 @@ class EditReport(CheckedArguments, Callback):
         if saved:
             delta = str((folder / "delta").resolve())  # works in every folder
             apply = shlex.join(["lightning-edit", "apply", delta, "--output", "edited"])
-            undo = shlex.join(["lightning-edit", "revert", delta, "--model", "edited"])
+            revert = ["revert", delta, "--model", "edited", "--output", "restored"]
+            undo = shlex.join(["lightning-edit", *revert])
             rank_zero_info(f"Apply  {apply}")
             rank_zero_info(f"Undo   {undo}  # bit for bit")
 

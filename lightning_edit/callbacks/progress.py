@@ -42,6 +42,15 @@ class EditProgressBar(CheckedArguments, TQDMProgressBar):
     @override
     def on_train_epoch_start(self, trainer: Trainer, *args: object) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self._begin_editing(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
+        # A run that goes on within an epoch does not start that epoch.
+        if self.train_progress_bar.desc.startswith(self.train_description):
+            self._begin_editing(trainer)
+
+    def _begin_editing(self, trainer: Trainer) -> None:
         passes = trainer.max_epochs
         which = f" {trainer.current_epoch + 1}/{passes}" if passes and passes > 1 else ""
         self.train_progress_bar.set_description(f"Editing{which}")

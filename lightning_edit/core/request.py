@@ -416,7 +416,7 @@ def check_subjects(requests: Iterable[EditRequest], method: str) -> None:
     Raises:
         RequestError: If one does not.
     """
-    nameless = [repr(request.id) for request in requests if not request.subject]
+    nameless = [f"{r.id!r} ({r.prompt!r})" for r in requests if not r.subject]
     if nameless:
         raise RequestError(
             f"{method} needs the subject of a request, but there is none in "
