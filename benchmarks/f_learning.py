@@ -20,7 +20,6 @@ processes may run seeds of their own. ``show`` makes the tables, with intervals 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import math
@@ -142,7 +141,6 @@ class Study:
         self, tuning: Tuning, requests: Sequence[EditRequest], *callbacks: Callback
     ) -> WeightDelta:
         """Trains the model as it stands by Lightning's own loop; returns the change."""
-        gc.collect()  # else what Trainers before this hold, with their modules, adds up
         kind: type[FullTuning | LoRATuning] = FullTuning
         settings: dict[str, float] = {}
         if tuning.kind == "LoRA":

@@ -8,10 +8,9 @@ import importlib.metadata
 import math
 import os
 import platform
-import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from lightning_edit.report import metrics_table, write_results
 from lightning_edit.report.files import FILES as REPORT_FILES
 from lightning_edit.report.files import is_foreign_card
 from lightning_edit.report.results import EditRow, ProbeRow, RunReport, plain
+from lightning_edit.report.undo import apply_commands
 
 __all__ = ["EditReport"]
 
@@ -292,9 +292,7 @@ class EditReport(CheckedArguments, Callback):
         rank_zero_info(f"Saved  {folder}: report.html, results.json, edits.jsonl, README.md")
         if saved:
             delta = str((folder / "delta").resolve())  # works in every folder
-            apply = shlex.join(["lightning-edit", "apply", delta, "--output", "edited"])
-            revert = ["revert", delta, "--model", "edited", "--output", "restored"]
-            undo = shlex.join(["lightning-edit", *revert])
+            apply, undo = apply_commands(replace(self.report, artifact=delta)).split("\n", 1)
             rank_zero_info(f"Apply  {apply}")
             rank_zero_info(f"Undo   {undo}  # bit for bit")
 

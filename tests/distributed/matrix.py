@@ -47,7 +47,7 @@ def run_cases(
         try:
             run_group(count, _do, job, left, folder, arguments)
             break
-        except GroupError as error:
+        except AssertionError as error:
             undone = [
                 not all(_mark(folder, case, rank).exists() for rank in range(count))
                 for case in left
@@ -57,7 +57,7 @@ def run_cases(
             first = undone.index(True)
             case = left[first]
             left = left[first + 1 :]
-            if error.crashed and case not in crashed:
+            if isinstance(error, GroupError) and error.crashed and case not in crashed:
                 warnings.warn(f"{case} crashed and is run once more:\n{error}", stacklevel=2)
                 shutil.rmtree(folder / case, ignore_errors=True)
                 crashed.add(case)
