@@ -82,7 +82,9 @@ def test_a_subject_may_be_left_out() -> None:
 def test_methods_that_need_the_subject() -> None:
     requests = [_request(id="named"), _request(subject="", id="nameless")]
     check_subjects(requests[:1], "ROME")
-    with pytest.raises(RequestError, match=r"ROME needs the subject .* none in 'nameless'\. Give"):
+    with pytest.raises(
+        RequestError, match=r"ROME needs the subject .* none in 'nameless' \('.*'\)\. Give"
+    ):
         check_subjects(requests, "ROME")
 
 
