@@ -54,6 +54,7 @@ from lightning_edit.presets import load_preset
 METRICS = ("reliability", "generality", "locality", "portability")
 ALONE = "alone"
 LOCATE = ("ROME", "RROME", "MEMIT", "PMET", "EMMET", "AlphaEdit", "UltraEdit", "KN")
+TUNE = ("FineTune", "LoRA", "LocFT")
 REMEMBER = ("GRACE", "WISE", "TPatcher", "CaliNET", "SCR", "IKE", "SERAC", "TrainedEditor")
 # Over the presets: only what is committed by `fit` can be measured here.
 OVER: dict[str, dict[str, Any]] = {"SERAC": {"pretrained": True}}
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=50)
     parser.add_argument("--held-out", type=int, help="take so many that are not among --facts")
     parser.add_argument("--own-contexts", action="store_true", help="those of each preset")
-    parser.add_argument("--methods", nargs="+", default=LOCATE, choices=[*LOCATE, *REMEMBER])
+    parser.add_argument("--methods", nargs="+", default=LOCATE, choices=[*LOCATE, *TUNE, *REMEMBER])
     parser.add_argument("--modes", nargs="+", default=[ALONE, "50", "10", "1"])
     parser.add_argument("--steps", type=int, help="passes for a target value, at most")
     parser.add_argument("--set", type=json.loads, default={}, help="settings, as JSON")
