@@ -30,6 +30,9 @@ _NOISE = re.compile(
     r"|Expected a path but .* either not accessible or invalid)"
 )
 
+# An option, and the class of which one of its own options was wrong.
+_CLASS = re.compile(r'Parser key "([\w.]+)":\s+Problem with given class_path \'([\w.]+)\'')
+
 
 class EditParser(LightningArgumentParser):
     """Lightning's parser, with errors that say what was wrong and what may have been meant."""
@@ -42,7 +45,9 @@ class EditParser(LightningArgumentParser):
         # The usage of a verb lists some hundred options and would hide the message.
         verb = getattr(ex, "subcommand_parser", None) or self
         program = verb.prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: {visible(message)}\nAll options: {program} --help\n")
+        where = _CLASS.search(message)  # options of a class are in its own help alone
+        shown = "--help" if where is None else f"--{where[1]}.help {where[2]}"
+        sys.stderr.write(f"{program}: {visible(message)}\nAll options: {program} {shown}\n")
         self.exit(2)
 
 
