@@ -244,9 +244,10 @@ def run_study(
     folder = ResultsFolder(out)
     engine = Engine(study, folder)
     known = states(engine)
-    todo = [s.cell for s in known if s.status != "done" and chosen.takes(s.cell.labels)]
-    others = len(known) - len(todo)
-    with cell_progress(len(known), others, shown=progress and engine.is_first) as bar:
+    asked = [state for state in known if chosen.takes(state.cell.labels)]
+    todo = [state.cell for state in asked if state.status != "done"]
+    done_before = len(asked) - len(todo)
+    with cell_progress(len(asked), done_before, shown=progress and engine.is_first) as bar:
         for cell in todo:
             label = " · ".join(map(str, cell.labels.values()))
             bar.begin(label)

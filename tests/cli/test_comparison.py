@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_edit.benchmark import progress
 from lightning_edit.benchmark.compare import study_of
 from lightning_edit.cli.comparison import parser
 from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -38,14 +39,21 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_cells_are_listed_chosen_and_run(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(progress, "rank_zero_info", told.append)
     words = ["compare", "-c", str(config), "--out", str(tmp_path / "out")]
     assert run_here([*words, "--cells", "method=scr,protocol=batch*"]) == 0
     printed = capsys.readouterr().out
     assert "world, batch of 2: teacher-forced / autoregressive" in printed
     assert "unedited" in printed
     assert "3 of 4 cells are not done." in printed
+    # Those that were not asked for are not on the way.
+    assert told[0] == "1 of 1  SCR · world · batch of 2 · 0 …"
     assert f"Wrote {tmp_path / 'out' / 'tiny.html'}" in printed
     assert run_here([*words, "--list"]) == 0
     assert "1 done, 0 failed, 3 missing" in capsys.readouterr().out
