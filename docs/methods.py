@@ -34,7 +34,14 @@ DOCS = Path(__file__).parent
 PLACE = "{{ list of methods }}"
 SECTION = "Methods"
 # Where tables of measured rates stand.
-PAGES = ("measured.md", "memory_editors.md", "hypernetworks.md", "compare.md")
+PAGES = (
+    "results/package_facts.md",
+    "results/counterfact.md",
+    "measured.md",
+    "memory_editors.md",
+    "hypernetworks.md",
+    "compare.md",
+)
 
 
 class Measured(NamedTuple):

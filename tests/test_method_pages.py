@@ -57,12 +57,13 @@ def test_rows_are_those_of_the_tables(hook: ModuleType) -> None:
     assert titles[0] == "Each fact alone"
     assert len(set(titles[:4])) == 4
     assert "| LoRA | 1.00 / 1.00 |" in hook.method_page("LoRA")
+    assert "[Each fact of CounterFact alone](../results/counterfact.md#" in hook.method_page("ROME")
 
 
 def test_links_lead_to_headings_that_are_there(hook: ModuleType) -> None:
     for method in METHODS:
         for page, anchor in re.findall(
-            r"\]\(\.\./(\w+\.md)(?:#([\w-]+))?\)", hook.method_page(method)
+            r"\]\(\.\./([\w/]+\.md)(?:#([\w-]+))?\)", hook.method_page(method)
         ):
             text = (DOCS / page).read_text(encoding="utf-8")
             headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
