@@ -112,16 +112,23 @@ class Engine:
         by_id = {request.id: request for request in data.source.requests}
         found = self.folder.read_json(name)
         reads_prose = any(one.name == "sequential" for one in self.study.protocols)
-        if found is None or (reads_prose and found["perplexity"] is None):
+        if found is None or (reads_prose and found["ids"] and found["perplexity"] is None):
             requests = self._chosen(data)
-            run = self._asked(requests, reads_prose=reads_prose)
+            run = self._asked(requests, reads_prose=reads_prose) if requests else None
             found = {
                 "ids": [request.id for request in requests],
-                "perplexity": run.perplexity,
-                "scores": to_record(run.evaluation),
+                "perplexity": run.perplexity if run else None,
+                "scores": to_record(run.evaluation if run else Evaluation([])),
             }
             if self.is_first:
                 self.folder.write_json(name, found)
+        if not found["ids"]:
+            named = sum(bool(request.target_old) for request in data.source.requests)
+            raise EditError(
+                f"The model {self.study.model!r} gives the old answer of none of the {named} facts "
+                f"of {data.name!r} that name one. Set `known: false` to edit them nevertheless, or "
+                "take other facts."
+            )
         scores = cast("Mapping[str, Mapping[str, object]]", found)["scores"]
         self._unedited[data.name] = Unedited(
             [by_id[id_] for id_ in cast("Sequence[str]", found["ids"])],
@@ -296,12 +303,6 @@ class Engine:
             known += [case for case in part if all(request.id in hits for request in case)]
             if data.limit and len(known) >= data.limit:
                 break
-        if not known:
-            raise EditError(
-                f"The model {self.study.model!r} gives the old answer of none of the "
-                f"{len(asked)} facts of {data.name!r} that name one. Set `known: false` to edit "
-                "them nevertheless, or take other facts."
-            )
         return known
 
     def _asked(self, requests: Sequence[EditRequest], *, reads_prose: bool = False) -> UneditedRun:

@@ -268,7 +268,9 @@ def test_memory_of_a_part_is_without_what_the_part_before_has_left(
     assert living == [1, 1, 1]
 
 
-def test_facts_that_the_model_knows_are_kept_up_to_the_limit(model: str, tmp_path: Path) -> None:
+def test_facts_that_the_model_knows_are_kept_up_to_the_limit(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = tiny_requests(4)
     never = replace(known[0], target_old="Nobody", id="never")
     study = study_of(
@@ -284,11 +286,16 @@ def test_facts_that_the_model_knows_are_kept_up_to_the_limit(model: str, tmp_pat
     found = engine.unedited(study.data[0])
     assert [r.id for r in found.requests] == [r.id for r in known[1:3]]
     assert {p.autoregressive for p in found.evaluation.probes if p.metric == "locality"} == {True}
-    again = Engine(study, ResultsFolder(tmp_path)).unedited(study.data[0])
-    assert again.evaluation.probes == found.evaluation.probes
-    assert again.evaluation.baseline.ids == found.evaluation.baseline.ids
+    read = Engine(study, ResultsFolder(tmp_path)).unedited(study.data[0])
+    assert read.evaluation.probes == found.evaluation.probes
+    assert read.evaluation.baseline.ids == found.evaluation.baseline.ids
     record, _ = engine.run(engine.cells[1])
     assert record["status"] == "failed"
+    assert "none of the 1 facts of 'never'" in record["error"]
+    # Asked once, also where the answer is that nothing is known.
+    again = Engine(study, ResultsFolder(tmp_path))
+    monkeypatch.setattr(again, "_asked", None)
+    record, _ = again.run(again.cells[1])
     assert "none of the 1 facts of 'never'" in record["error"]
 
 
