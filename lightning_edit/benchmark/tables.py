@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -106,17 +106,24 @@ class Section:
         protocol: The protocol.
         tables: Of its methods.
         curves: Over the sequence, where there is one.
+        along: The curves as a table a metric, for what cannot show them.
     """
 
     data: str
     protocol: str
     tables: Sequence[ComparisonTable]
     curves: Sequence[Curve] = field(default_factory=tuple)
+    along: Sequence[ComparisonTable] = field(default_factory=tuple)
 
     @property
     def title(self) -> str:
         """Both of them."""
         return f"{self.data}, {self.protocol}"
+
+    @property
+    def texts(self) -> list[ComparisonTable]:
+        """All that can be said without a picture."""
+        return [*self.tables, *self.along]
 
 
 def sections(found: Sequence[Figure]) -> list[Section]:
@@ -139,7 +146,7 @@ def sections(found: Sequence[Figure]) -> list[Section]:
         tables = [_summary(final), _rates(final), _differences(final), _kinds(final)]
         tables.append(_conflicts(final))
         whole = [table for table in tables if table.cells]
-        made.append(Section(data, protocol, whole, _curves(own)))
+        made.append(Section(data, protocol, whole, _curves(own), list(_along(own))))
     return made
 
 
@@ -328,6 +335,24 @@ def _conflicts(found: Sequence[Figure]) -> ComparisonTable:
                 cells.append(_interval((figure.low, figure.high) if figure else None))
             rows.append(cells)
     return ComparisonTable("Pairs of edits that contradict each other", columns, rows)
+
+
+def _along(found: Sequence[Figure]) -> Iterator[ComparisonTable]:
+    """A table a metric over a sequence, each cell in both readings."""
+    places = sorted({figure.edits for figure in found if figure.edits and not figure.kind})
+    if len(places) < 2:
+        return
+    looks = [_Lookup([figure for figure in found if figure.edits == at]) for at in places]
+    methods = list(dict.fromkeys(name for look in looks for name in look.methods))
+    for metric in RATES:
+        rows = []
+        for method in methods:
+            pairs = [look.both(method, metric) for look in looks]
+            if any(figure for pair in pairs for figure in pair):
+                rows.append([TableCell(method), *map(_pair, pairs)])
+        title = f"{METRICS[metric].label} of the edits so far, teacher-forced / autoregressive"
+        if rows:
+            yield ComparisonTable(title, ["method", *(f">after {at}" for at in places)], rows)
 
 
 def _curves(found: Sequence[Figure]) -> list[Curve]:

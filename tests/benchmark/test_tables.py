@@ -10,6 +10,7 @@ import hashlib
 import html
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -104,6 +105,36 @@ def test_one_probe_a_request_has_the_interval_of_wilson() -> None:
         if f.method == "a" and f.metric == "reliability"
     ]
     assert (row.low, row.high) == pytest.approx(wilson_interval(2 / 3, 3))
+
+
+def test_where_no_picture_can_be_shown_a_sequence_is_a_table(tmp_path: Path) -> None:
+    numbers = [
+        Figure(
+            "facts",
+            "sequential",
+            method,
+            edits,
+            edits == 4,
+            "locality",
+            reading=reading,
+            value=value,
+        )
+        for method, values in (("A", (1.0, 0.5)), ("B", (0.9, 0.25)))
+        for edits, value in zip((2, 4), values, strict=True)
+        for reading in ("teacher_forced", "autoregressive")
+    ]
+    numbers += [replace(numbers[0], method="unedited", edits=0, is_final=True)]
+    [section] = sections(numbers)
+    [along] = section.along
+    assert along.columns == ["method", ">after 2", ">after 4"]
+    assert along.rows == [("A", "1.00 / 1.00", "0.50 / 0.50"), ("B", "0.90 / 0.90", "0.25 / 0.25")]
+    paths = write_tables(tmp_path, "study", numbers, {}, [])
+    texts = {path.suffix: path.read_text(encoding="utf-8") for path in paths}
+    assert "| A | 1.00 / 1.00 | 0.50 / 0.50 |" in texts[".md"]
+    assert "A & 1.00 / 1.00 & 0.50 / 0.50" in texts[".tex"]
+    assert along.title not in texts[".html"]  # which has the curves
+    [alone] = sections([figure for figure in numbers if figure.is_final])
+    assert not alone.along
 
 
 def test_no_label_breaks_a_table(tmp_path: Path) -> None:
