@@ -319,6 +319,8 @@ class Engine:
         trainer = self._trainer()
         loader = RequestLoader(requests, ROWS_AT_ONCE, trainer.world_size, trainer.global_rank)
         trainer.test(run, dataloaders=loader, verbose=False)
+        if trainer.received_sigterm:  # which the Trainer looks at before its last batch alone
+            raise SIGTERMException
         return run
 
     def _trainer(self, callbacks: Sequence[Callback] = ()) -> Trainer:

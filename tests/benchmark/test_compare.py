@@ -33,6 +33,7 @@ from lightning_edit.benchmark.compare import run_study, study_of
 from lightning_edit.benchmark.engine import Engine
 from lightning_edit.benchmark.rows import CellRow
 from lightning_edit.benchmark.store import CellPart, CellRecord, ResultsFolder
+from lightning_edit.benchmark.unedited import UneditedRun
 from lightning_edit.core.errors import EditError
 from lightning_edit.core.hashing import weight_hash
 from lightning_edit.demos import tiny_requests, trained_tiny_model
@@ -204,6 +205,25 @@ def test_a_process_that_is_told_to_end_does_so_between_requests(
     assert len(made) == at
     # What was its last request, too, is not lost.
     assert len(ResultsFolder(tmp_path).records()) == at - 1
+
+
+def test_a_process_that_is_told_to_end_asks_the_unedited_model_nothing_more(
+    run: Callable[..., pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    usual = UneditedRun.test_step
+
+    def signalling(self: UneditedRun, batch: list[EditRequest], batch_idx: int) -> None:
+        asked.append(len(batch))
+        signal.raise_signal(signal.SIGTERM)
+        usual(self, batch, batch_idx)
+
+    monkeypatch.setattr(UneditedRun, "test_step", signalling)
+    monkeypatch.setattr(engines, "KNOWN_AT_ONCE", 1)
+    data = DataSpec(EditDataModule(requests=tiny_requests(2)), known=True, limit=2)
+    with pytest.raises(SIGTERMException):
+        run(tmp_path, data=[data])
+    assert asked == [1]
 
 
 def test_a_cell_goes_on_within_itself_where_its_requests_are_apart(
