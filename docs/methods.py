@@ -37,6 +37,8 @@ SECTION = "Methods"
 PAGES = (
     "results/package_facts.md",
     "results/counterfact.md",
+    "results/zsre.md",
+    "results/sequences.md",
     "measured.md",
     "memory_editors.md",
     "hypernetworks.md",
