@@ -363,8 +363,12 @@ def _curves(found: Sequence[Figure]) -> list[Curve]:
     for metric in RATES:
         of_metric = [figure for figure in drawn if figure.metric == metric]
         names = list(dict.fromkeys(figure.method for figure in of_metric))
-        for start in range(0, len(names), MAX_SERIES):
-            part = names[start : start + MAX_SERIES]
+        if not names:
+            continue
+        charts = math.ceil(len(names) / MAX_SERIES)
+        size = math.ceil(len(names) / charts)  # seven are four and three, not six and one
+        for start in range(0, len(names), size):
+            part = names[start : start + size]
             for reading in ("teacher_forced", "autoregressive"):
                 series: dict[str, list[tuple[float, float]]] = {}
                 for figure in sorted(of_metric, key=lambda f: f.edits):
