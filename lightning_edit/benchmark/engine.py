@@ -114,11 +114,11 @@ class Engine:
         reads_prose = any(one.name == "sequential" for one in self.study.protocols)
         if found is None or (reads_prose and found["ids"] and found["perplexity"] is None):
             requests = self._chosen(data)
-            run = self._asked(requests, reads_prose=reads_prose) if requests else None
+            run = self._asked(requests, reads_prose=reads_prose)
             found = {
                 "ids": [request.id for request in requests],
-                "perplexity": run.perplexity if run else None,
-                "scores": to_record(run.evaluation if run else Evaluation([])),
+                "perplexity": run.perplexity,
+                "scores": to_record(run.evaluation),
             }
             if self.is_first:
                 self.folder.write_json(name, found)
@@ -316,6 +316,8 @@ class Engine:
             system_prompt=self.study.system_prompt,
         )
         run = UneditedRun(self.model, tokens, self.study.max_new_tokens, reads_prose=reads_prose)
+        if not requests:  # of which a Trainer would warn
+            return run
         trainer = self._trainer()
         loader = RequestLoader(requests, ROWS_AT_ONCE, trainer.world_size, trainer.global_rank)
         trainer.test(run, dataloaders=loader, verbose=False)

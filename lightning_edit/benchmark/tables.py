@@ -337,32 +337,35 @@ def _conflicts(found: Sequence[Figure]) -> ComparisonTable:
     return ComparisonTable("Pairs of edits that contradict each other", columns, rows)
 
 
+def _points(found: Sequence[Figure]) -> list[Figure]:
+    """What curves are made of; nothing where all was measured at the end alone."""
+    if all(figure.is_final for figure in found):
+        return []
+    return [f for f in found if f.metric in RATES and not f.kind and f.edits]
+
+
 def _along(found: Sequence[Figure]) -> Iterator[ComparisonTable]:
     """A table a metric over a sequence, each cell in both readings."""
-    places = sorted({figure.edits for figure in found if figure.edits and not figure.kind})
-    if len(places) < 2:
-        return
-    looks = [_Lookup([figure for figure in found if figure.edits == at]) for at in places]
-    methods = list(dict.fromkeys(name for look in looks for name in look.methods))
+    points = _points(found)
+    places = sorted({figure.edits for figure in points})
     for metric in RATES:
-        rows = []
-        for method in methods:
-            pairs = [look.both(method, metric) for look in looks]
-            if any(figure for pair in pairs for figure in pair):
-                rows.append([TableCell(method), *map(_pair, pairs)])
+        of_metric = [figure for figure in points if figure.metric == metric]
+        looks = [_Lookup([figure for figure in of_metric if figure.edits == at]) for at in places]
+        rows = [
+            [TableCell(method), *(_pair(look.both(method, metric)) for look in looks)]
+            for method in _Lookup(of_metric).methods
+        ]
         title = f"{METRICS[metric].label} of the edits so far, teacher-forced / autoregressive"
         if rows:
             yield ComparisonTable(title, ["method", *(f">after {at}" for at in places)], rows)
 
 
 def _curves(found: Sequence[Figure]) -> list[Curve]:
-    if all(figure.is_final for figure in found):
-        return []
     made = []
-    drawn = [f for f in found if f.metric in RATES and not f.kind and f.edits]
+    points = _points(found)
     for metric in RATES:
-        of_metric = [figure for figure in drawn if figure.metric == metric]
-        names = list(dict.fromkeys(figure.method for figure in of_metric))
+        of_metric = [figure for figure in points if figure.metric == metric]
+        names = _Lookup(of_metric).methods
         if not names:
             continue
         charts = math.ceil(len(names) / MAX_SERIES)

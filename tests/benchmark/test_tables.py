@@ -140,11 +140,12 @@ def test_where_no_picture_can_be_shown_a_sequence_is_a_table(tmp_path: Path) -> 
 @pytest.mark.parametrize(("methods", "lines"), [(6, [6]), (7, [4, 3]), (13, [5, 5, 3])])
 def test_charts_share_methods_out(methods: int, lines: list[int]) -> None:
     numbers = [
-        Figure("facts", "sequential", f"m{i}", edits, edits == 4, "locality", value=0.5)
+        Figure(
+            "f", "sequential", f"m{i}", at, at == 4, "locality", reading="autoregressive", value=1
+        )
         for i in range(methods)
-        for edits in (2, 4)
+        for at in (2, 4)
     ]
-    numbers = [replace(figure, reading="autoregressive") for figure in numbers]
     [section] = sections(numbers)
     assert [len(curve.values.cells) for curve in section.curves] == lines
 
